@@ -1,0 +1,94 @@
+// vidfast._C: the native primitives for Python. Addresses are integers; the caller answers for what lies there.
+#include <pybind11/pybind11.h>
+
+#include "gaussian_nll.h"
+
+namespace py = pybind11;
+using vidfast::DType;
+using vidfast::Problem;
+using vidfast::View;
+
+namespace {
+
+// A tensor on its way through Python: (address, outer stride in elements, dtype); address 0 is an absent one.
+using Address = uintptr_t;
+
+View view(Address data, int64_t outer_stride, int dtype) {
+  return {reinterpret_cast<void*>(data), outer_stride, static_cast<DType>(dtype)};
+}
+
+Problem problem(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
+                int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
+                double k, double eps, bool full) {
+  return {outer,
+          channels,
+          inner,
+          view(mean, mean_stride, mean_dtype),
+          view(target, target_stride, target_dtype),
+          reinterpret_cast<const void*>(alpha),
+          static_cast<DType>(alpha_dtype),
+          eps,
+          k,
+          full};
+}
+
+void cpu_forward(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
+                 int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
+                 double k, double eps, bool full, Address loss, int loss_dtype, Address sum_sq, int threads) {
+  py::gil_scoped_release release;
+  vidfast::cpu::forward(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha, alpha_dtype,
+                                outer, channels, inner, k, eps, full),
+                        reinterpret_cast<void*>(loss), static_cast<DType>(loss_dtype),
+                        reinterpret_cast<double*>(sum_sq), threads);
+}
+
+void cpu_forward_grad(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
+                      int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
+                      double k, double eps, bool full, Address loss, int loss_dtype, Address grad_mean,
+                      int64_t grad_stride, Address grad_alpha, bool fresh, int threads) {
+  py::gil_scoped_release release;
+  vidfast::cpu::forward_grad(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha,
+                                     alpha_dtype, outer, channels, inner, k, eps, full),
+                             reinterpret_cast<void*>(loss), static_cast<DType>(loss_dtype),
+                             view(grad_mean, grad_stride, mean_dtype), reinterpret_cast<double*>(grad_alpha), fresh,
+                             threads);
+}
+
+void cpu_backward(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
+                  int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
+                  double k, double eps, bool full, Address g, int g_dtype, Address sum_sq, Address grad_mean,
+                  int64_t grad_mean_stride, Address grad_target, int64_t grad_target_stride, Address grad_alpha,
+                  int threads) {
+  py::gil_scoped_release release;
+  vidfast::cpu::backward(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha,
+                                 alpha_dtype, outer, channels, inner, k, eps, full),
+                         reinterpret_cast<const void*>(g), static_cast<DType>(g_dtype),
+                         reinterpret_cast<const double*>(sum_sq), view(grad_mean, grad_mean_stride, mean_dtype),
+                         view(grad_target, grad_target_stride, target_dtype), reinterpret_cast<void*>(grad_alpha),
+                         threads);
+}
+
+void cpu_scale(Address g, int g_dtype, int64_t outer, int64_t row, Address src, int64_t src_stride, Address dst,
+               int64_t dst_stride, int dtype, int64_t channels, Address grad_alpha, Address grad_alpha_out,
+               int alpha_dtype, int threads) {
+  py::gil_scoped_release release;
+  vidfast::cpu::scale(reinterpret_cast<const void*>(g), static_cast<DType>(g_dtype), outer, row,
+                      view(src, src_stride, dtype), view(dst, dst_stride, dtype), channels,
+                      reinterpret_cast<const double*>(grad_alpha), reinterpret_cast<void*>(grad_alpha_out),
+                      static_cast<DType>(alpha_dtype), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "vidfast's native kernels. Arguments are raw addresses; use the vidfast package instead.";
+  m.def("cpu_forward", &cpu_forward);
+  m.def("cpu_forward_grad", &cpu_forward_grad);
+  m.def("cpu_backward", &cpu_backward);
+  m.def("cpu_scale", &cpu_scale);
+  m.def("cpu_isa", &vidfast::cpu::isa, "The instruction set in use: baseline, avx2 or avx512.");
+  m.def("cpu_select_isa", &vidfast::cpu::select_isa, py::arg("name"),
+        "Switch to another instruction set; False if this processor lacks it.");
+  m.def("cpu_openmp_runtime", &vidfast::cpu::openmp_runtime, "The OpenMP runtime whose threads are used.");
+  m.attr("version") = VIDFAST_VERSION;
+}

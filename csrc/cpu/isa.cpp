@@ -1,0 +1,51 @@
+// Which instruction set runs: the best that the processor has, or VIDFAST_CPU_ISA=baseline|avx2|avx512.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "kernels.h"
+
+namespace vidfast::cpu {
+namespace {
+
+const InstructionSet* by_name(const char* name) {
+  if (strcmp(name, "baseline") == 0) return &baseline_kernels();
+#ifdef VIDFAST_X86
+  if (strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return &avx2_kernels();
+  if (strcmp(name, "avx512") == 0 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return &avx512_kernels();
+#endif
+  return nullptr;
+}
+
+const InstructionSet* best() {
+  if (const char* wanted = std::getenv("VIDFAST_CPU_ISA"))
+    if (const InstructionSet* set = by_name(wanted)) return set;
+  for (const char* name : {"avx512", "avx2"})
+    if (const InstructionSet* set = by_name(name)) return set;
+  return &baseline_kernels();
+}
+
+std::atomic<const InstructionSet*>& active() {
+  static std::atomic<const InstructionSet*> set{best()};
+  return set;
+}
+
+}  // namespace
+
+const InstructionSet& active_kernels() { return *active().load(std::memory_order_relaxed); }
+
+const char* isa() { return active_kernels().name; }
+
+bool select_isa(const char* name) {
+  const InstructionSet* set = by_name(name);
+  if (set == nullptr) return false;
+  active().store(set, std::memory_order_relaxed);
+  return true;
+}
+
+}  // namespace vidfast::cpu

@@ -1,0 +1,10 @@
+#include "simd_avx2.h"
+// simd first: it defines the vectors that the kernels are written over
+#include "kernels_impl.h"
+
+namespace vidfast::cpu {
+const InstructionSet& avx2_kernels() {
+  static constexpr InstructionSet set = instruction_set("avx2");
+  return set;
+}
+}  // namespace vidfast::cpu

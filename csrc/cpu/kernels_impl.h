@@ -1,0 +1,187 @@
+// The tile kernels, written once over the vector type of whichever simd_*.h was included before this file.
+// Everything lies in an unnamed namespace: each instruction set's translation unit keeps its own copy.
+//
+// Order of summation: 4 vectors of running sums, at most kRun values each in the compute type, then fp64.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace vidfast::cpu {
+namespace {
+
+// How far ahead of the loads to prefetch (docs/kernel-notes.md has the measurement).
+constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kLine = 64;
+
+template <class V, class P>
+inline void prefetch_block(const P* p) {
+  constexpr int64_t bytes = 4 * V::W * static_cast<int64_t>(sizeof(P));
+  for (int64_t line = 0; line < bytes; line += kLine)
+    V::prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes + line);
+}
+
+template <class V, class P>
+inline void put(P* p, typename V::reg a, bool stream) {
+  if (stream)
+    V::stream(p, a);
+  else
+    V::store(p, a);
+}
+
+// One element; returns r.
+template <class V, class M, class T>
+inline typename V::Scalar element(const M* m, const T* t, M* gm, T* gt, int64_t i, typename V::Scalar scale) {
+  const typename V::Scalar r = V::get(m + i) - V::get(t + i);
+  const typename V::Scalar g = r * scale;
+  if (gm != nullptr) V::put(gm + i, g);
+  if (gt != nullptr) V::put(gt + i, -g);
+  return r;
+}
+
+template <class V, class M, class T, bool Sum, bool Grad>
+inline double run(const Run& job, bool stream) {
+  using S = typename V::Scalar;
+  using reg = typename V::reg;
+  constexpr int64_t W = V::W;
+  const M* m = static_cast<const M*>(job.mean);
+  const T* t = static_cast<const T*>(job.target);
+  M* gm = Grad ? static_cast<M*>(job.grad_mean) : nullptr;
+  T* gt = Grad && !Sum ? static_cast<T*>(job.grad_target) : nullptr;
+  const S scale = static_cast<S>(job.scale);
+  const reg vscale = V::set1(scale);
+  const int64_t n = job.n;
+  int64_t i = 0;
+
+  S edge = 0;  // fewer than 2 W values: the head before alignment and the tail
+  const auto one = [&](int64_t at) {
+    const S r = element<V>(m, t, gm, gt, at, scale);
+    if (Sum) edge += r * r;
+  };
+  if (Grad && stream)
+    for (; i < n && reinterpret_cast<uintptr_t>(gm + i) % (W * sizeof(M)) != 0; ++i) one(i);
+
+  const auto vector = [&](int64_t at, reg sum) {
+    const reg r = V::sub(V::load(m + at), V::load(t + at));
+    if (Grad) {
+      const reg g = V::mul(r, vscale);
+      if (Sum || gm != nullptr) put<V>(gm + at, g, stream);
+      if (!Sum && gt != nullptr) V::store(gt + at, V::neg(g));
+    }
+    return Sum ? V::square_add(r, sum) : sum;
+  };
+  typename V::wide total = V::wide_zero();
+  const reg zero = V::set1(0);
+  while (n - i >= 4 * W) {
+    const int64_t blocks = (n - i) / (4 * W) < kRun ? (n - i) / (4 * W) : kRun;
+    reg a0 = zero, a1 = zero, a2 = zero, a3 = zero;
+    for (int64_t b = 0; b < blocks; ++b, i += 4 * W) {
+      prefetch_block<V>(m + i);
+      prefetch_block<V>(t + i);
+      a0 = vector(i, a0);
+      a1 = vector(i + W, a1);
+      a2 = vector(i + 2 * W, a2);
+      a3 = vector(i + 3 * W, a3);
+    }
+    if (Sum) {
+      total = V::wide_add(total, a0);
+      total = V::wide_add(total, a1);
+      total = V::wide_add(total, a2);
+      total = V::wide_add(total, a3);
+    }
+  }
+  reg rest = zero;
+  for (; n - i >= W; i += W) rest = vector(i, rest);
+  for (; i < n; ++i) one(i);
+  if (Grad && stream) V::fence();
+  if (!Sum) return 0;
+  return V::wide_sum(V::wide_add(total, rest)) + static_cast<double>(edge);
+}
+
+template <class V, class M, class T, bool Sum, bool Grad>
+inline void tile(const Tile& job, bool stream) {
+  using S = typename V::Scalar;
+  using reg = typename V::reg;
+  constexpr int64_t W = V::W;
+  const S* scale = static_cast<const S*>(job.scale);
+  const int64_t columns = job.columns;
+  alignas(64) S sums[kTileColumns];
+  if (Sum)
+    for (int64_t j = 0; j < columns; ++j) job.sum_sq[j] = 0;
+
+  for (int64_t row = 0; row < job.rows;) {
+    const int64_t stop = job.rows - row < kRun ? job.rows : row + kRun;
+    if (Sum)
+      for (int64_t j = 0; j < columns; ++j) sums[j] = 0;
+    for (; row < stop; ++row) {
+      const M* m = static_cast<const M*>(job.mean) + row * job.mean_stride;
+      const T* t = static_cast<const T*>(job.target) + row * job.target_stride;
+      M* gm = Grad && job.grad_mean != nullptr ? static_cast<M*>(job.grad_mean) + row * job.grad_mean_stride : nullptr;
+      T* gt = Grad && !Sum && job.grad_target != nullptr
+                  ? static_cast<T*>(job.grad_target) + row * job.grad_target_stride
+                  : nullptr;
+      int64_t j = 0;
+      for (; columns - j >= W; j += W) {
+        V::prefetch(m + job.mean_stride + j);
+        V::prefetch(t + job.target_stride + j);
+        const reg r = V::sub(V::load(m + j), V::load(t + j));
+        if (Grad) {
+          const reg g = V::mul(r, V::load(scale + j));
+          if (Sum || gm != nullptr) put<V>(gm + j, g, stream);
+          if (!Sum && gt != nullptr) V::store(gt + j, V::neg(g));
+        }
+        if (Sum) V::store(sums + j, V::square_add(r, V::load(sums + j)));
+      }
+      for (; j < columns; ++j) {
+        const S r = element<V>(m, t, gm, gt, j, Grad ? scale[j] : S(0));
+        if (Sum) sums[j] += r * r;
+      }
+    }
+    if (Sum)
+      for (int64_t j = 0; j < columns; ++j) job.sum_sq[j] += static_cast<double>(sums[j]);
+  }
+  if (Grad && stream) V::fence();
+}
+
+template <class M, class T>
+struct Pair {
+  using V = std::conditional_t<std::is_same_v<M, double> || std::is_same_v<T, double>, VD, VF>;
+  static double sum_run(const Run& r) { return run<V, M, T, true, false>(r, false); }
+  static double sum_grad_run(const Run& r, bool stream) { return run<V, M, T, true, true>(r, stream); }
+  static void grad_run(const Run& r, bool stream) { run<V, M, T, false, true>(r, stream); }
+  static void sum_tile(const Tile& t) { tile<V, M, T, true, false>(t, false); }
+  static void sum_grad_tile(const Tile& t, bool stream) { tile<V, M, T, true, true>(t, stream); }
+  static void grad_tile(const Tile& t, bool stream) { tile<V, M, T, false, true>(t, stream); }
+  static constexpr Kernels table() { return {sum_run, sum_grad_run, grad_run, sum_tile, sum_grad_tile, grad_tile}; }
+};
+
+template <class P>
+void scale_row(const void* src, void* dst, int64_t n, double g) {
+  using V = std::conditional_t<std::is_same_v<P, double>, VD, VF>;
+  using S = typename V::Scalar;
+  const P* s = static_cast<const P*>(src);
+  P* d = static_cast<P*>(dst);
+  const auto vg = V::set1(static_cast<S>(g));
+  int64_t i = 0;
+  for (; n - i >= 4 * V::W; i += 4 * V::W) {
+    prefetch_block<V>(s + i);
+    for (int64_t u = 0; u < 4; ++u) V::store(d + i + u * V::W, V::mul(V::load(s + i + u * V::W), vg));
+  }
+  for (; i < n; ++i) V::put(d + i, V::get(s + i) * static_cast<S>(g));
+}
+
+constexpr InstructionSet instruction_set(const char* name) {
+  return {name,
+          {{Pair<float, float>::table(), Pair<float, double>::table(), Pair<float, bf16>::table(),
+            Pair<float, f16>::table()},
+           {Pair<double, float>::table(), Pair<double, double>::table(), Pair<double, bf16>::table(),
+            Pair<double, f16>::table()},
+           {Pair<bf16, float>::table(), Pair<bf16, double>::table(), Pair<bf16, bf16>::table(),
+            Pair<bf16, f16>::table()},
+           {Pair<f16, float>::table(), Pair<f16, double>::table(), Pair<f16, bf16>::table(), Pair<f16, f16>::table()}},
+          {scale_row<float>, scale_row<double>, scale_row<bf16>, scale_row<f16>}};
+}
+
+}  // namespace
+}  // namespace vidfast::cpu

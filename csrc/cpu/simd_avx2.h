@@ -1,0 +1,128 @@
+// AVX2 + FMA + F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include "half.h"
+
+namespace vidfast::cpu {
+namespace {
+
+inline __m256 widen_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
+
+inline __m128i narrow_bf16(__m256 f) {  // round to nearest even; NaN stays NaN
+  const __m256i u = _mm256_castps_si256(f);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  const __m256 nan = _mm256_cmp_ps(f, f, _CMP_UNORD_Q);
+  const __m256i h = _mm256_srli_epi32(
+      _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(quiet), nan)), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+}
+
+struct VF {
+  using Scalar = float;
+  using reg = __m256;
+  static constexpr int W = 8;
+  struct wide {
+    __m256d lo, hi;
+  };
+
+  static float get(const float* p) { return *p; }
+  static float get(const bf16* p) { return to_float(*p); }
+  static float get(const f16* p) { return _cvtsh_ss(p->bits); }
+  static void put(float* p, float x) { *p = x; }
+  static void put(bf16* p, float x) { *p = to_bf16(x); }
+  static void put(f16* p, float x) { p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+
+  static reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static reg load(const bf16* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static reg load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static __m128i narrow(bf16*, reg a) { return narrow_bf16(a); }
+  static __m128i narrow(f16*, reg a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+  static void store(float* p, reg a) { _mm256_storeu_ps(p, a); }
+  static void stream(float* p, reg a) { _mm256_stream_ps(p, a); }
+  template <class Half>
+  static void store(Half* p, reg a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p, a));
+  }
+  template <class Half>
+  static void stream(Half* p, reg a) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, a));
+  }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void fence() { _mm_sfence(); }
+
+  static reg set1(float x) { return _mm256_set1_ps(x); }
+  static reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }
+  static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
+  static reg neg(reg a) { return _mm256_xor_ps(a, _mm256_set1_ps(-0.0f)); }
+  static reg square_add(reg a, reg c) { return _mm256_fmadd_ps(a, a, c); }
+  static wide wide_zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+  static wide wide_add(const wide& w, reg a) {
+    return {_mm256_add_pd(w.lo, _mm256_cvtps_pd(_mm256_castps256_ps128(a))),
+            _mm256_add_pd(w.hi, _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)))};
+  }
+  static double wide_sum(const wide& w) {
+    alignas(32) double v[4];
+    _mm256_store_pd(v, _mm256_add_pd(w.lo, w.hi));
+    return (v[0] + v[1]) + (v[2] + v[3]);
+  }
+};
+
+struct VD {
+  using Scalar = double;
+  using reg = __m256d;
+  static constexpr int W = 4;
+  struct wide {
+    __m256d v;
+  };
+
+  static double get(const double* p) { return *p; }
+  static double get(const float* p) { return *p; }
+  static double get(const bf16* p) { return to_float(*p); }
+  static double get(const f16* p) { return _cvtsh_ss(p->bits); }
+  static void put(double* p, double x) { *p = x; }
+  static void put(float* p, double x) { *p = static_cast<float>(x); }
+  static void put(bf16* p, double x) { *p = to_bf16(static_cast<float>(x)); }
+  static void put(f16* p, double x) { p->bits = _cvtss_sh(static_cast<float>(x), _MM_FROUND_TO_NEAREST_INT); }
+
+  static __m128i load4(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+  static reg load(const double* p) { return _mm256_loadu_pd(p); }
+  static reg load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+  static reg load(const bf16* p) { return _mm256_cvtps_pd(_mm256_castps256_ps128(widen_bf16(load4(p)))); }
+  static reg load(const f16* p) { return _mm256_cvtps_pd(_mm_cvtph_ps(load4(p))); }
+  static void store(double* p, reg a) { _mm256_storeu_pd(p, a); }
+  static void store(float* p, reg a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a)); }
+  static void store(bf16* p, reg a) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), narrow_bf16(_mm256_castps128_ps256(_mm256_cvtpd_ps(a))));
+  }
+  static void store(f16* p, reg a) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(_mm256_cvtpd_ps(a), _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void stream(double* p, reg a) { _mm256_stream_pd(p, a); }
+  static void stream(float* p, reg a) { _mm_stream_ps(p, _mm256_cvtpd_ps(a)); }
+  template <class Half>
+  static void stream(Half* p, reg a) {
+    store(p, a);
+  }
+  static void prefetch(const void* p) { VF::prefetch(p); }
+  static void fence() { _mm_sfence(); }
+
+  static reg set1(double x) { return _mm256_set1_pd(x); }
+  static reg sub(reg a, reg b) { return _mm256_sub_pd(a, b); }
+  static reg mul(reg a, reg b) { return _mm256_mul_pd(a, b); }
+  static reg neg(reg a) { return _mm256_xor_pd(a, _mm256_set1_pd(-0.0)); }
+  static reg square_add(reg a, reg c) { return _mm256_fmadd_pd(a, a, c); }
+  static wide wide_zero() { return {_mm256_setzero_pd()}; }
+  static wide wide_add(const wide& w, reg a) { return {_mm256_add_pd(w.v, a)}; }
+  static double wide_sum(const wide& w) {
+    alignas(32) double v[4];
+    _mm256_store_pd(v, w.v);
+    return (v[0] + v[1]) + (v[2] + v[3]);
+  }
+};
+
+}  // namespace
+}  // namespace vidfast::cpu

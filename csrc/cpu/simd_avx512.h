@@ -1,0 +1,119 @@
+// AVX-512 F, BW, DQ, VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include "half.h"
+
+namespace vidfast::cpu {
+namespace {
+
+inline __m512 widen_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
+
+inline __m256i narrow_bf16(__m512 f) {  // round to nearest even; NaN stays NaN
+  const __m512i u = _mm512_castps_si512(f);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, quiet), 16));
+}
+
+struct VF {
+  using Scalar = float;
+  using reg = __m512;
+  static constexpr int W = 16;
+  struct wide {
+    __m512d lo, hi;
+  };
+
+  static float get(const float* p) { return *p; }
+  static float get(const bf16* p) { return to_float(*p); }
+  static float get(const f16* p) { return _cvtsh_ss(p->bits); }
+  static void put(float* p, float x) { *p = x; }
+  static void put(bf16* p, float x) { *p = to_bf16(x); }
+  static void put(f16* p, float x) { p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+
+  static reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static reg load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static reg load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static __m256i narrow(bf16*, reg a) { return narrow_bf16(a); }
+  static __m256i narrow(f16*, reg a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+  static void store(float* p, reg a) { _mm512_storeu_ps(p, a); }
+  static void stream(float* p, reg a) { _mm512_stream_ps(p, a); }
+  template <class Half>
+  static void store(Half* p, reg a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, a));
+  }
+  template <class Half>
+  static void stream(Half* p, reg a) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, a));
+  }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  static void fence() { _mm_sfence(); }
+
+  static reg set1(float x) { return _mm512_set1_ps(x); }
+  static reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }
+  static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
+  static reg neg(reg a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
+  static reg square_add(reg a, reg c) { return _mm512_fmadd_ps(a, a, c); }
+  static wide wide_zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+  static wide wide_add(const wide& w, reg a) {
+    return {_mm512_add_pd(w.lo, _mm512_cvtps_pd(_mm512_castps512_ps256(a))),
+            _mm512_add_pd(w.hi, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)))};
+  }
+  static double wide_sum(const wide& w) { return _mm512_reduce_add_pd(_mm512_add_pd(w.lo, w.hi)); }
+};
+
+struct VD {
+  using Scalar = double;
+  using reg = __m512d;
+  static constexpr int W = 8;
+  struct wide {
+    __m512d v;
+  };
+
+  static double get(const double* p) { return *p; }
+  static double get(const float* p) { return *p; }
+  static double get(const bf16* p) { return to_float(*p); }
+  static double get(const f16* p) { return _cvtsh_ss(p->bits); }
+  static void put(double* p, double x) { *p = x; }
+  static void put(float* p, double x) { *p = static_cast<float>(x); }
+  static void put(bf16* p, double x) { *p = to_bf16(static_cast<float>(x)); }
+  static void put(f16* p, double x) { p->bits = _cvtss_sh(static_cast<float>(x), _MM_FROUND_TO_NEAREST_INT); }
+
+  static __m128i load8(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  static void store8(void* p, __m128i h) { _mm_storeu_si128(static_cast<__m128i*>(p), h); }
+  static reg load(const double* p) { return _mm512_loadu_pd(p); }
+  static reg load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+  static reg load(const bf16* p) {
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load8(p)), 16)));
+  }
+  static reg load(const f16* p) { return _mm512_cvtps_pd(_mm256_cvtph_ps(load8(p))); }
+  static void store(double* p, reg a) { _mm512_storeu_pd(p, a); }
+  static void store(float* p, reg a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a)); }
+  static void store(bf16* p, reg a) {
+    store8(p, _mm256_castsi256_si128(narrow_bf16(_mm512_castps256_ps512(_mm512_cvtpd_ps(a)))));
+  }
+  static void store(f16* p, reg a) { store8(p, _mm256_cvtps_ph(_mm512_cvtpd_ps(a), _MM_FROUND_TO_NEAREST_INT)); }
+  static void stream(double* p, reg a) { _mm512_stream_pd(p, a); }
+  static void stream(float* p, reg a) { _mm256_stream_ps(p, _mm512_cvtpd_ps(a)); }
+  template <class Half>
+  static void stream(Half* p, reg a) {
+    store(p, a);
+  }
+  static void prefetch(const void* p) { VF::prefetch(p); }
+  static void fence() { _mm_sfence(); }
+
+  static reg set1(double x) { return _mm512_set1_pd(x); }
+  static reg sub(reg a, reg b) { return _mm512_sub_pd(a, b); }
+  static reg mul(reg a, reg b) { return _mm512_mul_pd(a, b); }
+  static reg neg(reg a) { return _mm512_xor_pd(a, _mm512_set1_pd(-0.0)); }
+  static reg square_add(reg a, reg c) { return _mm512_fmadd_pd(a, a, c); }
+  static wide wide_zero() { return {_mm512_setzero_pd()}; }
+  static wide wide_add(const wide& w, reg a) { return {_mm512_add_pd(w.v, a)}; }
+  static double wide_sum(const wide& w) { return _mm512_reduce_add_pd(w.v); }
+};
+
+}  // namespace
+}  // namespace vidfast::cpu

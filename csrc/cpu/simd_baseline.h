@@ -1,0 +1,99 @@
+// Vectors as plain arrays: the compiler turns them into whatever the build's target has (SSE2, NEON, ...).
+#pragma once
+
+#include "half.h"
+
+namespace vidfast::cpu {
+namespace {
+
+template <class S, int Lanes>
+struct Vector {
+  using Scalar = S;
+  static constexpr int W = Lanes;
+  struct reg {
+    S v[Lanes];
+  };
+  struct wide {
+    double v[Lanes];
+  };
+
+  static S get(const float* p) { return static_cast<S>(*p); }
+  static S get(const double* p) { return static_cast<S>(*p); }
+  static S get(const bf16* p) { return static_cast<S>(to_float(*p)); }
+  static S get(const f16* p) { return static_cast<S>(to_float(*p)); }
+  static void put(float* p, S x) { *p = static_cast<float>(x); }
+  static void put(double* p, S x) { *p = static_cast<double>(x); }
+  static void put(bf16* p, S x) { *p = to_bf16(static_cast<float>(x)); }
+  static void put(f16* p, S x) { *p = to_f16(static_cast<float>(x)); }
+
+  template <class T>
+  static reg load(const T* p) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = get(p + i);
+    return r;
+  }
+  template <class T>
+  static void store(T* p, const reg& a) {
+    for (int i = 0; i < W; ++i) put(p + i, a.v[i]);
+  }
+  template <class T>
+  static void stream(T* p, const reg& a) {
+    store(p, a);
+  }
+  static void prefetch(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#else
+    (void)p;
+#endif
+  }
+  static void fence() {}
+
+  static reg set1(S x) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = x;
+    return r;
+  }
+  static reg sub(const reg& a, const reg& b) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = a.v[i] - b.v[i];
+    return r;
+  }
+  static reg mul(const reg& a, const reg& b) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = a.v[i] * b.v[i];
+    return r;
+  }
+  static reg neg(const reg& a) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = -a.v[i];
+    return r;
+  }
+  // a * a + c
+  static reg square_add(const reg& a, const reg& c) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = a.v[i] * a.v[i] + c.v[i];
+    return r;
+  }
+  static wide wide_zero() {
+    wide w;
+    for (int i = 0; i < W; ++i) w.v[i] = 0;
+    return w;
+  }
+  static wide wide_add(const wide& w, const reg& a) {
+    wide r;
+    for (int i = 0; i < W; ++i) r.v[i] = w.v[i] + static_cast<double>(a.v[i]);
+    return r;
+  }
+  static double wide_sum(const wide& w) {
+    double s = 0;
+    for (int i = 0; i < W; ++i) s += w.v[i];
+    return s;
+  }
+};
+
+using VF = Vector<float, 8>;
+using VD = Vector<double, 4>;
+
+}  // namespace
+}  // namespace vidfast::cpu

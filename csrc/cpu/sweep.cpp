@@ -1,0 +1,185 @@
+#include "sweep.h"
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace vidfast::cpu {
+namespace {
+
+// Elements of one task: its tensors fit the second-level cache, and there are enough of them for any machine.
+constexpr int64_t kTask = 16384;
+// Below this many neighbouring elements of one channel, rows of several channels are walked instead of planes.
+constexpr int64_t kSmallPlane = 32;
+// Rows narrower than this are joined, where they lie back to back, so that vectors run full.
+constexpr int64_t kNarrowRow = 256;
+// Below this size a second thread costs more than it brings.
+constexpr int64_t kSerial = 32768;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class P>
+P* at(P* base, DType t, int64_t elements) {
+  using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
+  return base == nullptr ? nullptr : static_cast<Byte*>(base) + elements * size_of(t);
+}
+
+// Neighbouring elements of a channel are walked in runs; a task is some channels of some outer indices, or a
+// piece of one plane.
+void sweep_planes(const Problem& p, const Sweep& s, const Kernels& kernels, int threads) {
+  const bool pieces = p.inner > kTask;
+  const int64_t piece = pieces ? kTask : p.inner;
+  const int64_t n_pieces = ceil_div(p.inner, piece);
+  const int64_t channels_per_task = pieces ? 1 : std::clamp<int64_t>(kTask / p.inner, 1, p.channels);
+  const int64_t outer_per_task = channels_per_task < p.channels || pieces
+                                     ? 1
+                                     : std::clamp<int64_t>(kTask / (p.channels * p.inner), 1, p.outer);
+  const int64_t n_channel_blocks = ceil_div(p.channels, channels_per_task);
+  const int64_t n_outer_blocks = ceil_div(p.outer, outer_per_task);
+
+  std::unique_ptr<double[]> partial;  // [outer blocks, C, pieces]
+  if (s.sum_sq != nullptr) partial.reset(new double[n_outer_blocks * p.channels * n_pieces]);
+
+  parallel_for(n_outer_blocks * n_channel_blocks * n_pieces, threads, [&](int64_t task) {
+    const int64_t i_block = task % n_pieces;
+    const int64_t c_block = task / n_pieces % n_channel_blocks;
+    const int64_t o_block = task / n_pieces / n_channel_blocks;
+    const int64_t i = i_block * piece;
+    const int64_t c_begin = c_block * channels_per_task;
+    const int64_t c_end = std::min(p.channels, c_begin + channels_per_task);
+    const int64_t o_begin = o_block * outer_per_task;
+    const int64_t o_end = std::min(p.outer, o_begin + outer_per_task);
+    for (int64_t o = o_begin; o < o_end; ++o) {
+      for (int64_t c = c_begin; c < c_end; ++c) {
+        const int64_t offset = c * p.inner + i;
+        const auto where = [&](const View& v) { return at(v.data, v.dtype, o * v.outer_stride + offset); };
+        Run run{where(p.mean),
+                where(p.target),
+                where(s.grad_mean),
+                where(s.grad_target),
+                std::min(piece, p.inner - i),
+                s.scale != nullptr ? s.scale[c] : 0.0};
+        if (s.sum_sq == nullptr) {
+          kernels.grad_run(run, s.stream);
+          continue;
+        }
+        double* sum = &partial[(o_block * p.channels + c) * n_pieces + i_block];
+        const double sum_sq = s.scale != nullptr ? kernels.sum_grad_run(run, s.stream) : kernels.sum_run(run);
+        *sum = o == o_begin ? sum_sq : *sum + sum_sq;
+      }
+    }
+  });
+
+  if (s.sum_sq == nullptr) return;
+  for (int64_t c = 0; c < p.channels; ++c) s.sum_sq[c] = 0;
+  for (int64_t o = 0; o < n_outer_blocks; ++o)
+    for (int64_t c = 0; c < p.channels; ++c)
+      for (int64_t i = 0; i < n_pieces; ++i) s.sum_sq[c] += partial[(o * p.channels + c) * n_pieces + i];
+}
+
+// Rows of columns, column j belonging to channel (j / inner) % C. Rows [begin, end) are taken `join` at a time
+// as one wider row; sum_sq accumulates.
+void sweep_rows(const Problem& p, const Sweep& s, const Kernels& kernels, int64_t begin, int64_t end, int64_t join,
+                int threads) {
+  const int64_t width = p.channels * p.inner;
+  const int64_t columns = width * join;
+  const int64_t rows = (end - begin) / join;
+  if (rows == 0) return;
+  const int64_t n_tiles = ceil_div(columns, kTileColumns);
+  // Tiles begin at multiples of 16 columns, so that an aligned row has aligned tiles.
+  const int64_t tile_columns = std::min(kTileColumns, ceil_div(ceil_div(columns, n_tiles), 16) * 16);
+  const int64_t n_column_blocks = ceil_div(columns, tile_columns);
+  const int64_t tile_rows = std::max<int64_t>(kRun, kTask / tile_columns / kRun * kRun);
+  const int64_t n_row_blocks = ceil_div(rows, tile_rows);
+
+  const bool f64 = computes_in_f64(p.mean.dtype, p.target.dtype);
+  std::unique_ptr<double[]> partial;  // [row blocks, columns]
+  if (s.sum_sq != nullptr) partial.reset(new double[n_row_blocks * columns]);
+  std::unique_ptr<char[]> scale;  // [columns], in the compute type
+  if (s.scale != nullptr) {
+    scale.reset(new char[columns * (f64 ? 8 : 4)]);
+    for (int64_t j = 0; j < columns; ++j) {
+      const double value = s.scale[j / p.inner % p.channels];
+      if (f64)
+        reinterpret_cast<double*>(scale.get())[j] = value;
+      else
+        reinterpret_cast<float*>(scale.get())[j] = static_cast<float>(value);
+    }
+  }
+  const auto stride = [&](const View& v) { return v.outer_stride * join; };
+  const bool stream = s.stream && reinterpret_cast<uintptr_t>(at(s.grad_mean.data, s.grad_mean.dtype,
+                                                                 begin * s.grad_mean.outer_stride)) % 64 == 0 &&
+                      (rows == 1 || stride(s.grad_mean) * size_of(s.grad_mean.dtype) % 64 == 0);
+
+  parallel_for(n_row_blocks * n_column_blocks, threads, [&](int64_t task) {
+    const int64_t j = task % n_column_blocks * tile_columns;
+    const int64_t row = task / n_column_blocks * tile_rows;
+    const auto where = [&](const View& v) {
+      return at(v.data, v.dtype, (begin + row * join) * v.outer_stride + j);
+    };
+    Tile tile{where(p.mean),
+              where(p.target),
+              where(s.grad_mean),
+              where(s.grad_target),
+              stride(p.mean),
+              stride(p.target),
+              stride(s.grad_mean),
+              stride(s.grad_target),
+              std::min(tile_rows, rows - row),
+              std::min(tile_columns, columns - j),
+              scale ? scale.get() + j * (f64 ? 8 : 4) : nullptr,
+              partial ? &partial[task / n_column_blocks * columns + j] : nullptr};
+    if (s.sum_sq == nullptr)
+      kernels.grad_tile(tile, stream);
+    else if (s.scale != nullptr)
+      kernels.sum_grad_tile(tile, stream);
+    else
+      kernels.sum_tile(tile);
+  });
+
+  if (s.sum_sq == nullptr) return;
+  for (int64_t b = 1; b < n_row_blocks; ++b)
+    for (int64_t j = 0; j < columns; ++j) partial[j] += partial[b * columns + j];
+  for (int64_t join_row = 0, j = 0; join_row < join; ++join_row)
+    for (int64_t c = 0; c < p.channels; ++c)
+      for (int64_t i = 0; i < p.inner; ++i, ++j) s.sum_sq[c] += partial[j];
+}
+
+}  // namespace
+
+void sweep(const Problem& whole, const Sweep& s, int threads) {
+  Problem p = whole;
+  const auto back_to_back = [&](const View& v) {
+    return v.data == nullptr || v.outer_stride == p.channels * p.inner || p.outer == 1;
+  };
+  const bool contiguous =
+      back_to_back(p.mean) && back_to_back(p.target) && back_to_back(s.grad_mean) && back_to_back(s.grad_target);
+  if (p.channels == 1 && contiguous) {
+    p.inner *= p.outer;
+    p.outer = 1;
+  }
+  if (p.outer * p.channels * p.inner < kSerial) threads = 1;
+  const Kernels& kernels =
+      active_kernels().pair[static_cast<int>(p.mean.dtype)][static_cast<int>(p.target.dtype)];
+  if (p.inner >= kSmallPlane || p.channels == 1) {
+    sweep_planes(p, s, kernels, threads);
+    return;
+  }
+  const int64_t width = p.channels * p.inner;
+  int64_t join = 1;
+  if (contiguous && width < kNarrowRow) {
+    // A multiple of 16 keeps joined rows aligned; no more than there are rows.
+    join = 16 * ceil_div(kNarrowRow, 16 * width);
+    if (join > p.outer) join = p.outer;
+  }
+  if (s.sum_sq != nullptr)
+    for (int64_t c = 0; c < p.channels; ++c) s.sum_sq[c] = 0;
+  const int64_t joined = p.outer / join * join;
+  sweep_rows(p, s, kernels, 0, joined, join, threads);
+  sweep_rows(p, s, kernels, joined, p.outer, 1, threads);
+}
+
+}  // namespace vidfast::cpu

@@ -1,0 +1,61 @@
+// The one interface of the native code: what a Gaussian negative log-likelihood problem is, and the
+// primitives that every back end offers. Raw addresses, extents and dtypes; nothing of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace vidfast {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+inline int64_t size_of(DType t) {
+  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
+}
+
+// A dense view of an activation: element (o, c, i) lies at data + o * outer_stride + c * inner + i,
+// in elements. Every layout of torch that vidfast takes without a copy is of this form.
+struct View {
+  void* data = nullptr;
+  int64_t outer_stride = 0;
+  DType dtype = DType::f32;
+};
+
+struct Problem {
+  int64_t outer, channels, inner;  // N = outer * channels * inner
+  View mean, target;               // [outer, C, inner]
+  const void* alpha;               // [C], contiguous
+  DType alpha_dtype;
+  double eps;   // variance_c = softplus(alpha_c) + eps
+  double k;     // weight / N ("mean"), weight ("sum"), weight / B ("batchmean")
+  bool full;    // adds k * N / 2 * log(2 pi) to the loss
+};
+
+namespace cpu {
+
+// loss = k * sum_c [ M/2 log v_c + S_c / (2 v_c) ];  sum_sq [C] fp64 receives S_c = sum r^2, r = mean - target.
+void forward(const Problem& p, void* loss, DType loss_dtype, double* sum_sq, int threads);
+
+// The same loss, and for an incoming gradient of 1: grad_mean = k r / v_c in its own dtype, which may lie
+// exactly over mean, and grad_alpha [C] in fp64. `fresh`: grad_mean's pages were just allocated.
+void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha,
+                  bool fresh, int threads);
+
+// Gradients for the incoming gradient *g, a scalar in memory. Any of the three outputs may be absent (nullptr).
+// sum_sq [C] is forward's; mean and target are read only if grad_mean or grad_target is wanted.
+void backward(const Problem& p, const void* g, DType g_dtype, const double* sum_sq, const View& grad_mean,
+              const View& grad_target, void* grad_alpha, int threads);
+
+// dst = src * *g over [outer, row] elements of one dtype; src == dst is allowed and then *g == 1 touches nothing.
+// grad_alpha_out [C] (alpha's dtype) = grad_alpha [C] (fp64) * *g; either pair may be absent.
+void scale(const void* g, DType g_dtype, int64_t outer, int64_t row, const View& src, const View& dst,
+           int64_t channels, const double* grad_alpha, void* grad_alpha_out, DType alpha_dtype, int threads);
+
+// The instruction set in use ("baseline", "avx2", "avx512"); select() returns false for one this processor lacks.
+const char* isa();
+bool select_isa(const char* name);
+
+// The OpenMP runtime whose threads are used, or "none".
+const char* openmp_runtime();
+
+}  // namespace cpu
+}  // namespace vidfast

@@ -1,0 +1,34 @@
+"""The native extension; csrc/bindings.cpp."""
+
+version: str
+
+def cpu_forward(
+    mean: int, mean_stride: int, mean_dtype: int,
+    target: int, target_stride: int, target_dtype: int,
+    alpha: int, alpha_dtype: int,
+    outer: int, channels: int, inner: int, k: float, eps: float, full: bool,
+    loss: int, loss_dtype: int, sum_sq: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def cpu_forward_grad(
+    mean: int, mean_stride: int, mean_dtype: int,
+    target: int, target_stride: int, target_dtype: int,
+    alpha: int, alpha_dtype: int,
+    outer: int, channels: int, inner: int, k: float, eps: float, full: bool,
+    loss: int, loss_dtype: int, grad_mean: int, grad_stride: int, grad_alpha: int, fresh: bool, threads: int, /,
+) -> None: ...  # fmt: skip
+def cpu_backward(
+    mean: int, mean_stride: int, mean_dtype: int,
+    target: int, target_stride: int, target_dtype: int,
+    alpha: int, alpha_dtype: int,
+    outer: int, channels: int, inner: int, k: float, eps: float, full: bool,
+    g: int, g_dtype: int, sum_sq: int,
+    grad_mean: int, grad_mean_stride: int, grad_target: int, grad_target_stride: int, grad_alpha: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def cpu_scale(
+    g: int, g_dtype: int, outer: int, row: int,
+    src: int, src_stride: int, dst: int, dst_stride: int, dtype: int,
+    channels: int, grad_alpha: int, grad_alpha_out: int, alpha_dtype: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def cpu_isa() -> str: ...
+def cpu_select_isa(name: str) -> bool: ...
+def cpu_openmp_runtime() -> str: ...

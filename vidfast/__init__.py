@@ -1,0 +1,8 @@
+"""vidfast: fused kernels for Variational Information Distillation (Ahn et al., CVPR 2019)."""
+
+from vidfast._version import __version__
+from vidfast.dispatch import info
+from vidfast.nll import GaussianNLL, gaussian_nll, log_likelihood_map
+from vidfast.vid import VIDLoss
+
+__all__ = ["GaussianNLL", "VIDLoss", "__version__", "gaussian_nll", "info", "log_likelihood_map"]

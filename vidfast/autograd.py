@@ -1,0 +1,192 @@
+"""The two strategies as autograd Functions. docs/kernel-notes.md counts their bytes.
+
+one_pass writes d/d mean while it sums the loss, as if the incoming gradient g were 1; backward multiplies by g.
+two_pass keeps mean and target and computes the gradients, times g, in backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from vidfast import reference
+from vidfast.backends import Backend
+from vidfast.layout import Layout, prepare
+
+
+class Call(NamedTuple):
+    """Everything about a call but its tensors."""
+
+    backend: Backend
+    channel: int
+    eps: float
+    reduction: str
+    full: bool
+    weight: float
+    k: float
+
+
+# mean and target as the kernels walk them (the arguments themselves, or detached copies), and how.
+Walked = tuple[Tensor, Tensor, Layout]
+
+
+_keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+
+
+def graph_is_retained() -> bool:
+    """Whether the backward pass that is running may be run again; True where torch cannot tell."""
+    return _keep_graph is None or bool(_keep_graph())
+
+
+NO_FORWARD_MODE = (
+    "vidfast.gaussian_nll's kernels have no forward-mode derivative: use backend='reference' for it"
+)
+
+
+class _NotTwice(torch.autograd.Function):
+    """Passes gradients on; differentiating them is an error that says what to do."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, anchor: Tensor, *grads: Tensor) -> Any:
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "strategy='one_pass' keeps only the first derivative of gaussian_nll: "
+            "for a second one use strategy='two_pass'"
+        )
+
+
+def _not_twice(*grads: Tensor | None) -> list[Tensor | None]:
+    """The gradients, made to require grad so that a second derivative never silently comes out as zero."""
+    present = [g for g in grads if g is not None]
+    anchor = torch.zeros((), requires_grad=True)
+    passed = iter(_NotTwice.apply(anchor, *present))  # type: ignore[no-untyped-call]
+    return [None if g is None else next(passed) for g in grads]
+
+
+class OnePass(torch.autograd.Function):
+    """loss = f(mean, target, alpha), with d/d mean already made. inplace: over mean's memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, call: Call, walked: Walked, inplace: bool
+    ) -> Tensor:
+        loss, grad_mean, grad_alpha = call.backend.forward_grad(
+            walked[0], walked[1], alpha.contiguous(), walked[2], call.k, call.eps, call.full, inplace
+        )
+        if inplace:
+            # a producer that saved its output now finds it changed, instead of using a gradient for it
+            torch.autograd.graph.increment_version(mean)
+        ctx.save_for_backward(grad_mean, grad_alpha)
+        ctx.call = call
+        ctx.alpha_dtype = alpha.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        grad_mean, grad_alpha = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        grad_mean, grad_alpha = ctx.call.backend.scale(
+            g.resolve_neg(),
+            grad_mean if wants[0] else None,
+            ctx.call.channel,
+            grad_alpha if wants[2] else None,
+            ctx.alpha_dtype,
+            not graph_is_retained(),
+        )
+        if torch.is_grad_enabled():
+            grad_mean, grad_alpha = _not_twice(grad_mean, grad_alpha)
+        return grad_mean, None, grad_alpha, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(NO_FORWARD_MODE)
+
+
+class TwoPass(torch.autograd.Function):
+    """loss = f(mean, target, alpha), differentiable twice and in target."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, call: Call, walked: Walked) -> Tensor:
+        loss, sum_sq = call.backend.forward(
+            walked[0], walked[1], alpha.contiguous(), walked[2], call.k, call.eps, call.full
+        )
+        wants = ctx.needs_input_grad
+        # for alpha alone the sums of squares are enough, and the activations go free
+        ctx.save_for_backward(alpha, sum_sq, *((mean, target) if wants[0] or wants[1] else ()))
+        ctx.call = call
+        ctx.layout = walked[2]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        call: Call = ctx.call
+        wants: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
+        alpha, sum_sq, *activations = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_differentiable(g, alpha, sum_sq, activations, call, ctx.layout, wants), None, None)
+        mean = target = None
+        layout: Layout = ctx.layout
+        if activations:
+            mean, target, layout = prepare(activations[0], activations[1], call.channel)
+        grads = call.backend.backward(
+            g.resolve_neg(), mean, target, alpha.contiguous(), sum_sq, layout, call.k, call.eps, wants
+        )
+        return (*grads, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(NO_FORWARD_MODE)
+
+
+def _differentiable(
+    g: Tensor,
+    alpha: Tensor,
+    sum_sq: Tensor,
+    activations: list[Tensor],
+    call: Call,
+    layout: Layout,
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """The same gradients as functions of g and the inputs, by way of the reference (create_graph=True)."""
+    if activations:
+        mean, target = activations
+        inputs = (mean, target, alpha)
+        loss = reference.gaussian_nll(
+            mean,
+            target,
+            alpha,
+            channel_dim=call.channel,
+            eps=call.eps,
+            reduction=call.reduction,
+            full=call.full,
+            weight=call.weight,
+        )
+    else:
+        inputs = (alpha, alpha, alpha)  # only the last is wanted
+        wide = alpha.double()
+        variance = torch.logaddexp(wide, torch.zeros_like(wide)) + call.eps
+        count = layout.outer * layout.inner
+        loss = (call.k * 0.5 * (count * torch.log(variance) + sum_sq / variance).sum()).to(g.dtype)
+    wanted = [x for x, w in zip(inputs, wants, strict=True) if w]
+    found = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
+    return tuple(next(found) if w else None for w in wants)
+
+
+def one_pass(
+    mean: Tensor, target: Tensor, alpha: Tensor, call: Call, walked: Walked, inplace: bool
+) -> Tensor:
+    """The loss by :class:`OnePass`."""
+    loss: Tensor = OnePass.apply(mean, target, alpha, call, walked, inplace)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def two_pass(mean: Tensor, target: Tensor, alpha: Tensor, call: Call, walked: Walked) -> Tensor:
+    """The loss by :class:`TwoPass`."""
+    loss: Tensor = TwoPass.apply(mean, target, alpha, call, walked)  # type: ignore[no-untyped-call]
+    return loss

@@ -1,0 +1,120 @@
+"""Which back end runs, and why."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import warnings
+
+import torch
+from torch import Tensor
+
+from vidfast._version import __version__
+from vidfast.backends import Backend
+
+log = logging.getLogger("vidfast")
+
+# The order of preference; a back end is one module `vidfast.backends.<name>` with a BACKEND.
+NAMES = ("cpu",)
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_loaded: dict[str, Backend] = {}
+_picked: set[tuple[str, str]] = set()
+_functorch_stack = torch._C._functorch.peek_interpreter_stack
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def load(name: str) -> Backend:
+    """The back end of that name, imported on first use."""
+    if name not in _loaded:
+        from importlib import import_module
+
+        _loaded[name] = import_module(f"vidfast.backends.{name}").BACKEND
+    return _loaded[name]
+
+
+def not_raw(*tensors: Tensor) -> str | None:
+    """None if every tensor's memory may be handed to native code, or the reason why not.
+
+    Only plain strided tensors have an address at which their values lie: a fake tensor's is 0, a subclass
+    gives its own meaning to operations, a wrapped or lazily negated one holds other values than it shows.
+    """
+    for x in tensors:
+        if type(x) not in _PLAIN:
+            return f"{type(x).__module__}.{type(x).__qualname__} is a tensor subclass"
+        if x.is_neg():
+            return "a lazily negated tensor (is_neg) holds other values than it shows"
+    if _dispatch_modes():
+        return "a torch dispatch mode is active"
+    return None
+
+
+def in_functorch(*tensors: Tensor) -> bool:
+    """Whether one of them is inside a torch.func transform."""
+    return _functorch_stack() is not None and any(_is_wrapped(x) for x in tensors)
+
+
+def check_name(backend: str) -> None:
+    """:raises ValueError: there is no back end of that name."""
+    if backend not in ("auto", "reference", *NAMES):
+        raise ValueError(f"backend must be one of {('auto', 'reference', *NAMES)}, got {backend!r}")
+
+
+def choose(wanted: str, mean: Tensor, target: Tensor, alpha: Tensor) -> Backend | None:
+    """The back end for this call; None is the reference.
+
+    :raises ValueError: there is no back end of that name.
+    :raises RuntimeError: the back end asked for by name cannot run, with the reason.
+    """
+    if wanted == "reference":
+        return None
+    obstacle = not_raw(mean, target, alpha)
+    if wanted == "auto":
+        kind = mean.device.type
+        reasons = []
+        if obstacle is None:
+            for name in NAMES:
+                backend = load(name)
+                reason = backend.supports(mean, target, alpha)
+                if reason is None:
+                    _note(kind, name, "")
+                    return backend
+                reasons.append(f"{name}: {reason}")
+        _note(kind, "reference", obstacle or "; ".join(reasons))
+        return None
+    check_name(wanted)
+    backend = load(wanted)
+    reason = obstacle or backend.supports(mean, target, alpha)
+    if reason is not None:
+        raise RuntimeError(f"backend={wanted!r} cannot run here: {reason}")
+    return backend
+
+
+def _note(kind: str, name: str, reason: str) -> None:
+    if (kind, name) in _picked:
+        return
+    _picked.add((kind, name))
+    log.debug("backend %s for tensors on %s%s", name, kind, f" ({reason})" if reason else "")
+    if name == "reference" and kind == "cpu" and load("cpu").unavailable() is not None:
+        warnings.warn(f"vidfast runs its slow reference: {reason}", RuntimeWarning, stacklevel=5)
+
+
+def info() -> dict[str, object]:
+    """What vidfast is on this machine: versions, and for each back end whether it runs, what it uses, or why not.
+
+    `auto` takes the first of `backends` that is available and supports the tensors, else the reference. What
+    was picked is logged once per device at level DEBUG by the logger "vidfast". A target laid out in memory
+    otherwise than its mean, and a mean that is expanded or overlapping, are copied before the kernel runs.
+    """
+    backends: dict[str, object] = {}
+    for name in NAMES:
+        backend = load(name)
+        reason = backend.unavailable()
+        backends[name] = {"available": reason is None, **({"reason": reason} if reason else backend.info())}
+    return {
+        "vidfast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "backends": backends,
+    }

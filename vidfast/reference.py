@@ -1,0 +1,75 @@
+"""Equation 5 of the VID paper (Ahn et al., CVPR 2019) as plain differentiable PyTorch.
+
+The specification of every back end and the oracle of their tests: it is written out from the paper, shares
+nothing with the kernels, runs on any device and in any dtype, and differentiates as often as asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def variance(alpha: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """(C,) softplus(alpha) + eps, in `dtype` (alpha's own if None)."""
+    # logaddexp(alpha, 0) is softplus without F.softplus's cut-off at 20; fp64 wherever the device has it.
+    wide = alpha if alpha.device.type == "mps" else alpha.double()
+    return (torch.logaddexp(wide, torch.zeros_like(wide)) + eps).to(dtype or alpha.dtype)
+
+
+def _elementwise(
+    mean: Tensor, target: Tensor, alpha: Tensor, channel_dim: int, eps: float, full: bool
+) -> Tensor:
+    """-log q(t|s) per element: log sigma + (t - mu)^2 / (2 sigma^2), and 1/2 log 2 pi if `full`."""
+    wide = torch.float64 in (mean.dtype, target.dtype)
+    dtype = torch.float64 if wide else torch.float32
+    shape = [1] * mean.dim()
+    shape[channel_dim] = -1
+    v = variance(alpha, eps, dtype).view(shape)
+    residual = target.to(dtype) - mean.to(dtype)
+    nll = 0.5 * (torch.log(v) + residual.square() / v)
+    return nll + 0.5 * math.log(2 * math.pi) if full else nll
+
+
+def gaussian_nll(
+    mean: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    *,
+    channel_dim: int = 1,
+    eps: float = 1e-5,
+    reduction: str = "mean",
+    full: bool = False,
+    weight: float = 1.0,
+) -> Tensor:
+    """The negative log-likelihood of `target` under N(mean, softplus(alpha) + eps), unchecked.
+
+    Shapes, dtypes and meanings are those of :func:`vidfast.gaussian_nll`. fp64 if mean or target is, else fp32.
+    """
+    with _no_autocast(mean):
+        nll = _elementwise(mean, target, alpha, channel_dim, eps, full)
+        if reduction == "none":
+            return weight * nll
+        if reduction == "sum":
+            return weight * nll.sum()
+        if reduction == "batchmean":
+            return weight * nll.sum() / mean.shape[0]
+        return weight * nll.mean()
+
+
+def log_likelihood_map(
+    mean: Tensor, target: Tensor, alpha: Tensor, *, channel_dim: int = 1, eps: float = 1e-5
+) -> Tensor:
+    """sum over channels of log q(t|s), unchecked; see :func:`vidfast.log_likelihood_map`."""
+    with _no_autocast(mean):
+        return -_elementwise(mean, target, alpha, channel_dim, eps, full=True).sum(channel_dim)

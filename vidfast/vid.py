@@ -1,0 +1,156 @@
+"""VIDLoss: the drop-in replacement of the class that distillation repositories share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vidfast import dispatch, reference
+from vidfast.arguments import check_initial_variance, check_options
+from vidfast.nll import gaussian_nll
+
+_POOL: dict[int, Callable[..., Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
+
+
+def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both features at the smaller size of the two along every spatial axis, by adaptive average pooling.
+
+    (B, C, *spatial) each, with 0 to 3 spatial axes; only a side that is larger somewhere is pooled.
+
+    :raises ValueError: the numbers of axes or the batch sizes differ.
+    """
+    if student.dim() != teacher.dim() or student.dim() < 2 or student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            "student and teacher features must be (B, C, *spatial) with one batch and number of axes, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    size = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
+
+    def pooled(x: Tensor) -> Tensor:
+        if list(x.shape[2:]) == size:
+            return x
+        if len(size) not in _POOL:
+            raise ValueError(f"features of different size can have 1 to 3 spatial axes, got {tuple(x.shape)}")
+        out: Tensor = _POOL[len(size)](x, size)
+        return out
+
+    return pooled(student), pooled(teacher)
+
+
+class VIDLoss(nn.Module):
+    """VID-I for one pair of layers: a regressor of three 1x1 convolutions and the Gaussian NLL of equation 5.
+
+    The constructor and the checkpoint keys (`log_scale`, `regressor.{0,2,4}.weight`) are those of the VIDLoss
+    that distillation repositories share; checkpoints that call the parameter `soft_plus_param` or `alpha` load
+    too. Differing spatial sizes are pooled to the smaller along each axis.
+
+    :param num_input_channels: the student feature's channels.
+    :param num_mid_channel: the regressor's hidden width (the paper: twice the target's channels).
+    :param num_target_channels: C, the teacher feature's channels.
+    :param init_pred_var: the initial variance of every channel.
+    :param weight: a factor of the loss; in here it costs nothing.
+    :param reduction: "mean", "sum" or "batchmean", as in :func:`vidfast.gaussian_nll`.
+    :raises ValueError: init_pred_var <= eps, or an unknown name.
+    """
+
+    log_scale: nn.Parameter
+
+    def __init__(
+        self,
+        num_input_channels: int,
+        num_mid_channel: int,
+        num_target_channels: int,
+        init_pred_var: float = 5.0,
+        eps: float = 1e-5,
+        *,
+        weight: float = 1.0,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("num_input_channels", num_input_channels),
+            ("num_mid_channel", num_mid_channel),
+            ("num_target_channels", num_target_channels),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        check_options(eps, reduction, weight)
+        if reduction == "none":
+            raise ValueError("reduction must be 'mean', 'sum' or 'batchmean', got 'none'")
+        dispatch.check_name(backend)
+        self.regressor = nn.Sequential(
+            nn.Conv2d(num_input_channels, num_mid_channel, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(num_mid_channel, num_mid_channel, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(num_mid_channel, num_target_channels, 1, bias=False),
+        )
+        alpha = check_initial_variance(init_pred_var, eps)
+        self.log_scale = nn.Parameter(torch.full((num_target_channels,), alpha, dtype=torch.float32))
+        self.eps = eps
+        self.weight = weight
+        self.reduction = reduction
+        self.backend = backend
+
+    @property
+    def variance(self) -> Tensor:
+        """(C,) softplus(log_scale) + eps."""
+        return reference.variance(self.log_scale, self.eps)
+
+    def forward(self, student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
+        """The loss, a scalar (fp64 if a feature is, else fp32). No gradient goes to the teacher.
+
+        :param student_feature: (B, num_input_channels, *spatial), 0 to 3 spatial axes, any floating dtype.
+        :param teacher_feature: (B, num_target_channels, *spatial), likewise.
+        :raises ValueError: channels, batch or number of axes do not fit.
+        """
+        for name, x, channels in (
+            ("student_feature", student_feature, self.regressor[0].in_channels),
+            ("teacher_feature", teacher_feature, self.regressor[4].out_channels),
+        ):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+            if x.dim() < 2 or x.shape[1] != channels:
+                raise ValueError(f"{name} must be (B, {channels}, *spatial), got {tuple(x.shape)}")
+        student, teacher = match_spatial(student_feature, teacher_feature.detach())
+        dtype = next(self.regressor.parameters()).dtype
+        if not torch.is_autocast_enabled(student.device.type) and student.dtype != dtype:
+            student = student.to(dtype)
+        if student.dim() != 4:  # a 1x1 convolution does not mind how positions are arranged
+            student = student.flatten(2).unsqueeze(-1) if student.dim() > 2 else student[:, :, None, None]
+            teacher = teacher.flatten(2).unsqueeze(-1) if teacher.dim() > 2 else teacher[:, :, None, None]
+        mean = self.regressor(student)
+        return gaussian_nll(
+            mean,
+            teacher,
+            self.log_scale,
+            eps=self.eps,
+            reduction=self.reduction,
+            weight=self.weight,
+            inplace=True,  # mean is the output of our own convolution, which does not read it in backward
+            backend=self.backend,
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        key = prefix + "log_scale"
+        for other in ("soft_plus_param", "alpha"):
+            if key not in state_dict and prefix + other in state_dict:
+                state_dict[key] = state_dict.pop(prefix + other)
+        saved = state_dict.get(key)
+        if isinstance(saved, Tensor) and saved.dim() != 1 and saved.numel() == self.log_scale.numel():
+            state_dict[key] = saved.reshape(-1)  # stored as (1, C, 1, 1) by some
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, weight={self.weight}, reduction={self.reduction!r}, backend={self.backend!r}"
