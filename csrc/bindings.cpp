@@ -60,8 +60,8 @@ void cpu_backward(Address mean, int64_t mean_stride, int mean_dtype, Address tar
                   int64_t grad_mean_stride, Address grad_target, int64_t grad_target_stride, Address grad_alpha,
                   int threads) {
   py::gil_scoped_release release;
-  vidfast::cpu::backward(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha,
-                                 alpha_dtype, outer, channels, inner, k, eps, full),
+  vidfast::cpu::backward(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha, alpha_dtype,
+                                 outer, channels, inner, k, eps, full),
                          reinterpret_cast<const void*>(g), static_cast<DType>(g_dtype),
                          reinterpret_cast<const double*>(sum_sq), view(grad_mean, grad_mean_stride, mean_dtype),
                          view(grad_target, grad_target_stride, target_dtype), reinterpret_cast<void*>(grad_alpha),

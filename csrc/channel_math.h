@@ -17,7 +17,8 @@ constexpr double kLog2Pi = 1.8378770664093454835606594728112;
 
 struct Channel {
   double variance;  // softplus(alpha) + eps
-  double sigmoid;   // d variance / d alpha
+  double log_variance;
+  double sigmoid;  // d variance / d alpha
 };
 
 // softplus(a) = max(a, 0) + log1p(exp(-|a|)): exp never overflows, and tiny variances keep their digits.
@@ -26,13 +27,14 @@ VIDFAST_HD inline Channel channel_of(double alpha, double eps) {
   const double l = log1p(e);
   Channel c;
   c.variance = (alpha > 0 ? alpha + l : (alpha <= 0 ? l : alpha)) + eps;  // the last arm keeps NaN
+  c.log_variance = log(c.variance);
   c.sigmoid = (alpha >= 0 ? 1.0 : e) / (1.0 + e);
   return c;
 }
 
 // M/2 log v + S/(2 v): equation 5 of the paper summed over one channel's M elements, without the constant.
-VIDFAST_HD inline double channel_loss(double variance, double sum_sq, double m) {
-  return 0.5 * (m * log(variance) + sum_sq / variance);
+VIDFAST_HD inline double channel_loss(const Channel& c, double sum_sq, double m) {
+  return 0.5 * (m * c.log_variance + sum_sq / c.variance);
 }
 
 // d channel_loss / d alpha = [M/(2 v) - S/(2 v^2)] sigmoid(alpha).

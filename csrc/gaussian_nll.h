@@ -3,14 +3,13 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace vidfast {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
-inline int64_t size_of(DType t) {
-  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
-}
+inline int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 // A dense view of an activation: element (o, c, i) lies at data + o * outer_stride + c * inner + i,
 // in elements. Every layout of torch that vidfast takes without a copy is of this form.
@@ -25,9 +24,9 @@ struct Problem {
   View mean, target;               // [outer, C, inner]
   const void* alpha;               // [C], contiguous
   DType alpha_dtype;
-  double eps;   // variance_c = softplus(alpha_c) + eps
-  double k;     // weight / N ("mean"), weight ("sum"), weight / B ("batchmean")
-  bool full;    // adds k * N / 2 * log(2 pi) to the loss
+  double eps;  // variance_c = softplus(alpha_c) + eps
+  double k;    // weight / N ("mean"), weight ("sum"), weight / B ("batchmean")
+  bool full;   // adds k * N / 2 * log(2 pi) to the loss
 };
 
 namespace cpu {
@@ -37,8 +36,8 @@ void forward(const Problem& p, void* loss, DType loss_dtype, double* sum_sq, int
 
 // The same loss, and for an incoming gradient of 1: grad_mean = k r / v_c in its own dtype, which may lie
 // exactly over mean, and grad_alpha [C] in fp64. `fresh`: grad_mean's pages were just allocated.
-void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha,
-                  bool fresh, int threads);
+void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha, bool fresh,
+                  int threads);
 
 // Gradients for the incoming gradient *g, a scalar in memory. Any of the three outputs may be absent (nullptr).
 // sum_sq [C] is forward's; mean and target are read only if grad_mean or grad_target is wanted.
@@ -47,8 +46,8 @@ void backward(const Problem& p, const void* g, DType g_dtype, const double* sum_
 
 // dst = src * *g over [outer, row] elements of one dtype; src == dst is allowed and then *g == 1 touches nothing.
 // grad_alpha_out [C] (alpha's dtype) = grad_alpha [C] (fp64) * *g; either pair may be absent.
-void scale(const void* g, DType g_dtype, int64_t outer, int64_t row, const View& src, const View& dst,
-           int64_t channels, const double* grad_alpha, void* grad_alpha_out, DType alpha_dtype, int threads);
+void scale(const void* g, DType g_dtype, int64_t outer, int64_t row, const View& src, const View& dst, int64_t channels,
+           const double* grad_alpha, void* grad_alpha_out, DType alpha_dtype, int threads);
 
 // The instruction set in use ("baseline", "avx2", "avx512"); select() returns false for one this processor lacks.
 const char* isa();
@@ -58,4 +57,33 @@ bool select_isa(const char* name);
 const char* openmp_runtime();
 
 }  // namespace cpu
+
+// The same primitives on the current CUDA device: addresses are the device's, work is put on `stream` and not waited
+// for, errors of a launch are thrown as std::runtime_error with the kernel and its arguments.
+namespace cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+// Bytes, on a 16-byte address, that forward and forward_grad need for themselves until the stream has passed them.
+int64_t workspace_bytes(int64_t outer, int64_t channels, int64_t inner, int64_t mean_stride, int64_t target_stride,
+                        DType mean, DType target);
+
+void forward(const Problem& p, void* loss, DType loss_dtype, double* sum_sq, void* workspace, Stream stream);
+void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha,
+                  void* workspace, Stream stream);
+void backward(const Problem& p, const void* g, DType g_dtype, const double* sum_sq, const View& grad_mean,
+              const View& grad_target, void* grad_alpha, Stream stream);
+void scale(const void* g, DType g_dtype, int64_t outer, int64_t row, const View& source, const View& result,
+           int64_t channels, const double* grad_alpha, void* grad_alpha_out, DType alpha_dtype, Stream stream);
+
+// Why no CUDA device can be used, or "" (no driver, too old a driver, no device).
+std::string unavailable();
+// Why the current device cannot run this build, or "".
+std::string device_unsupported();
+// The architectures it was built for, and the versions of the runtime inside and of the driver (12040 is 12.4).
+std::string architectures();
+int runtime_version();
+int driver_version();
+
+}  // namespace cuda
 }  // namespace vidfast

@@ -3,11 +3,9 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 
 #include <algorithm>
-#include <initializer_list>
 #include <vector>
 
 #include "../channel_math.h"
@@ -63,13 +61,9 @@ struct Channels {
   }
 };
 
-void store_loss(const Problem& p, const Channels& channels, const double* sum_sq, void* loss, DType loss_dtype,
-                int threads) {
-  std::vector<double> part(p.channels);
-  for_channels(p.channels, threads,
-               [&](int64_t c) { part[c] = channel_loss(channels.values[c].variance, sum_sq[c], channels.m); });
+void store_loss(const Problem& p, const Channels& channels, const double* sum_sq, void* loss, DType loss_dtype) {
   double sum = 0;
-  for (double x : part) sum += x;
+  for (int64_t c = 0; c < p.channels; ++c) sum += channel_loss(channels.values[c], sum_sq[c], channels.m);
   store_scalar(loss, loss_dtype, 0, total_loss(sum, p.k, channels.n, p.full));
 }
 
@@ -79,32 +73,33 @@ std::vector<double> scales(const Problem& p, const Channels& channels, double gk
   return scale;
 }
 
-// Bytes from which a gradient is written past the caches: it would not be there any more when it is read.
-int64_t stream_threshold() {
-  static const int64_t bytes = [] {
-    int64_t cache = 0;
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-    return cache > 0 ? cache : int64_t{32} << 20;
-  }();
-  return bytes;
-}
+// Tensors that together exceed a core's share of any cache are written past it: by the time the gradient is
+// read, it would not be there any more. (sysconf's cache size counts a whole socket's on some processors.)
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
-// Fresh memory comes as small pages, each a fault at its first write; large ones make 512 times fewer.
-void want_large_pages(void* data, int64_t bytes) {
+// glibc's malloc maps blocks of 32 MiB and more afresh each time, so each page of such a gradient is a fault at
+// its first write. Large pages make 512 times fewer: a third of the time (docs/kernel-notes.md).
+constexpr int64_t kMappedBytes = int64_t{32} << 20;
+
+void want_large_pages(const View& v, int64_t count) {
 #if defined(MADV_HUGEPAGE)
+  const int64_t bytes = count * size_of(v.dtype);
+  if (v.data == nullptr || bytes < kMappedBytes) return;
   constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kLargePage * kLargePage;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(v.data) + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(v.data) + static_cast<uintptr_t>(bytes)) / kLargePage * kLargePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
-  (void)data;
-  (void)bytes;
+  (void)v;
+  (void)count;
 #endif
 }
 
 int64_t elements(const Problem& p) { return p.outer * p.channels * p.inner; }
+
+bool exceeds_cache(const Problem& p, const View& grad) {
+  return elements(p) * (size_of(p.mean.dtype) + size_of(p.target.dtype) + size_of(grad.dtype)) >= kStreamBytes;
+}
 
 }  // namespace
 
@@ -113,23 +108,22 @@ void forward(const Problem& p, void* loss, DType loss_dtype, double* sum_sq, int
   Sweep s;
   s.sum_sq = sum_sq;
   sweep(p, s, threads);
-  store_loss(p, channels, sum_sq, loss, loss_dtype, threads);
+  store_loss(p, channels, sum_sq, loss, loss_dtype);
 }
 
-void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha,
-                  bool fresh, int threads) {
+void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha, bool fresh,
+                  int threads) {
   const Channels channels(p, threads);
   const std::vector<double> scale = scales(p, channels, p.k);
   std::vector<double> sum_sq(p.channels);
-  const int64_t bytes = elements(p) * size_of(grad_mean.dtype);
   Sweep s;
   s.grad_mean = grad_mean;
   s.scale = scale.data();
   s.sum_sq = sum_sq.data();
-  s.stream = grad_mean.data != p.mean.data && bytes >= stream_threshold();
-  if (fresh && s.stream) want_large_pages(grad_mean.data, bytes);
+  s.stream = grad_mean.data != p.mean.data && exceeds_cache(p, grad_mean);
+  if (fresh) want_large_pages(grad_mean, elements(p));
   sweep(p, s, threads);
-  store_loss(p, channels, sum_sq.data(), loss, loss_dtype, threads);
+  store_loss(p, channels, sum_sq.data(), loss, loss_dtype);
   for (int64_t c = 0; c < p.channels; ++c)
     grad_alpha[c] = p.k * channel_grad_alpha(channels.values[c], sum_sq[c], channels.m);
 }
@@ -147,16 +141,14 @@ void backward(const Problem& p, const void* g, DType g_dtype, const double* sum_
   s.grad_mean = grad_mean;
   s.grad_target = grad_target;
   s.scale = scale.data();
-  for (const View* v : {&grad_mean, &grad_target}) {
-    const int64_t bytes = elements(p) * size_of(v->dtype);
-    if (v->data != nullptr && bytes >= stream_threshold()) want_large_pages(v->data, bytes);
-  }
-  s.stream = grad_mean.data != nullptr && elements(p) * size_of(grad_mean.dtype) >= stream_threshold();
+  s.stream = grad_mean.data != nullptr && exceeds_cache(p, grad_mean);
+  want_large_pages(grad_mean, elements(p));
+  want_large_pages(grad_target, elements(p));
   sweep(p, s, threads);
 }
 
-void scale(const void* g, DType g_dtype, int64_t outer, int64_t row, const View& src, const View& dst,
-           int64_t channels, const double* grad_alpha, void* grad_alpha_out, DType alpha_dtype, int threads) {
+void scale(const void* g, DType g_dtype, int64_t outer, int64_t row, const View& src, const View& dst, int64_t channels,
+           const double* grad_alpha, void* grad_alpha_out, DType alpha_dtype, int threads) {
   const double factor = load_scalar(g, g_dtype, 0);
   if (grad_alpha != nullptr)
     for (int64_t c = 0; c < channels; ++c) store_scalar(grad_alpha_out, alpha_dtype, c, grad_alpha[c] * factor);

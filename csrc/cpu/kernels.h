@@ -24,9 +24,9 @@ struct Tile {
   void* grad_mean;
   void* grad_target;
   int64_t mean_stride, target_stride, grad_mean_stride, grad_target_stride;  // in elements, between rows
-  int64_t rows, columns;  // columns <= kTileColumns
-  const void* scale;      // [columns], fp32 or fp64 as the pair of dtypes computes in
-  double* sum_sq;         // [columns], written
+  int64_t rows, columns;                                                     // columns <= kTileColumns
+  const void* scale;  // [columns], fp32 or fp64 as the pair of dtypes computes in
+  double* sum_sq;     // [columns], written
 };
 
 constexpr int64_t kTileColumns = 512;
@@ -45,7 +45,7 @@ struct Kernels {
 
 struct InstructionSet {
   const char* name;
-  Kernels pair[4][4];                                                   // [mean dtype][target dtype]
+  Kernels pair[4][4];                                                 // [mean dtype][target dtype]
   void (*scale[4])(const void* src, void* dst, int64_t n, double g);  // [dtype]
 };
 

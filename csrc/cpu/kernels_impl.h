@@ -11,16 +11,7 @@
 namespace vidfast::cpu {
 namespace {
 
-// How far ahead of the loads to prefetch (docs/kernel-notes.md has the measurement).
-constexpr int64_t kPrefetchBytes = 1024;
 constexpr int64_t kLine = 64;
-
-template <class V, class P>
-inline void prefetch_block(const P* p) {
-  constexpr int64_t bytes = 4 * V::W * static_cast<int64_t>(sizeof(P));
-  for (int64_t line = 0; line < bytes; line += kLine)
-    V::prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes + line);
-}
 
 template <class V, class P>
 inline void put(P* p, typename V::reg a, bool stream) {
@@ -54,19 +45,19 @@ inline double run(const Run& job, bool stream) {
   const int64_t n = job.n;
   int64_t i = 0;
 
-  S edge = 0;  // fewer than 2 W values: the head before alignment and the tail
+  S edge = 0;  // the head before alignment and the tail, less than a line each
   const auto one = [&](int64_t at) {
     const S r = element<V>(m, t, gm, gt, at, scale);
     if (Sum) edge += r * r;
   };
-  if (Grad && stream)
-    for (; i < n && reinterpret_cast<uintptr_t>(gm + i) % (W * sizeof(M)) != 0; ++i) one(i);
+  if (Grad && stream)  // whole lines only: a partial line written past the cache costs more than it saves
+    for (; i < n && reinterpret_cast<uintptr_t>(gm + i) % kLine != 0; ++i) one(i);
 
-  const auto vector = [&](int64_t at, reg sum) {
+  const auto vector = [&](int64_t at, reg sum, bool past) {
     const reg r = V::sub(V::load(m + at), V::load(t + at));
     if (Grad) {
       const reg g = V::mul(r, vscale);
-      if (Sum || gm != nullptr) put<V>(gm + at, g, stream);
+      if (Sum || gm != nullptr) put<V>(gm + at, g, past);
       if (!Sum && gt != nullptr) V::store(gt + at, V::neg(g));
     }
     return Sum ? V::square_add(r, sum) : sum;
@@ -77,12 +68,10 @@ inline double run(const Run& job, bool stream) {
     const int64_t blocks = (n - i) / (4 * W) < kRun ? (n - i) / (4 * W) : kRun;
     reg a0 = zero, a1 = zero, a2 = zero, a3 = zero;
     for (int64_t b = 0; b < blocks; ++b, i += 4 * W) {
-      prefetch_block<V>(m + i);
-      prefetch_block<V>(t + i);
-      a0 = vector(i, a0);
-      a1 = vector(i + W, a1);
-      a2 = vector(i + 2 * W, a2);
-      a3 = vector(i + 3 * W, a3);
+      a0 = vector(i, a0, stream);
+      a1 = vector(i + W, a1, stream);
+      a2 = vector(i + 2 * W, a2, stream);
+      a3 = vector(i + 3 * W, a3, stream);
     }
     if (Sum) {
       total = V::wide_add(total, a0);
@@ -92,7 +81,7 @@ inline double run(const Run& job, bool stream) {
     }
   }
   reg rest = zero;
-  for (; n - i >= W; i += W) rest = vector(i, rest);
+  for (; n - i >= W; i += W) rest = vector(i, rest, false);
   for (; i < n; ++i) one(i);
   if (Grad && stream) V::fence();
   if (!Sum) return 0;
@@ -123,8 +112,6 @@ inline void tile(const Tile& job, bool stream) {
                   : nullptr;
       int64_t j = 0;
       for (; columns - j >= W; j += W) {
-        V::prefetch(m + job.mean_stride + j);
-        V::prefetch(t + job.target_stride + j);
         const reg r = V::sub(V::load(m + j), V::load(t + j));
         if (Grad) {
           const reg g = V::mul(r, V::load(scale + j));
@@ -165,22 +152,21 @@ void scale_row(const void* src, void* dst, int64_t n, double g) {
   const auto vg = V::set1(static_cast<S>(g));
   int64_t i = 0;
   for (; n - i >= 4 * V::W; i += 4 * V::W) {
-    prefetch_block<V>(s + i);
     for (int64_t u = 0; u < 4; ++u) V::store(d + i + u * V::W, V::mul(V::load(s + i + u * V::W), vg));
   }
   for (; i < n; ++i) V::put(d + i, V::get(s + i) * static_cast<S>(g));
 }
 
 constexpr InstructionSet instruction_set(const char* name) {
-  return {name,
-          {{Pair<float, float>::table(), Pair<float, double>::table(), Pair<float, bf16>::table(),
-            Pair<float, f16>::table()},
-           {Pair<double, float>::table(), Pair<double, double>::table(), Pair<double, bf16>::table(),
-            Pair<double, f16>::table()},
-           {Pair<bf16, float>::table(), Pair<bf16, double>::table(), Pair<bf16, bf16>::table(),
-            Pair<bf16, f16>::table()},
-           {Pair<f16, float>::table(), Pair<f16, double>::table(), Pair<f16, bf16>::table(), Pair<f16, f16>::table()}},
-          {scale_row<float>, scale_row<double>, scale_row<bf16>, scale_row<f16>}};
+  return {
+      name,
+      {{Pair<float, float>::table(), Pair<float, double>::table(), Pair<float, bf16>::table(),
+        Pair<float, f16>::table()},
+       {Pair<double, float>::table(), Pair<double, double>::table(), Pair<double, bf16>::table(),
+        Pair<double, f16>::table()},
+       {Pair<bf16, float>::table(), Pair<bf16, double>::table(), Pair<bf16, bf16>::table(), Pair<bf16, f16>::table()},
+       {Pair<f16, float>::table(), Pair<f16, double>::table(), Pair<f16, bf16>::table(), Pair<f16, f16>::table()}},
+      {scale_row<float>, scale_row<double>, scale_row<bf16>, scale_row<f16>}};
 }
 
 }  // namespace

@@ -51,7 +51,6 @@ struct VF {
   static void stream(Half* p, reg a) {
     _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, a));
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static void fence() { _mm_sfence(); }
 
   static reg set1(float x) { return _mm256_set1_ps(x); }
@@ -107,7 +106,6 @@ struct VD {
   static void stream(Half* p, reg a) {
     store(p, a);
   }
-  static void prefetch(const void* p) { VF::prefetch(p); }
   static void fence() { _mm_sfence(); }
 
   static reg set1(double x) { return _mm256_set1_pd(x); }

@@ -49,7 +49,6 @@ struct VF {
   static void stream(Half* p, reg a) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, a));
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
   static void fence() { _mm_sfence(); }
 
   static reg set1(float x) { return _mm512_set1_ps(x); }
@@ -102,7 +101,6 @@ struct VD {
   static void stream(Half* p, reg a) {
     store(p, a);
   }
-  static void prefetch(const void* p) { VF::prefetch(p); }
   static void fence() { _mm_sfence(); }
 
   static reg set1(double x) { return _mm512_set1_pd(x); }

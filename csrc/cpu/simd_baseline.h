@@ -40,13 +40,6 @@ struct Vector {
   static void stream(T* p, const reg& a) {
     store(p, a);
   }
-  static void prefetch(const void* p) {
-#if defined(__GNUC__)
-    __builtin_prefetch(p);
-#else
-    (void)p;
-#endif
-  }
   static void fence() {}
 
   static reg set1(S x) {

@@ -16,6 +16,8 @@ constexpr int64_t kTask = 16384;
 constexpr int64_t kSmallPlane = 32;
 // Rows narrower than this are joined, where they lie back to back, so that vectors run full.
 constexpr int64_t kNarrowRow = 256;
+// Runs of fewer bytes are not written past the caches: their ends are partial lines.
+constexpr int64_t kStreamRun = 4096;
 // Below this size a second thread costs more than it brings.
 constexpr int64_t kSerial = 32768;
 
@@ -34,11 +36,12 @@ void sweep_planes(const Problem& p, const Sweep& s, const Kernels& kernels, int 
   const int64_t piece = pieces ? kTask : p.inner;
   const int64_t n_pieces = ceil_div(p.inner, piece);
   const int64_t channels_per_task = pieces ? 1 : std::clamp<int64_t>(kTask / p.inner, 1, p.channels);
-  const int64_t outer_per_task = channels_per_task < p.channels || pieces
-                                     ? 1
-                                     : std::clamp<int64_t>(kTask / (p.channels * p.inner), 1, p.outer);
+  const int64_t outer_per_task =
+      channels_per_task < p.channels || pieces ? 1 : std::clamp<int64_t>(kTask / (p.channels * p.inner), 1, p.outer);
   const int64_t n_channel_blocks = ceil_div(p.channels, channels_per_task);
   const int64_t n_outer_blocks = ceil_div(p.outer, outer_per_task);
+
+  const bool stream = s.stream && piece * size_of(s.grad_mean.dtype) >= kStreamRun;
 
   std::unique_ptr<double[]> partial;  // [outer blocks, C, pieces]
   if (s.sum_sq != nullptr) partial.reset(new double[n_outer_blocks * p.channels * n_pieces]);
@@ -63,11 +66,11 @@ void sweep_planes(const Problem& p, const Sweep& s, const Kernels& kernels, int 
                 std::min(piece, p.inner - i),
                 s.scale != nullptr ? s.scale[c] : 0.0};
         if (s.sum_sq == nullptr) {
-          kernels.grad_run(run, s.stream);
+          kernels.grad_run(run, stream);
           continue;
         }
         double* sum = &partial[(o_block * p.channels + c) * n_pieces + i_block];
-        const double sum_sq = s.scale != nullptr ? kernels.sum_grad_run(run, s.stream) : kernels.sum_run(run);
+        const double sum_sq = s.scale != nullptr ? kernels.sum_grad_run(run, stream) : kernels.sum_run(run);
         *sum = o == o_begin ? sum_sq : *sum + sum_sq;
       }
     }
@@ -110,16 +113,16 @@ void sweep_rows(const Problem& p, const Sweep& s, const Kernels& kernels, int64_
     }
   }
   const auto stride = [&](const View& v) { return v.outer_stride * join; };
-  const bool stream = s.stream && reinterpret_cast<uintptr_t>(at(s.grad_mean.data, s.grad_mean.dtype,
-                                                                 begin * s.grad_mean.outer_stride)) % 64 == 0 &&
-                      (rows == 1 || stride(s.grad_mean) * size_of(s.grad_mean.dtype) % 64 == 0);
+  const bool stream =
+      s.stream &&
+      reinterpret_cast<uintptr_t>(at(s.grad_mean.data, s.grad_mean.dtype, begin * s.grad_mean.outer_stride)) % 64 ==
+          0 &&
+      (rows == 1 || stride(s.grad_mean) * size_of(s.grad_mean.dtype) % 64 == 0);
 
   parallel_for(n_row_blocks * n_column_blocks, threads, [&](int64_t task) {
     const int64_t j = task % n_column_blocks * tile_columns;
     const int64_t row = task / n_column_blocks * tile_rows;
-    const auto where = [&](const View& v) {
-      return at(v.data, v.dtype, (begin + row * join) * v.outer_stride + j);
-    };
+    const auto where = [&](const View& v) { return at(v.data, v.dtype, (begin + row * join) * v.outer_stride + j); };
     Tile tile{where(p.mean),
               where(p.target),
               where(s.grad_mean),
@@ -162,8 +165,7 @@ void sweep(const Problem& whole, const Sweep& s, int threads) {
     p.outer = 1;
   }
   if (p.outer * p.channels * p.inner < kSerial) threads = 1;
-  const Kernels& kernels =
-      active_kernels().pair[static_cast<int>(p.mean.dtype)][static_cast<int>(p.target.dtype)];
+  const Kernels& kernels = active_kernels().pair[static_cast<int>(p.mean.dtype)][static_cast<int>(p.target.dtype)];
   if (p.inner >= kSmallPlane || p.channels == 1) {
     sweep_planes(p, s, kernels, threads);
     return;
