@@ -34,7 +34,11 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest bench $(ARGS)
+	mkdir -p bench/results
+	$(BIN)/python -m pytest bench -q --bench-selection=full --benchmark-quiet --benchmark-json=bench/results/cpu.json $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench -q --benchmark-quiet --benchmark-json=bench/results/cpu-passive.json $(ARGS)
+	$(BIN)/vidfast report bench/results/*.json --output report
+	$(BIN)/vidfast report bench/results/*.json --readme README.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info vidfast/_C*.so

@@ -1,0 +1,10 @@
+"""Where every figure about vidfast's speed comes from: `python -m pytest bench`.
+
+cases.py       what is measured: shapes, dtypes, layouts, incoming gradients
+providers.py   who is measured: eager, torch's own loss, torch.compile, each vidfast back end and strategy
+kernels.py     the CPU kernels alone, without autograd
+traffic.py     the bytes each of them moves
+clock.py       the clocks: processor and device
+interleave.py  the rounds: every provider in turn, cold buffers, spread kept
+memory.py  accuracy.py  machine.py  record.py   what else a row carries, and how it is stored
+"""

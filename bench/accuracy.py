@@ -1,0 +1,77 @@
+"""The error of a provider's numbers against fp64 on the same inputs, so that nobody wins by being wrong."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from bench.cases import Case
+
+# Elements of fp64 held at once: the oracle of a 51-million-element case would otherwise need gigabytes.
+CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Each against the size of what was summed: the loss and d/d alpha cross zero, so their own size means nothing.
+
+    loss: |error| over the sum of the magnitudes of its terms. grad_alpha: the largest such ratio of any channel.
+    grad_mean: the largest |error| over the largest |gradient|. None where the provider does not compute it.
+    """
+
+    loss: float
+    grad_mean: float | None
+    grad_alpha: float | None
+
+    def as_dict(self) -> dict[str, float | None]:
+        return asdict(self)
+
+
+class Oracle:
+    """Equation 5 and its gradients in fp64, a slice of the batch at a time, for reduction="mean"."""
+
+    def __init__(
+        self, case: Case, mean: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor, eps: float
+    ) -> None:
+        self.case, self.mean, self.target = case, mean.detach(), target.detach()
+        self.alpha = alpha.detach().double()
+        zero = torch.zeros((), dtype=torch.float64, device=alpha.device)
+        self.variance = torch.logaddexp(self.alpha, zero) + eps
+        dims = [dim for dim in range(mean.dim()) if dim != case.channel_dim % mean.dim()]
+        self.sum_sq = torch.zeros_like(self.alpha)
+        for part in self.parts():
+            self.sum_sq += (self.mean[part].double() - self.target[part].double()).square().sum(dims)
+        count = case.elements // case.channels
+        logs, squares = count / 2 * self.variance.log(), self.sum_sq / (2 * self.variance)
+        self.loss = (logs + squares).sum() / case.elements
+        self.loss_scale = (logs.abs() + squares).sum() / case.elements
+        slope = torch.sigmoid(self.alpha) / case.elements
+        upper, lower = count / (2 * self.variance), self.sum_sq / (2 * self.variance.square())
+        self.grad_alpha, self.grad_alpha_scale = (upper - lower) * slope, (upper + lower) * slope
+
+    def parts(self) -> list[slice]:
+        step = max(CHUNK_ELEMENTS // max(self.case.elements // self.case.shape[0], 1), 1)
+        return [slice(start, start + step) for start in range(0, self.case.shape[0], step)]
+
+    def errors(
+        self,
+        loss: torch.Tensor,
+        grads: tuple[torch.Tensor, torch.Tensor] | None = None,
+        incoming: float = 1.0,
+    ) -> Errors:
+        """Compare a loss, and (d/d mean, d/d alpha) where there are any, with what they should be."""
+        loss_error = float((loss.detach().double() - self.loss).abs() / self.loss_scale)
+        if grads is None:
+            return Errors(loss_error, None, None)
+        grad_mean, grad_alpha = grads
+        scale = (incoming / self.case.elements) / self.case.per_channel(self.variance)
+        worst = largest = 0.0
+        for part in self.parts():
+            exact = (self.mean[part].double() - self.target[part].double()) * scale
+            worst = max(worst, float((grad_mean[part].double() - exact).abs().max()))
+            largest = max(largest, float(exact.abs().max()))
+        alpha_error = (grad_alpha.double() - incoming * self.grad_alpha).abs() / (
+            abs(incoming) * self.grad_alpha_scale
+        )
+        return Errors(loss_error, worst / largest, float(alpha_error.max()))

@@ -1,0 +1,132 @@
+"""The machine: what it is, and who else was using it while we measured."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+# A neighbour that takes more than this share of one core makes a run contended; so does a hypervisor that steals it.
+NEIGHBOUR_CORES = 0.10
+STOLEN_CORES = 0.05
+# /proc/stat counts in hundredths of a second: below this much CPU time a share is only rounding.
+RESOLUTION_SECONDS = 0.05
+ENVIRONMENT = (
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "OMP_PROC_BIND",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "MALLOC_CONF",
+)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Who else ran during a window. Cores are CPU seconds of others per second of ours."""
+
+    neighbour_cores: float
+    stolen_cores: float
+    load_average: float
+    seconds: float
+    contended: bool
+
+    def as_dict(self) -> dict[str, float | bool]:
+        return asdict(self)
+
+
+def own_seconds() -> float:
+    """CPU seconds of this process and of its children, dead or alive."""
+    process = psutil.Process()
+    times = process.cpu_times()
+    total = float(times.user + times.system + times.children_user + times.children_system)
+    for child in process.children(recursive=True):
+        try:
+            spent = child.cpu_times()
+        except psutil.Error:
+            continue
+        total += float(spent.user + spent.system)
+    return total
+
+
+def machine_seconds() -> tuple[float, float]:
+    """CPU seconds that the whole machine has been busy, and that a hypervisor has taken, since it started."""
+    times = psutil.cpu_times()
+    busy = float(times.user + times.system)
+    for name in ("nice", "irq", "softirq"):
+        busy += float(getattr(times, name, 0.0))
+    return busy, float(getattr(times, "steal", 0.0))
+
+
+class LoadWindow:
+    """`with LoadWindow() as window: ...`, then `window.load`."""
+
+    load: Load
+
+    def __enter__(self) -> LoadWindow:
+        self._start = time.monotonic()
+        self._own = own_seconds()
+        self._busy, self._stolen = machine_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        busy, stolen = machine_seconds()
+        seconds = max(time.monotonic() - self._start, 1e-3)
+        others = max((busy - self._busy) - (own_seconds() - self._own), 0.0)
+        taken = stolen - self._stolen
+        self.load = Load(
+            neighbour_cores=round(others / seconds, 4),
+            stolen_cores=round(taken / seconds, 4),
+            load_average=round(os.getloadavg()[0], 2),
+            seconds=round(seconds, 3),
+            contended=(others > max(RESOLUTION_SECONDS, NEIGHBOUR_CORES * seconds))
+            or (taken > max(RESOLUTION_SECONDS, STOLEN_CORES * seconds)),
+        )
+
+
+def idle_load(seconds: float = 1.0) -> Load:
+    """The load that others make while we do nothing."""
+    with LoadWindow() as window:
+        time.sleep(seconds)
+    return window.load
+
+
+def last_level_cache(device: str) -> int:
+    """Bytes of the cache that a cold measurement must exceed; 32 MiB where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    found = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        found.append(int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text))
+    return max(found, default=1 << 25)
+
+
+def describe(device: str) -> dict[str, object]:
+    """What the head of a report says about the machine and the software; no host names, no paths."""
+    facts: dict[str, object] = {
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "logical_cores": psutil.cpu_count(logical=True),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "memory_bytes": psutil.virtual_memory().total,
+        "last_level_cache_bytes": last_level_cache("cpu"),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "device": device,
+    }
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = {
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda or torch.version.hip,
+        }
+    return facts

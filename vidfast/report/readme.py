@@ -1,0 +1,76 @@
+"""The README's benchmark table, between two markers: generated, and checked to be the stored result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vidfast.report import figures, tables
+from vidfast.report.document import Table
+from vidfast.report.results import COMPILE, EAGER, STEP, Run, contended_share
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+def best(run: Run, ending: str) -> list[str]:
+    """The rows of a strategy, one a back end."""
+    return [name for name in tables.strategies(run) if name.endswith(ending)]
+
+
+def table(run: Run) -> Table:
+    """A line a case at g = 1: eager, torch.compile, each back end allocating and in place, and what in place gains."""
+    ours = [*best(run, " one_pass"), *best(run, " in place")]
+    header = [
+        "forward + backward, g = 1",
+        "eager",
+        "torch.compile",
+        *(name.removeprefix("vidfast ") for name in ours),
+    ]
+    header += ["in place vs eager", "vs compile", "of copy's rate"]
+    rows = []
+    for case in run.cases(STEP):
+        found = [run.find(STEP, case, name, 1.0) for name in (EAGER, COMPILE, *ours)]
+        last = found[-1]
+        if last is None:
+            continue
+        cells = [tables.mark(case, [row for row in found if row is not None])]
+        cells += ["" if row is None else figures.time(row.seconds.middle) for row in found]
+        cells += [figures.times(run.ratio(last, EAGER)), figures.times(run.ratio(last, COMPILE))]
+        rows.append([*cells, figures.share(last.share_of_copy)])
+    return Table(header, rows)
+
+
+def block(runs: Sequence[Run]) -> str:
+    """What stands between the markers."""
+    parts = []
+    for run in runs:
+        torch = run.machine.get("vidfast", {}).get("torch", "?")
+        busy, cases = contended_share(run.rows)
+        load = f"; {busy} of {cases} cases beside other work" if busy else ""
+        parts.append(f"**{run.device}**, torch {torch}, {run.date[:10]}{load}:\n\n{table(run).markdown()}")
+    if not any(run.machine.get("vidfast", {}).get("gpu") for run in runs):
+        parts.append("GPU figures are pending: no stored run was made on a GPU.")
+    return "\n\n".join(parts)
+
+
+def insert(text: str, runs: Sequence[Run]) -> str:
+    """`text` with the block between its markers. ValueError if it does not have each marker once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"wanted the markers {BEGIN} and {END} once each, in this order")
+    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    return f"{head}\n{block(runs)}\n{tail}"
+
+
+def update(path: Path, runs: Sequence[Run]) -> bool:
+    """Write the block into the file; whether that changed it."""
+    before = path.read_text(encoding="utf-8")
+    after = insert(before, runs)
+    if after != before:
+        path.write_text(after, encoding="utf-8")
+    return after != before
+
+
+def is_current(path: Path, runs: Sequence[Run]) -> bool:
+    """Whether the file holds what these runs would generate."""
+    text = path.read_text(encoding="utf-8")
+    return insert(text, runs) == text

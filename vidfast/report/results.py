@@ -1,0 +1,188 @@
+"""Stored benchmark runs: pytest-benchmark's JSON, read into rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vidfast.report.noise import Interval, Ratio, Samples, quartiles, times_faster
+
+EAGER, COMPILE, COPY, TORCH_LOSS = "eager", "torch.compile", "copy", "torch.nn.GaussianNLLLoss"
+STEP, FORWARD, KERNEL, OVERHEAD, SCALING = "loss step", "forward", "kernel alone", "overhead", "scaling"
+# A forward and its gradient cannot move less than two reads and one write.
+FLOOR_PASSES = 3
+REQUIRED = (
+    "suite",
+    "case",
+    "provider",
+    "family",
+    "shape",
+    "elements",
+    "pass_bytes",
+    "bytes",
+    "gb_per_s",
+    "load",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider in one case. `facts` is the stored extra_info, `samples` the seconds by round."""
+
+    key: str
+    facts: dict[str, Any]
+    samples: Samples
+
+    @cached_property
+    def seconds(self) -> Interval:
+        return quartiles(self.samples.seconds)
+
+    @property
+    def suite(self) -> str:
+        return str(self.facts["suite"])
+
+    @property
+    def case(self) -> str:
+        return str(self.facts["case"])
+
+    @property
+    def provider(self) -> str:
+        return str(self.facts["provider"])
+
+    @property
+    def family(self) -> str:
+        return str(self.facts["family"])
+
+    @property
+    def incoming(self) -> float:
+        return float(self.facts["incoming_gradient"])
+
+    @property
+    def elements(self) -> int:
+        return int(self.facts["elements"])
+
+    @property
+    def pass_bytes(self) -> int:
+        return int(self.facts["pass_bytes"])
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """Decimal gigabytes a second; None for a whole module, whose bytes nobody counts."""
+        rate = self.facts["gb_per_s"]
+        return None if rate is None else float(rate)
+
+    @property
+    def share_of_copy(self) -> float | None:
+        share = self.facts.get("share_of_copy")
+        return None if share is None else float(share)
+
+    @property
+    def peak_passes(self) -> float:
+        """Peak extra memory as a multiple of one tensor of the case."""
+        return float(self.facts["peak_extra_bytes"]) / self.pass_bytes
+
+    @property
+    def useful_gb_per_s(self) -> float:
+        """The rate at which the bytes that nobody can avoid went by: wasted traffic does not count as speed."""
+        return FLOOR_PASSES * self.pass_bytes / self.seconds.middle / 1e9
+
+    @property
+    def contended(self) -> bool:
+        return bool(self.facts["load"]["contended"])
+
+    @property
+    def cold(self) -> bool:
+        return bool(self.facts.get("cold", False))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stored file."""
+
+    name: str
+    date: str
+    commit: dict[str, Any]
+    machine: dict[str, Any]
+    rows: list[Row] = field(repr=False)
+
+    @property
+    def device(self) -> str:
+        """What the figures were measured on, by name."""
+        gpu = self.machine.get("vidfast", {}).get("gpu")
+        if gpu:
+            return str(gpu["name"])
+        cpu = self.machine.get("cpu", {})
+        threads = self.machine.get("vidfast", {}).get("torch_threads")
+        return f"{cpu.get('brand_raw', 'CPU')}, {threads} threads"
+
+    def of(self, suite: str) -> list[Row]:
+        return [row for row in self.rows if row.suite == suite]
+
+    def cases(self, suite: str) -> list[str]:
+        """The suite's cases in the order in which they were measured."""
+        return list(dict.fromkeys(row.case for row in self.of(suite)))
+
+    def find(self, suite: str, case: str, provider: str, incoming: float | None = None) -> Row | None:
+        for row in self.rows:
+            if (row.suite, row.case, row.provider) == (suite, case, provider) and incoming in (
+                None,
+                row.incoming,
+            ):
+                return row
+        return None
+
+    def ratio(self, row: Row, baseline: str) -> Ratio | None:
+        """How many times faster `row` is than the baseline of its case, at the same incoming gradient."""
+        other = self.find(row.suite, row.case, baseline, row.incoming)
+        return None if other is None or other is row else times_faster(row.samples, other.samples)
+
+
+def load(path: Path) -> Run:
+    """Read a file that `python -m pytest bench` stored.
+
+    Raises FileNotFoundError, or ValueError if the file is no such result.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: wanted a pytest-benchmark JSON file, got something that is no JSON: {error}"
+        ) from None
+    if not isinstance(stored, dict) or "benchmarks" not in stored or "machine_info" not in stored:
+        raise ValueError(f"{path}: wanted a pytest-benchmark JSON file (keys 'benchmarks', 'machine_info')")
+    rows = [read_row(path, row) for row in stored["benchmarks"]]
+    if not rows:
+        raise ValueError(f"{path}: holds no benchmark")
+    return Run(
+        path.stem,
+        str(stored.get("datetime", "")),
+        stored.get("commit_info", {}),
+        stored["machine_info"],
+        rows,
+    )
+
+
+def read_row(path: Path, stored: dict[str, Any]) -> Row:
+    facts = stored.get("extra_info", {})
+    missing = [name for name in REQUIRED if name not in facts]
+    if missing:
+        raise ValueError(
+            f"{path}: {stored.get('fullname', 'a row')} was not stored by vidfast's bench: no {', '.join(missing)}"
+        )
+    data = stored.get("stats", {}).get("data")
+    if not data:
+        raise ValueError(
+            f"{path}: {stored.get('fullname', 'a row')} has no samples; store with --benchmark-json"
+        )
+    key = f"{facts['suite']}: {facts['case']} | {facts['provider']} g={facts['incoming_gradient']:g}"
+    return Row(key, facts, Samples.spread(data, int(facts.get("case_rounds", len(data)))))
+
+
+def contended_share(rows: Iterable[Row]) -> tuple[int, int]:
+    """How many cases were measured beside others, and how many there are."""
+    cases = {(row.suite, row.case): row.contended for row in rows}
+    return sum(cases.values()), len(cases)
