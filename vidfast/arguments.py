@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin as _Lazy  # type: ignore[attr-defined]
 
 REDUCTIONS = ("mean", "sum", "batchmean", "none")
 STRATEGIES = ("auto", "one_pass", "two_pass")
@@ -20,12 +21,13 @@ def check_tensors(mean: Tensor, target: Tensor, alpha: Tensor, channel_dim: int)
     :raises TypeError: something is not a tensor, or has a dtype that is not fp16, bf16, fp32 or fp64.
     :raises ValueError: shapes or devices differ, alpha does not fit, or a tensor is empty, sparse or meta.
     """
-    shape = getattr(mean, "shape", None)
-    channel = channel_dim if channel_dim >= 0 else channel_dim + len(shape or ())
+    if not isinstance(channel_dim, int) or not isinstance(mean, Tensor) or isinstance(mean, _Lazy):
+        _complain(mean, target, alpha, channel_dim)
+    shape = mean.shape
+    channel = channel_dim if channel_dim >= 0 else channel_dim + len(shape)
     # One line decides the common case; `_complain` finds the words for the others.
     if (
-        isinstance(mean, Tensor)
-        and isinstance(target, Tensor)
+        isinstance(target, Tensor)
         and isinstance(alpha, Tensor)
         and shape == target.shape
         and 0 <= channel < len(shape)
@@ -43,19 +45,20 @@ def check_tensors(mean: Tensor, target: Tensor, alpha: Tensor, channel_dim: int)
     raise AssertionError("check_tensors refused what _complain accepts")
 
 
-def _complain(mean: object, target: object, alpha: object, channel_dim: int) -> None:
+def _complain(mean: object, target: object, alpha: object, channel_dim: object) -> None:
     tensors = {"mean": mean, "target": target, "alpha": alpha}
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     for name, x in tensors.items():
         assert isinstance(x, Tensor)
-        if torch.nn.parameter.is_lazy(x):
+        if isinstance(x, _Lazy):
             raise ValueError(f"{name} is not initialised yet: run its lazy module once first")
         if x.layout is not torch.strided:
             raise ValueError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
         if x.dtype not in _FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    channel_dim = check_channel_dim(channel_dim)
     assert isinstance(mean, Tensor) and isinstance(target, Tensor) and isinstance(alpha, Tensor)  # noqa: PT018
     if mean.shape != target.shape:
         raise ValueError(
@@ -83,6 +86,13 @@ def _complain(mean: object, target: object, alpha: object, channel_dim: int) -> 
         raise ValueError("mean, target and alpha must hold values, got tensors on the meta device")
 
 
+def check_channel_dim(channel_dim: object) -> int:
+    """:raises TypeError: it is not an int."""
+    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+        raise TypeError(f"channel_dim must be an int, got {type(channel_dim).__name__}")
+    return channel_dim
+
+
 def check_options(
     eps: float,
     reduction: str = "mean",
@@ -92,9 +102,8 @@ def check_options(
     """:raises ValueError: eps is not positive and finite, weight not finite, or a name is unknown.
     :raises TypeError: eps or weight is not a number.
     """
-    for name, value in (("eps", eps), ("weight", weight)):
-        if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    _check_number("eps", eps)
+    _check_number("weight", weight)
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, got {eps}")
     if not math.isfinite(weight):
@@ -105,18 +114,25 @@ def check_options(
         raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
 
 
+def _check_number(name: str, value: object) -> None:
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def inverse_softplus(value: float) -> float:
     """x with softplus(x) = value, as value + log(-expm1(-value)): finite for every positive value."""
     return value + math.log(-math.expm1(-value))
 
 
-def check_initial_variance(init_var: float, eps: float) -> float:
-    """alpha at which softplus(alpha) + eps is `init_var`.
+def check_initial_variance(name: str, init_var: float, eps: float) -> float:
+    """alpha at which softplus(alpha) + eps is `init_var`, an argument called `name`.
 
+    :raises TypeError: init_var is not a number.
     :raises ValueError: init_var is not finite or not above eps.
     """
+    _check_number(name, init_var)
     if not eps < init_var < math.inf:
-        raise ValueError(f"the initial variance must be finite and above eps={eps}, got {init_var}")
+        raise ValueError(f"{name}, the initial variance, must be finite and above eps={eps}, got {init_var}")
     return inverse_softplus(init_var - eps)
 
 

@@ -33,6 +33,8 @@ class Call(NamedTuple):
 Walked = tuple[Tensor, Tensor, Layout]
 
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
@@ -46,11 +48,34 @@ NO_FORWARD_MODE = (
 )
 
 
+def _incoming(g: Tensor) -> Tensor:
+    """g, whose memory the kernels read.
+
+    :raises RuntimeError: it has none: it is fake, or one of a batch of gradients (is_grads_batched, torch.func).
+    """
+    if _is_wrapped(g) or _is_batched(g):
+        raise RuntimeError(
+            "vidfast.gaussian_nll's kernels take one incoming gradient, not a batch of them (is_grads_batched, "
+            "torch.func): use backend='reference'"
+        )
+    if type(g) is not Tensor and isinstance(g, _fake_tensor()):
+        raise RuntimeError(
+            "vidfast.gaussian_nll ran on real tensors, but the incoming gradient is a FakeTensor"
+        )
+    return g.resolve_neg()
+
+
+def _fake_tensor() -> type:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return FakeTensor
+
+
 class _NotTwice(torch.autograd.Function):
     """Passes gradients on; differentiating them is an error that says what to do."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, anchor: Tensor, *grads: Tensor) -> Any:
+    def forward(ctx: FunctionCtx, origin: Tensor, *grads: Tensor) -> Any:
         return tuple(g.view_as(g) for g in grads)
 
     @staticmethod
@@ -61,38 +86,44 @@ class _NotTwice(torch.autograd.Function):
         )
 
 
-def _not_twice(*grads: Tensor | None) -> list[Tensor | None]:
-    """The gradients, made to require grad so that a second derivative never silently comes out as zero."""
+def _not_twice(origin: Tensor, *grads: Tensor | None) -> list[Tensor | None]:
+    """The gradients, seen to depend on `origin`, so that a second derivative never silently comes out as zero."""
     present = [g for g in grads if g is not None]
-    anchor = torch.zeros((), requires_grad=True)
-    passed = iter(_NotTwice.apply(anchor, *present))  # type: ignore[no-untyped-call]
+    passed = iter(_NotTwice.apply(origin, *present))  # type: ignore[no-untyped-call]
     return [None if g is None else next(passed) for g in grads]
 
 
 class OnePass(torch.autograd.Function):
-    """loss = f(mean, target, alpha), with d/d mean already made. inplace: over mean's memory."""
+    """(loss, origin): loss = f(mean, target, alpha), with d/d mean already made; inplace: over mean's memory.
+
+    origin has no elements. Saved, it leads from the gradients back to mean and alpha without keeping them.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, call: Call, walked: Walked, inplace: bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         loss, grad_mean, grad_alpha = call.backend.forward_grad(
             walked[0], walked[1], alpha.contiguous(), walked[2], call.k, call.eps, call.full, inplace
         )
         if inplace:
             # a producer that saved its output now finds it changed, instead of using a gradient for it
             torch.autograd.graph.increment_version(mean)
-        ctx.save_for_backward(grad_mean, grad_alpha)
+        origin = loss.new_empty(0)
+        ctx.save_for_backward(grad_mean, grad_alpha, origin)
         ctx.call = call
         ctx.alpha_dtype = alpha.dtype
-        return loss
+        ctx.set_materialize_grads(False)
+        return loss, origin
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        grad_mean, grad_alpha = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor | None, _: None) -> Any:
+        if g is None:
+            return (None,) * 6
+        grad_mean, grad_alpha, origin = ctx.saved_tensors
         wants = ctx.needs_input_grad
         grad_mean, grad_alpha = ctx.call.backend.scale(
-            g.resolve_neg(),
+            _incoming(g),
             grad_mean if wants[0] else None,
             ctx.call.channel,
             grad_alpha if wants[2] else None,
@@ -100,7 +131,7 @@ class OnePass(torch.autograd.Function):
             not graph_is_retained(),
         )
         if torch.is_grad_enabled():
-            grad_mean, grad_alpha = _not_twice(grad_mean, grad_alpha)
+            grad_mean, grad_alpha = _not_twice(origin, grad_mean, grad_alpha)
         return grad_mean, None, grad_alpha, None, None, None
 
     @staticmethod
@@ -135,7 +166,7 @@ class TwoPass(torch.autograd.Function):
         if activations:
             mean, target, layout = prepare(activations[0], activations[1], call.channel)
         grads = call.backend.backward(
-            g.resolve_neg(), mean, target, alpha.contiguous(), sum_sq, layout, call.k, call.eps, wants
+            _incoming(g), mean, target, alpha.contiguous(), sum_sq, layout, call.k, call.eps, wants
         )
         return (*grads, None, None)
 
@@ -182,7 +213,7 @@ def one_pass(
     mean: Tensor, target: Tensor, alpha: Tensor, call: Call, walked: Walked, inplace: bool
 ) -> Tensor:
     """The loss by :class:`OnePass`."""
-    loss: Tensor = OnePass.apply(mean, target, alpha, call, walked, inplace)  # type: ignore[no-untyped-call]
+    loss: Tensor = OnePass.apply(mean, target, alpha, call, walked, inplace)[0]  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -1,4 +1,4 @@
-"""The command line: `vidfast info | distill`."""
+"""The command line: `vidfast info | distill | report`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from vidfast import __version__, info
+from vidfast import __version__, info, report
 from vidfast.distill import commands
 from vidfast.distill.errors import UserError
 from vidfast.distill.files import CheckpointError
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted", INTERRUPTED)
     except BrokenPipeError:
         # Whoever read our output has closed it; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,6 +60,9 @@ def _parser() -> Parser:
         "info", help="what vidfast can use on this machine", description=info.__doc__
     )
     about.set_defaults(run=_info)
+    pages = subparsers.add_parser("report", help=report.HELP, description=report.__doc__)
+    report.add_arguments(pages)
+    pages.set_defaults(run=report.run)
     # Every file of the package is a command, so adding one changes nothing here.
     for module in pkgutil.iter_modules(commands.__path__):
         command = importlib.import_module(f"{commands.__name__}.{module.name}")

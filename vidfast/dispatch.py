@@ -15,7 +15,7 @@ from vidfast.backends import Backend
 log = logging.getLogger("vidfast")
 
 # The order of preference; a back end is one module `vidfast.backends.<name>` with a BACKEND.
-NAMES = ("cpu",)
+NAMES = ("cuda", "triton", "cpu")
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _loaded: dict[str, Backend] = {}
@@ -71,17 +71,14 @@ def choose(wanted: str, mean: Tensor, target: Tensor, alpha: Tensor) -> Backend 
         return None
     obstacle = not_raw(mean, target, alpha)
     if wanted == "auto":
-        kind = mean.device.type
-        reasons = []
         if obstacle is None:
             for name in NAMES:
                 backend = load(name)
-                reason = backend.supports(mean, target, alpha)
-                if reason is None:
-                    _note(kind, name, "")
+                if backend.supports(mean, target, alpha) is None:
+                    _note(mean, name, "")
                     return backend
-                reasons.append(f"{name}: {reason}")
-        _note(kind, "reference", obstacle or "; ".join(reasons))
+            obstacle = "; ".join(f"{name}: {load(name).supports(mean, target, alpha)}" for name in NAMES)
+        _note(mean, "reference", obstacle)
         return None
     check_name(wanted)
     backend = load(wanted)
@@ -91,7 +88,8 @@ def choose(wanted: str, mean: Tensor, target: Tensor, alpha: Tensor) -> Backend 
     return backend
 
 
-def _note(kind: str, name: str, reason: str) -> None:
+def _note(mean: Tensor, name: str, reason: str) -> None:
+    kind = "cpu" if mean.is_cpu else mean.device.type
     if (kind, name) in _picked:
         return
     _picked.add((kind, name))

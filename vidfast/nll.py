@@ -6,8 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from vidfast import dispatch, reference
-from vidfast.arguments import check_initial_variance, check_inplace, check_options, check_tensors
+from vidfast import dispatch, ops, reference
+from vidfast.arguments import (
+    check_channel_dim,
+    check_initial_variance,
+    check_inplace,
+    check_options,
+    check_tensors,
+)
 from vidfast.autograd import NO_FORWARD_MODE, Call, one_pass, two_pass
 from vidfast.layout import prepare
 
@@ -51,7 +57,11 @@ def gaussian_nll(
     :raises RuntimeError: the back end asked for cannot run, or `inplace` would destroy what somebody else holds.
     """
     channel = check_tensors(mean, target, alpha, channel_dim)
-    check_options(eps, reduction, weight, strategy)
+    compiling = torch.compiler.is_compiling()
+    if compiling:  # a traced float has no math.isfinite: the operator checks the numbers when it runs
+        check_options(1.0, reduction, 1.0, strategy)
+    else:
+        check_options(eps, reduction, weight, strategy)
     if reduction == "batchmean" and channel == 0:
         raise ValueError(
             "reduction='batchmean' needs a batch in dimension 0, but channel_dim=0 is the channels"
@@ -62,7 +72,7 @@ def gaussian_nll(
             raise ValueError(
                 f"reduction='none' has no fused kernel: backend must be 'auto' or 'reference', got {backend!r}"
             )
-    elif not torch.compiler.is_compiling():
+    elif not compiling:
         chosen = dispatch.choose(backend, mean, target, alpha)
         if backend != "reference":
             _refuse_transforms(mean, target, alpha)
@@ -71,6 +81,11 @@ def gaussian_nll(
     if strategy == "one_pass" and target_needs:
         raise ValueError(
             "strategy='one_pass' has no gradient for target, which requires grad: use 'two_pass' or detach it"
+        )
+    if compiling and reduction != "none" and backend != "reference":
+        dispatch.check_name(backend)
+        return ops.gaussian_nll(
+            mean, target, alpha, channel, float(eps), reduction, full, float(weight), backend
         )
     if chosen is None:
         return reference.gaussian_nll(
@@ -159,6 +174,7 @@ class GaussianNLL(nn.Module):
         if num_channels < 1:
             raise ValueError(f"num_channels must be at least 1, got {num_channels}")
         check_options(eps, reduction, weight, strategy)
+        check_channel_dim(channel_dim)
         dispatch.check_name(backend)
         self.num_channels = num_channels
         self.channel_dim = channel_dim
@@ -170,7 +186,7 @@ class GaussianNLL(nn.Module):
         self.inplace = inplace
         self.strategy = strategy
         self.backend = backend
-        alpha = check_initial_variance(init_var, eps)
+        alpha = check_initial_variance("init_var", init_var, eps)
         self.alpha = nn.Parameter(torch.full((num_channels,), alpha, dtype=torch.float32))
 
     @property
@@ -197,6 +213,6 @@ class GaussianNLL(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.num_channels}, channel_dim={self.channel_dim}, init_var={self.init_var}, eps={self.eps}, "
-            f"reduction={self.reduction!r}, weight={self.weight}, strategy={self.strategy!r}, "
-            f"backend={self.backend!r}"
+            f"reduction={self.reduction!r}, full={self.full}, weight={self.weight}, inplace={self.inplace}, "
+            f"strategy={self.strategy!r}, backend={self.backend!r}"
         )

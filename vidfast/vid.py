@@ -94,7 +94,7 @@ class VIDLoss(nn.Module):
             nn.ReLU(),
             nn.Conv2d(num_mid_channel, num_target_channels, 1, bias=False),
         )
-        alpha = check_initial_variance(init_pred_var, eps)
+        alpha = check_initial_variance("init_pred_var", init_pred_var, eps)
         self.log_scale = nn.Parameter(torch.full((num_target_channels,), alpha, dtype=torch.float32))
         self.eps = eps
         self.weight = weight
@@ -107,7 +107,7 @@ class VIDLoss(nn.Module):
         return reference.variance(self.log_scale, self.eps)
 
     def forward(self, student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-        """The loss, a scalar (fp64 if a feature is, else fp32). No gradient goes to the teacher.
+        """The loss, a scalar (fp64 if the teacher's feature or the regressor is, else fp32), detached from the teacher.
 
         :param student_feature: (B, num_input_channels, *spatial), 0 to 3 spatial axes, any floating dtype.
         :param teacher_feature: (B, num_target_channels, *spatial), likewise.
@@ -119,6 +119,8 @@ class VIDLoss(nn.Module):
         ):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+            if not x.is_floating_point():
+                raise TypeError(f"{name} must be of a floating dtype, got {x.dtype}")
             if x.dim() < 2 or x.shape[1] != channels:
                 raise ValueError(f"{name} must be (B, {channels}, *spatial), got {tuple(x.shape)}")
         student, teacher = match_spatial(student_feature, teacher_feature.detach())

@@ -1,0 +1,27 @@
+"""What all test folders share: the `slow` mark, off unless asked for."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before torch comes in: threads that wait spin otherwise, and beside a busy neighbour each region of two
+# threads then takes fifty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow(reason): needs much time or memory; runs only with --slow")
+    config.addinivalue_line("markers", "backend: runs once for every back end (`-m backend` runs only these)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        if slow is not None and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason=f"--slow not given: {slow.kwargs['reason']}"))

@@ -1,0 +1,90 @@
+"""What is installed: names, versions, types, and what importing it costs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import vidfast
+
+
+def python(code: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_versions_agree() -> None:
+    from vidfast import _C
+
+    assert vidfast.__version__ == importlib.metadata.version("vidfast")
+    assert _C.version == ".".join(vidfast.__version__.split(".")[:3])
+
+
+def test_the_package_is_typed() -> None:
+    assert vidfast.__file__ is not None
+    assert (Path(vidfast.__file__).parent / "py.typed").is_file()
+
+
+def test_public_names() -> None:
+    wanted = {"GaussianNLL", "VIDLoss", "gaussian_nll", "info", "log_likelihood_map", "__version__"}
+    assert wanted <= set(vidfast.__all__)
+    for name in vidfast.__all__:
+        assert hasattr(vidfast, name)
+    for name in wanted - {"__version__"}:
+        assert getattr(vidfast, name).__doc__
+
+
+def test_imports_from_anywhere_and_runs(tmp_path: Path) -> None:
+    code = "import torch, vidfast; x = torch.ones(2, 3); print(vidfast.gaussian_nll(x, x, x[0], backend='cpu').item())"
+    assert float(python(code, tmp_path)) > 0
+
+
+def test_import_pulls_in_nothing_heavy(tmp_path: Path) -> None:
+    """Beyond what torch itself imports: no Triton, no plotting, no training libraries, none of our other rooms."""
+    code = """
+import sys, json, torch
+torchs = set(sys.modules)
+import vidfast
+ours = set(sys.modules) - torchs
+vidfast.gaussian_nll(torch.ones(2, 3), torch.ones(2, 3), torch.zeros(3))
+print(json.dumps([sorted(ours), sorted(set(sys.modules) - torchs)]))
+"""
+    imported, called = json.loads(python(code, tmp_path))
+    assert "vidfast.nll" in imported
+    heavy = (
+        "triton",
+        "matplotlib",
+        "sklearn",
+        "scipy",
+        "accelerate",
+        "pandas",
+        "tqdm",
+        "safetensors",
+        "torch._dynamo",
+        "torch._inductor",
+    )
+    assert not [m for m in called if m.split(".")[0] in heavy or m.startswith(heavy)]
+    others = ("vidfast.distill", "vidfast.cli", "vidfast.report")
+    assert not [m for m in called if m.startswith(others)]
+    assert not [m for m in imported if m.startswith(("vidfast.backends.triton", "vidfast.backends.cuda"))]
+
+
+def test_the_extension_is_free_of_torch(tmp_path: Path) -> None:
+    """It loads and answers in a process without torch, and brings no OpenMP runtime of its own."""
+    from vidfast import _C
+
+    code = f"""
+import sys, importlib.util
+spec = importlib.util.spec_from_file_location("_C", {_C.__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert module.cpu_isa() in ("baseline", "avx2", "avx512")
+assert "torch" not in sys.modules
+maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
+assert not [name for name in ("libtorch", "libgomp", "libomp", "libiomp") if name in maps]
+"""
+    python(code, tmp_path)

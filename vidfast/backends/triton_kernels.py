@@ -1,0 +1,424 @@
+"""The Triton kernels: one sweep for each family of layouts, the sum over its partial sums, and scaling by g.
+
+Pointers carry their extents as [..]; mean, target and their gradients are [outer, C, inner], element (o, c, i)
+at o * stride + c * inner + i. C = channels, M = outer * inner values of one channel. Sizes that decide alignment
+arrive in units of VEC elements, so that the compiler sees the divisibility in the arithmetic; fp64 numbers
+arrive as their bit patterns in int64, since Triton passes a Python float as fp32.
+
+The order of summation follows from CHUNK, TILE and the shape alone: every program sums its own chunk, `finish`
+adds the partial sums of one channel in fp64. The only atomic counts programs; nothing is summed by it.
+"""
+
+# The body of a kernel is Triton's language: untyped, and what is known at compile time must stand in an `if` of its
+# own, since `and` would make it a number of the device.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: SIM102, SIM108
+
+import triton
+import triton.language as tl
+
+from vidfast.backends.triton_math import (
+    alpha_derivative,
+    device_function,
+    float64_of,
+    grad_scale,
+    rounded,
+    variance_of,
+    widened,
+    write_grad_alpha,
+)
+
+# log(2 pi) as an fp64 bit pattern.
+LOG_2PI: tl.constexpr = tl.constexpr(0x3FFD67F1C864BEB5)
+
+
+@device_function
+def _residual(mean, target, grad_mean, grad_target, scale, live, WIDE: tl.constexpr):
+    """r at one tile of pointers; where a gradient is wanted, it is stored: scale * r, or its negative."""
+    x = tl.load(mean, mask=live, other=0.0)
+    y = tl.load(target, mask=live, other=0.0)
+    r = widened(x, WIDE) - widened(y, WIDE)
+    if grad_mean is not None:
+        tl.store(grad_mean, rounded(r * scale, grad_mean.dtype.scalar.element_ty), mask=live)
+    if grad_target is not None:
+        tl.store(grad_target, rounded(-r * scale, grad_target.dtype.scalar.element_ty), mask=live)
+    return r
+
+
+@device_function
+def _shifted(base, offset):
+    """base + offset, or None."""
+    if base is not None:
+        moved = base + offset
+    else:
+        moved = None
+    return moved
+
+
+@device_function
+def _planes(
+    mean, target, grad_mean, grad_target, alpha, g, partial,
+    outer, channels, inner, tail, mean_stride, target_stride, grad_mean_stride, grad_target_stride,
+    chunks, eps_bits, k_bits, pid,
+    VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    # One channel's values in memory order, cut into chunks: small planes share a program, big ones are split.
+    # Everything is counted in vectors of VEC neighbours, which never cross a plane's end.
+    UNITS: tl.constexpr = TILE // VEC
+    CHUNK_UNITS: tl.constexpr = CHUNK // VEC
+    inner = inner.to(tl.int64)
+    channel = (pid % channels).to(tl.int64)
+    chunk = (pid // channels).to(tl.int64)
+    begin = chunk * CHUNK_UNITS
+    count = tl.minimum(outer.to(tl.int64) * inner - begin, CHUNK_UNITS).to(tl.int32)
+    first = begin // inner
+    within = begin - first * inner
+    plane = channel * inner
+    if grad_mean is not None or grad_target is not None:
+        scale = grad_scale(alpha + channel, g, eps_bits, k_bits, True, WIDE)
+    else:
+        scale = None
+
+    mean += (first * mean_stride + plane) * VEC
+    target += (first * target_stride + plane) * VEC
+    grad_mean = _shifted(grad_mean, (first * grad_mean_stride + plane) * VEC)
+    grad_target = _shifted(grad_target, (first * grad_target_stride + plane) * VEC)
+    lane = tl.arange(0, VEC)[None, :]
+    total = tl.full([UNITS, VEC], 0, WIDE)
+    for u0 in range(0, count, UNITS):
+        u = u0 + tl.arange(0, UNITS)
+        live = (u < count)[:, None]
+        if SHORT:  # 32 bits are enough, and divide quickly
+            t = within.to(tl.int32) + u
+            plane_of = t // inner.to(tl.int32)
+            i = (t - plane_of * inner.to(tl.int32)).to(tl.int64)
+            o = plane_of.to(tl.int64)
+        else:  # a chunk is no longer than a plane: it crosses one end at most
+            t = within + u
+            o = (t >= inner).to(tl.int64)
+            i = t - o * inner
+        o = (o * VEC)[:, None]
+        i = (i * VEC)[:, None] + lane
+        r = _residual(
+            mean + (o * mean_stride + i),
+            target + (o * target_stride + i),
+            _shifted(grad_mean, o * grad_mean_stride + i),
+            _shifted(grad_target, o * grad_target_stride + i),
+            scale, live, WIDE,
+        )  # fmt: skip
+        if partial is not None:
+            total += r * r
+    if tail is not None:  # one plane of one channel, whose last VEC - 1 values or fewer fill no vector
+        if chunk == chunks - 1:
+            end = (within + count) * VEC + lane + tl.full([UNITS, 1], 0, tl.int64)
+            live = (tl.arange(0, UNITS) == 0)[:, None] & (lane < tail)
+            r = _residual(
+                mean + end,
+                target + end,
+                _shifted(grad_mean, end),
+                _shifted(grad_target, end),
+                scale,
+                live,
+                WIDE,
+            )
+            if partial is not None:
+                total += r * r
+    if partial is not None:
+        tl.store(partial + channel * chunks + chunk, tl.sum(total))
+
+
+@triton.jit(
+    do_not_specialize=["outer", "channels", "inner", "tail", "mean_stride", "target_stride", "grad_mean_stride",
+                       "grad_target_stride", "chunks", "m", "eps_bits", "k_bits", "programs"]
+)  # fmt: skip
+def sweep_planes(
+    mean, target,            # [outer, C, inner], or None: grad_alpha alone is wanted
+    grad_mean, grad_target,  # the same, or None: not wanted; grad_mean may lie over mean
+    alpha,                   # [C]
+    g,                       # scalar; None is 1
+    sum_sq,                  # [C] fp64, forward's: with grad_alpha
+    grad_alpha,              # [C] in alpha's type, or None: not wanted
+    partial,                 # [C, chunks] receives sums of r^2, or None: not wanted
+    counter,                 # int32, set to 0 for `finish`: with partial
+    outer, channels, inner,  # inner and strides in vectors of VEC
+    tail,                    # values beyond the last vector, or None: there are none
+    mean_stride: tl.int64, target_stride: tl.int64, grad_mean_stride: tl.int64, grad_target_stride: tl.int64,
+    chunks, m: tl.int64, eps_bits: tl.int64, k_bits: tl.int64,
+    programs,                # C * chunks; the programs above it are blocks of grad_alpha
+    VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, WIDE: tl.constexpr,
+    ALPHA_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A pass over planes: neighbours belong to one channel."""
+    pid = tl.program_id(0)
+    if partial is not None:
+        if pid == 0:
+            tl.store(counter, 0)
+    if mean is not None:
+        if pid < programs:
+            _planes(
+                mean, target, grad_mean, grad_target, alpha, g, partial,
+                outer, channels, inner, tail, mean_stride, target_stride, grad_mean_stride, grad_target_stride,
+                chunks, eps_bits, k_bits, pid, VEC, TILE, CHUNK, SHORT, WIDE,
+            )  # fmt: skip
+    if grad_alpha is not None:
+        if pid >= programs:
+            write_grad_alpha(
+                alpha, sum_sq, g, grad_alpha, channels, m.to(tl.float64), eps_bits, k_bits, pid - programs,
+                ALPHA_BLOCK,
+            )  # fmt: skip
+
+
+@device_function
+def _rows(
+    mean, target, grad_mean, grad_target, alpha, g, partial,
+    rows, channels, inner, columns, tail, mean_stride, target_stride, grad_mean_stride, grad_target_stride,
+    column_tiles, row_blocks, eps_bits, k_bits, pid,
+    VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NEAR: tl.constexpr,
+    JOINED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    # A tile of columns, column j of channel (j / inner) % C, down a block of rows: neighbours in memory are
+    # neighbours in the tile whatever the plane's size, and every column has a sum of its own.
+    block = (pid // column_tiles).to(tl.int64)
+    first = (pid % column_tiles) * COLS
+    j = first + tl.arange(0, COLS)
+    width = columns * VEC
+    begin = block * BLOCK_ROWS
+    count = tl.minimum(rows - begin, BLOCK_ROWS).to(tl.int32)
+
+    if grad_mean is not None or grad_target is not None:
+        # fp64 logarithms for NEAR channels, each once, then handed out to their columns
+        if JOINED:
+            near = 0
+            of = (j // inner) % channels
+        else:
+            near = first // inner
+            of = tl.minimum(j // inner - near, NEAR - 1)  # past the width a column has no channel
+        c = near + tl.arange(0, NEAR)
+        scale = grad_scale(alpha + c, g, eps_bits, k_bits, c < channels, WIDE)
+        scale = tl.gather(scale, of, 0)[None, :]
+    else:
+        scale = None
+
+    mean += begin * mean_stride * VEC
+    target += begin * target_stride * VEC
+    grad_mean = _shifted(grad_mean, begin * grad_mean_stride * VEC)
+    grad_target = _shifted(grad_target, begin * grad_target_stride * VEC)
+    total = tl.full([ROWS, COLS], 0, WIDE)
+    for row0 in range(0, count, ROWS):
+        row = row0 + tl.arange(0, ROWS)
+        live = (row < count)[:, None] & (j < width)[None, :]
+        row = (row.to(tl.int64) * VEC)[:, None]
+        r = _residual(
+            mean + (row * mean_stride + j[None, :]),
+            target + (row * target_stride + j[None, :]),
+            _shifted(grad_mean, row * grad_mean_stride + j[None, :]),
+            _shifted(grad_target, row * grad_target_stride + j[None, :]),
+            scale, live, WIDE,
+        )  # fmt: skip
+        if partial is not None:
+            total += r * r
+    if tail is not None:  # the last joined row is shorter than the others
+        if block == row_blocks - 1:
+            end = (rows - begin) * width + j[None, :] + tl.full([ROWS, 1], 0, tl.int64)
+            live = (tl.arange(0, ROWS) == 0)[:, None] & (j < tail)[None, :]
+            r = _residual(
+                mean + end,
+                target + end,
+                _shifted(grad_mean, end),
+                _shifted(grad_target, end),
+                scale,
+                live,
+                WIDE,
+            )
+            if partial is not None:
+                total += r * r
+    if partial is not None:
+        tl.store(partial + block * width + j, tl.sum(total, 0), mask=j < width)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "channels", "inner", "columns", "tail", "mean_stride", "target_stride",
+                       "grad_mean_stride", "grad_target_stride", "column_tiles", "row_blocks", "m", "eps_bits",
+                       "k_bits", "programs"]
+)  # fmt: skip
+def sweep_rows(
+    mean, target,                 # [rows, columns], in memory order
+    grad_mean, grad_target,       # the same, or None: not wanted; grad_mean may lie over mean
+    alpha,                        # [C]
+    g,                            # scalar; None is 1
+    sum_sq,                       # [C] fp64, forward's: with grad_alpha
+    grad_alpha,                   # [C] in alpha's type, or None: not wanted
+    partial,                      # [row blocks, columns] receives sums of r^2, or None: not wanted
+    counter,                      # int32, set to 0 for `finish`: with partial
+    rows: tl.int64, channels, inner,
+    columns,                      # of one row, joined or not, and the strides: in vectors of VEC
+    tail,                         # values in the short last row, or None: there is none
+    mean_stride: tl.int64, target_stride: tl.int64, grad_mean_stride: tl.int64, grad_target_stride: tl.int64,
+    column_tiles, row_blocks, m: tl.int64, eps_bits: tl.int64, k_bits: tl.int64,
+    programs,                     # row blocks * column tiles; the programs above it are blocks of grad_alpha
+    VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NEAR: tl.constexpr,
+    JOINED: tl.constexpr, WIDE: tl.constexpr, ALPHA_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A pass over rows: channels are neighbours (inner = 1), or planes are too small or odd to be walked."""
+    pid = tl.program_id(0)
+    if partial is not None:
+        if pid == 0:
+            tl.store(counter, 0)
+    if pid < programs:
+        _rows(
+            mean, target, grad_mean, grad_target, alpha, g, partial,
+            rows, channels, inner, columns, tail,
+            mean_stride, target_stride, grad_mean_stride, grad_target_stride,
+            column_tiles, row_blocks, eps_bits, k_bits, pid, VEC, ROWS, COLS, BLOCK_ROWS, NEAR, JOINED, WIDE,
+        )  # fmt: skip
+    if grad_alpha is not None:
+        if pid >= programs:
+            write_grad_alpha(
+                alpha, sum_sq, g, grad_alpha, channels, m.to(tl.float64), eps_bits, k_bits, pid - programs,
+                ALPHA_BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["blocks", "channels", "inner", "m", "eps_bits", "k_bits", "programs"])
+def finish(
+    partial,                    # [blocks, C, inner] sums of r^2
+    alpha,                      # [C]
+    loss,                       # scalar
+    sum_sq,                     # [C] fp64, or None: not wanted
+    grad_alpha,                 # [C] fp64, or None: not wanted
+    losses,                     # [programs] fp64: each program's channels
+    counter,                    # int32: programs that are done; 0 at the start
+    blocks, channels, inner,
+    m: tl.int64, eps_bits: tl.int64, k_bits: tl.int64, programs,
+    ACROSS: tl.constexpr,       # inner is 1: neighbours in memory are channels
+    CHANNELS: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """S_c, d/d alpha and the loss out of the sweep's partial sums, all in fp64."""
+    pid = tl.program_id(0)
+    c = pid * CHANNELS + tl.arange(0, CHANNELS)
+    live = c < channels
+    depth = blocks * inner
+    if ACROSS:
+        total = tl.full([DEPTH, CHANNELS], 0, tl.float64)
+        for t0 in range(0, depth, DEPTH):
+            t = t0 + tl.arange(0, DEPTH)
+            offset = (t.to(tl.int64) * channels)[:, None] + c[None, :]
+            total += tl.load(partial + offset, mask=(t < depth)[:, None] & live[None, :], other=0.0).to(
+                tl.float64
+            )
+        s = tl.sum(total, 0)
+    else:
+        total = tl.full([CHANNELS, DEPTH], 0, tl.float64)
+        for t0 in range(0, depth, DEPTH):
+            t = t0 + tl.arange(0, DEPTH)
+            block = t // inner
+            offset = (block.to(tl.int64) * channels)[None, :] + c[:, None]
+            offset = offset * inner + (t - block * inner)[None, :]
+            total += tl.load(partial + offset, mask=(t < depth)[None, :] & live[:, None], other=0.0).to(
+                tl.float64
+            )
+        s = tl.sum(total, 1)
+
+    values = m.to(tl.float64)
+    v, sigmoid = variance_of(
+        widened(tl.load(alpha + c, mask=live, other=0.0), tl.float64), float64_of(eps_bits)
+    )
+    if sum_sq is not None:
+        tl.store(sum_sq + c, s, mask=live)
+    if grad_alpha is not None:
+        grad = float64_of(k_bits) * alpha_derivative(alpha, v, sigmoid, s, values)
+        tl.store(grad_alpha + c, grad, mask=live)
+    own = tl.sum(tl.where(live, 0.5 * (values * tl.log(v) + s / v), 0.0), 0)
+
+    # Whichever program comes last adds all of their losses, in the programs' order.
+    tl.store(losses + pid, own)
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        rest = tl.full([256], 0, tl.float64)
+        for p0 in range(0, programs, 256):
+            p = p0 + tl.arange(0, 256)
+            rest += tl.load(losses + p, mask=p < programs, other=0.0, cache_modifier=".cg")
+        whole = tl.sum(rest, 0)
+        if FULL:
+            whole += 0.5 * (values * channels) * tl.full([], LOG_2PI, tl.int64).to(tl.float64, bitcast=True)
+        tl.store(loss, (float64_of(k_bits) * whole).to(loss.dtype.element_ty))
+
+
+@device_function
+def _scale_chunk(
+    factor, src, dst, outer, row, tail, src_stride, dst_stride, chunks, pid,
+    VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    # As `_planes`, with rows for planes.
+    UNITS: tl.constexpr = TILE // VEC
+    CHUNK_UNITS: tl.constexpr = CHUNK // VEC
+    row = row.to(tl.int64)
+    begin = pid.to(tl.int64) * CHUNK_UNITS
+    count = tl.minimum(outer.to(tl.int64) * row - begin, CHUNK_UNITS).to(tl.int32)
+    first = begin // row
+    within = begin - first * row
+    src += first * src_stride * VEC
+    dst += first * dst_stride * VEC
+    lane = tl.arange(0, VEC)[None, :]
+    for u0 in range(0, count, UNITS):
+        u = u0 + tl.arange(0, UNITS)
+        live = (u < count)[:, None]
+        if SHORT:
+            t = within.to(tl.int32) + u
+            row_of = t // row.to(tl.int32)
+            i = (t - row_of * row.to(tl.int32)).to(tl.int64)
+            o = row_of.to(tl.int64)
+        else:
+            t = within + u
+            o = (t >= row).to(tl.int64)
+            i = t - o * row
+        x = widened(tl.load(src + ((o * src_stride + i) * VEC)[:, None] + lane, mask=live, other=0.0), WIDE)
+        tl.store(
+            dst + ((o * dst_stride + i) * VEC)[:, None] + lane,
+            rounded(x * factor, dst.dtype.element_ty),
+            mask=live,
+        )
+    if tail is not None:
+        if pid == chunks - 1:
+            end = (within + count) * VEC + tl.arange(0, VEC)
+            live = tl.arange(0, VEC) < tail
+            x = widened(tl.load(src + end, mask=live, other=0.0), WIDE)
+            tl.store(dst + end, rounded(x * factor, dst.dtype.element_ty), mask=live)
+
+
+@triton.jit(
+    do_not_specialize=["outer", "row", "tail", "src_stride", "dst_stride", "chunks", "channels"]
+)  # fmt: skip
+def scale(
+    g,                            # scalar
+    src, dst,                     # [outer, row]; dst may be src; or None
+    grad_alpha, grad_alpha_out,   # [C], fp64 and alpha's type; or None
+    outer, row: tl.int64,            # row and strides in vectors of VEC
+    tail,                         # values beyond the last vector of the only row, or None: there are none
+    src_stride: tl.int64, dst_stride: tl.int64,
+    chunks,                       # programs for src; those above are blocks of grad_alpha
+    channels,
+    IN_PLACE: tl.constexpr, VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr,
+    WIDE: tl.constexpr, ALPHA_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dst = g src and grad_alpha_out = g grad_alpha. In place, a g of exactly 1 touches nothing."""
+    pid = tl.program_id(0)
+    factor = tl.load(g).to(tl.float64)
+    if src is not None:
+        if pid < chunks:
+            if IN_PLACE:
+                if factor != 1.0:
+                    _scale_chunk(
+                        factor.to(WIDE), src, dst, outer, row, tail, src_stride, dst_stride, chunks, pid,
+                        VEC, TILE, CHUNK, SHORT, WIDE,
+                    )  # fmt: skip
+            else:
+                _scale_chunk(
+                    factor.to(WIDE), src, dst, outer, row, tail, src_stride, dst_stride, chunks, pid,
+                    VEC, TILE, CHUNK, SHORT, WIDE,
+                )  # fmt: skip
+    if grad_alpha is not None:
+        if pid >= chunks:
+            c = (pid - chunks) * ALPHA_BLOCK + tl.arange(0, ALPHA_BLOCK)
+            value = tl.load(grad_alpha + c, mask=c < channels, other=0.0) * factor
+            tl.store(grad_alpha_out + c, rounded(value, grad_alpha_out.dtype.element_ty), mask=c < channels)

@@ -1,0 +1,102 @@
+"""What the Triton kernels share: rounding, fp64 from its bits, and the mathematics of one channel, in fp64."""
+
+# The body of a kernel is Triton's language: untyped, and what is known at compile time must stand in an `if` of its
+# own, since `and` would make it a number of the device.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+try:
+    _interpreted = bool(triton.knobs.runtime.interpret)
+except AttributeError:  # Triton before 3.4
+    _interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+# Fixed when the kernels below are defined.
+INTERPRETED: tl.constexpr = tl.constexpr(_interpreted)
+
+
+def device_function(fn: Callable[..., Any]) -> Any:
+    """A function that kernels call. Interpreted, it skips the patching of triton.language that its caller did."""
+    jitted = triton.jit(fn)
+    return jitted.rewrite() if _interpreted and hasattr(jitted, "rewrite") else jitted
+
+
+@device_function
+def widened(x, dtype: tl.constexpr):
+    """x in the type that r is computed in: fp32, or fp64 where mean or target is."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(dtype)
+    else:
+        wide = x.to(dtype)
+    return wide
+
+
+@device_function
+def rounded(x, dtype: tl.constexpr):
+    """x rounded to nearest even; to 16 bits by way of fp32, as on the other back ends."""
+    if dtype == tl.float64:
+        y = x.to(dtype)
+    elif INTERPRETED and dtype == tl.bfloat16:  # the interpreter's own conversion truncates
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        y = tl.where(x == x, nearest, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(tl.float32).to(dtype)
+    return y
+
+
+@device_function
+def float64_of(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@device_function
+def variance_of(alpha, eps):
+    """(variance, sigmoid) of fp64 alpha: softplus(alpha) + eps and its derivative.
+
+    softplus(a) = max(a, 0) + log1p(exp(-|a|)): exp never overflows. log1p is Kahan's, log(u) e / (u - 1) with
+    u = fl(1 + e), whose two errors cancel: tiny variances keep their digits.
+    """
+    e = tl.exp(-tl.abs(alpha))
+    u = e + 1.0
+    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    variance = tl.where(alpha > 0.0, alpha + log1p, log1p) + eps
+    sigmoid = tl.where(alpha >= 0.0, 1.0, e) / u
+    return variance, sigmoid
+
+
+@device_function
+def grad_scale(alpha, g, eps_bits, k_bits, live, dtype: tl.constexpr):
+    """g k / v_c at pointers into alpha, formed in fp64."""
+    v, _ = variance_of(widened(tl.load(alpha, mask=live, other=0.0), tl.float64), float64_of(eps_bits))
+    k = float64_of(k_bits)
+    if g is not None:
+        k = k * tl.load(g).to(tl.float64)
+    return (k / v).to(dtype)
+
+
+@device_function
+def alpha_derivative(alpha, v, sigmoid, sum_sq, m):
+    """[M/(2 v) - S/(2 v^2)] sigmoid(alpha): d/d alpha for k = g = 1."""
+    precision = 1.0 / v  # one division: each is a call, and what lives across it fills registers
+    return 0.5 * (m - sum_sq * precision) * precision * sigmoid
+
+
+@device_function
+def write_grad_alpha(alpha, sum_sq, g, out, channels, m, eps_bits, k_bits, block, BLOCK: tl.constexpr):
+    # d/d alpha of one block of channels, rounded to alpha's type.
+    c = block * BLOCK + tl.arange(0, BLOCK)
+    live = c < channels
+    v, sigmoid = variance_of(
+        widened(tl.load(alpha + c, mask=live, other=0.0), tl.float64), float64_of(eps_bits)
+    )
+    s = tl.load(sum_sq + c, mask=live, other=0.0)
+    gk = tl.load(g).to(tl.float64) * float64_of(k_bits)
+    tl.store(
+        out + c, rounded(gk * alpha_derivative(alpha, v, sigmoid, s, m), out.dtype.element_ty), mask=live
+    )

@@ -1,0 +1,270 @@
+"""How a sweep is cut into programs: the rule, from shapes, strides and dtypes alone.
+
+Nothing here is measured at run time, so the first call of a shape costs no search and the order of summation
+never depends on timing. docs/triton.md explains the numbers; `Tuning` holds those that a search may change.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import gcd
+from typing import NamedTuple
+
+# Bytes of one vector access.
+VECTOR_BYTES = 16
+# A plane of fewer bytes is walked in rows of all channels: a program's reads would be too short.
+SHORT_PLANE_BYTES = 512
+# Fewer rows than this do not pay for a partial sum per column.
+FEW_ROWS = 16
+# Rows narrower than this may be joined to fill vectors.
+NARROW_ROW = 1024
+# Column offsets within one row are 32-bit.
+WIDEST_ROW = 1 << 30
+# Terms that one fp32 accumulator sums before its sum goes pairwise.
+LONGEST_RUN = 64
+# Channels of one program that does per-channel work only.
+ALPHA_BLOCK = 128
+
+
+class Tuning(NamedTuple):
+    """The free numbers of the rule."""
+
+    vectors: int = 2  # vectors of a tensor that a thread has in flight; of the wider one, where they differ
+    warps: int = 4
+    lanes: int = 32  # threads of a warp: 64 on AMD's data centre GPUs
+    programs: int = 1024  # wanted at least, as long as each has `smallest_chunk`
+    smallest_chunk: int = 4096
+    largest_chunk: int = 65536
+
+
+RULE = Tuning()
+
+
+class Planes(NamedTuple):
+    """Neighbours of one channel, each channel's values cut into chunks. Extents are in vectors of `vec`."""
+
+    outer: int
+    inner: int
+    tail: int | None
+    mean_stride: int
+    target_stride: int
+    dense_stride: int
+    chunks: int
+    programs: int
+    vec: int
+    tile: int
+    chunk: int
+    short: bool
+    warps: int
+
+    @property
+    def partials(self) -> tuple[int, int]:
+        """(blocks, inner) of the partial sums, [blocks, C, inner]."""
+        return 1, self.chunks
+
+
+class Rows(NamedTuple):
+    """Rows of all channels, cut into tiles of columns and blocks of rows. Extents are in vectors of `vec`."""
+
+    rows: int
+    inner: int  # in elements
+    columns: int
+    tail: int | None
+    join: int
+    mean_stride: int
+    target_stride: int
+    dense_stride: int
+    column_tiles: int
+    row_blocks: int
+    programs: int
+    vec: int
+    tile_rows: int
+    tile_columns: int
+    block_rows: int
+    near: int
+    warps: int
+
+    @property
+    def partials(self) -> tuple[int, int]:
+        """(blocks, inner) of the partial sums, [blocks, C, inner]."""
+        return self.row_blocks * self.join, self.inner
+
+
+class Finish(NamedTuple):
+    """Programs that add the partial sums, tiles of [channels, depth]."""
+
+    blocks: int
+    inner: int
+    across: bool
+    programs: int
+    channels: int
+    depth: int
+
+
+class Flat(NamedTuple):
+    """A tensor scaled element by element. Extents are in vectors of `vec`."""
+
+    outer: int
+    row: int
+    tail: int | None
+    src_stride: int
+    dst_stride: int
+    chunks: int
+    vec: int
+    tile: int
+    chunk: int
+    short: bool
+    warps: int
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _up(n: int) -> int:
+    """The power of two at or above n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _down(n: int) -> int:
+    """The power of two at or below n, at least 1."""
+    return 1 << (max(n, 1).bit_length() - 1)
+
+
+def _chunk(elements: int, tile: int, tuning: Tuning) -> int:
+    """Elements of one program: small enough to fill the device, large enough to amortise its fp64 logarithms."""
+    chunk = min(max(_down(elements // tuning.programs), tuning.smallest_chunk), tuning.largest_chunk)
+    return max(tile, min(chunk, LONGEST_RUN * tile))
+
+
+def _warps(tile: int, vec: int, tuning: Tuning) -> int:
+    return max(1, min(tuning.warps, tile // (tuning.lanes * vec)))
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    outer: int,
+    channels: int,
+    inner: int,
+    mean_stride: int,
+    target_stride: int,
+    mean_size: int,
+    target_size: int,
+    tuning: Tuning = RULE,
+) -> Planes | Rows:
+    """The sweep for tensors with elements of so many bytes; strides are in elements."""
+    width = channels * inner
+    size = min(mean_size, target_size)
+    tuning = tuning._replace(vectors=max(1, tuning.vectors * size // max(mean_size, target_size)))
+    if outer == 1:
+        mean_stride = target_stride = width
+    dense = mean_stride == target_stride == width
+    full = VECTOR_BYTES // size
+    if channels == 1 and dense:
+        return _planes(1, 1, outer * inner, outer * inner, outer * inner, full, tuning)
+    vec = gcd(full, inner)
+    if outer > 1:
+        vec = gcd(vec, mean_stride, target_stride)
+    long = inner * size >= SHORT_PLANE_BYTES
+    if (long and vec == full) or width >= WIDEST_ROW or (inner * size >= 64 and outer < FEW_ROWS):
+        return _planes(outer, channels, inner, mean_stride, target_stride, full, tuning)
+    return _rows(outer, channels, inner, mean_stride, target_stride, full, tuning)
+
+
+def _planes(
+    outer: int, channels: int, inner: int, mean_stride: int, target_stride: int, full: int, tuning: Tuning
+) -> Planes:
+    width = channels * inner
+    tail = 0
+    if outer == 1 and channels == 1 and inner >= full:
+        vec, tail = full, inner % full
+    else:
+        vec = gcd(full, inner)
+        if outer > 1:
+            vec = gcd(vec, mean_stride, target_stride)
+    values = outer * inner
+    tile = min(tuning.lanes * tuning.warps * full * tuning.vectors, max(_up(values), tuning.lanes * full))
+    chunk = max(tile, min(_chunk(values * channels, tile, tuning), _up(values)))
+    chunks = ceil_div(values // vec, chunk // vec)
+    return Planes(
+        outer, inner // vec, tail or None, mean_stride // vec, target_stride // vec, width // vec,
+        chunks, channels * chunks, vec, tile, chunk, outer > 1 and chunk > inner, _warps(tile, full, tuning),
+    )  # fmt: skip
+
+
+def _rows(
+    outer: int, channels: int, inner: int, mean_stride: int, target_stride: int, full: int, tuning: Tuning
+) -> Rows:
+    width = channels * inner
+    vec = gcd(full, width)
+    if outer > 1:
+        vec = gcd(vec, mean_stride, target_stride)
+    across = tuning.lanes * full  # columns that one warp reads at once
+    join = 1
+    if mean_stride == target_stride == width < NARROW_ROW and (vec < full or width < 16):
+        step = full // gcd(width, full)
+        join = step * max(1, across // (step * width))
+        if join > outer:
+            join = 1
+        else:
+            vec = full
+    columns = width * join
+    rows, tail = outer // join, outer % join * width
+    tile = tuning.lanes * tuning.warps * full * tuning.vectors
+    tile_columns = min(max(across, tile // _up(rows)), _up(columns))
+    tile_rows = min(tile // tile_columns, _up(rows))
+    tile = tile_rows * tile_columns
+    # Twice the planes' chunk: what a column's partial sum costs is shared by the rows above it.
+    chunk = min(2 * _chunk(outer * width, tile, tuning), LONGEST_RUN * tile)
+    block_rows = max(tile_rows, chunk // tile_columns)
+    if join > 1:
+        near = _up(channels)
+    elif tile_columns % inner == 0:
+        near = tile_columns // inner
+    else:
+        near = _up(min(channels, (tile_columns - 1) // inner + 2))
+    column_tiles, row_blocks = ceil_div(columns, tile_columns), ceil_div(rows, block_rows)
+    return Rows(
+        rows, inner, columns // vec, tail or None, join,
+        mean_stride * join // vec, target_stride * join // vec, columns // vec,
+        column_tiles, row_blocks, column_tiles * row_blocks, vec, tile_rows, tile_columns, block_rows,
+        max(near, 2), _warps(tile, full, tuning),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def plan_finish(blocks: int, channels: int, inner: int) -> Finish:
+    """The programs for partial sums [blocks, C, inner]."""
+    across = inner == 1
+    most = _up(channels)
+    if across:
+        tile_channels = min(32, most)
+        depth = min(1024 // tile_channels, _up(blocks))
+    else:
+        depth = min(1024, _up(blocks * inner))
+        tile_channels = min(1024 // depth, 32, most)
+    return Finish(blocks, inner, across, ceil_div(channels, tile_channels), tile_channels, depth)
+
+
+@lru_cache(maxsize=4096)
+def plan_scale(
+    outer: int, row: int, src_stride: int, dst_stride: int, size: int, tuning: Tuning = RULE
+) -> Flat:
+    """Scaling [outer, row] elements of `size` bytes; strides are in elements."""
+    if outer == 1 or src_stride == dst_stride == row:
+        outer, row = 1, outer * row
+        src_stride = dst_stride = row
+    full = VECTOR_BYTES // size
+    tail = 0
+    if outer == 1 and row >= full:
+        vec, tail = full, row % full
+    else:
+        vec = gcd(full, row, src_stride, dst_stride)
+    values = outer * row
+    tile = min(tuning.lanes * tuning.warps * full * tuning.vectors, max(_up(values), tuning.lanes * full))
+    chunk = _chunk(values, tile, tuning)
+    return Flat(
+        outer, row // vec, tail or None, src_stride // vec, dst_stride // vec,
+        ceil_div(values // vec, chunk // vec), vec, tile, chunk, outer > 1 and chunk > row,
+        _warps(tile, full, tuning),
+    )  # fmt: skip

@@ -1,0 +1,262 @@
+"""Distiller: a student, a teacher and weighted methods as one module with one loss."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .methods.base import Activations, Batch, Method
+from .taps import Taps
+
+
+class Losses(NamedTuple):
+    """What one forward pass gives.
+
+    loss: the scalar to call backward on. logits: the student's, (B, classes).
+    terms: each term's share of the loss by name, detached, on the device; "task" is the labels' term.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    terms: dict[str, Tensor]
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a network returned: the tensor itself, or an attribute or key called "logits"."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"wanted a network that returns its logits as a Tensor or under the name 'logits', got "
+            f"{type(output).__name__}; give Distiller(..., logits=function) to pick them"
+        )
+    return found
+
+
+class Distiller(nn.Module):
+    """A student that learns from labels and from a teacher.
+
+        distiller = Distiller(
+            student, teacher, terms=[VID(pairs={"group3": "layer4"}, weight=1.0)], example=images)
+        optimizer = torch.optim.SGD(distiller.parameter_groups(lr=0.05, weight_decay=5e-4), momentum=0.9)
+        for images, labels in loader:
+            distiller(images, labels).loss.backward()
+            optimizer.step(); optimizer.zero_grad()
+
+    student, teacher: any nn.Modules. The teacher may be None if no term needs it.
+    terms: the methods, each with its own weight; their layer names are those of `named_modules()`.
+    example: one batch of inputs. Both networks run on it once, in eval mode, without gradients and without
+        touching the random state, to find the shapes from which the terms make their parameters. Only a
+        Distiller without terms can do without.
+    task_weight: the weight of the loss on the labels. task_loss: (logits, labels) -> scalar.
+    clone_taps: copy every tapped activation, for layers whose output is modified in place afterwards.
+    logits: picks the logits out of what a network returns.
+
+    Inputs are a tensor, a tuple (positional arguments) or a mapping (keyword arguments) of what the networks
+    take.
+
+    The teacher is not a submodule: it is absent from parameters(), state_dict() and train(), and runs in eval
+    mode and without gradients whatever is called; it does follow .to(), .cuda(), .half() and the like. So a
+    checkpoint holds what was learned (student, regressors, variances) and not a copy of a frozen input.
+
+    Raises TypeError or ValueError for terms that do not fit, UnknownNameError for unknown layers.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    terms: nn.ModuleDict
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        terms: Sequence[Method] = (),
+        *,
+        example: Any = None,
+        task_weight: float = 1.0,
+        task_loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+        clone_taps: bool = False,
+        logits: Callable[[Any], Tensor] = logits_of,
+    ) -> None:
+        super().__init__()
+        if not isinstance(student, nn.Module) or not isinstance(teacher, (nn.Module, type(None))):
+            raise TypeError(
+                f"wanted nn.Modules as student and teacher, got {type(student).__name__}, "
+                f"{type(teacher).__name__}"
+            )
+        if not math.isfinite(task_weight):
+            raise ValueError(f"wanted a finite task_weight, got {task_weight}")
+        self.task_weight, self.task_loss, self.pick_logits = float(task_weight), task_loss, logits
+        self.student = student
+        self.__dict__["teacher"] = teacher
+        if teacher is not None:
+            self._refuse_shared_parameters()
+            teacher.eval()
+        self.terms = nn.ModuleDict(self._named(terms))
+
+        student_layers = [layer for term in terms for layer in term.student_layers]
+        teacher_layers = [layer for term in terms for layer in term.teacher_layers]
+        self._student_taps = Taps(student, student_layers, clone=clone_taps, role="student")
+        self._teacher_taps = (
+            Taps(teacher, teacher_layers, clone=clone_taps, role="teacher") if teacher is not None else None
+        )
+        if terms:
+            if example is None:
+                raise ValueError(
+                    "wanted example=, one batch of inputs: the terms make their parameters from its feature "
+                    "shapes"
+                )
+            batch = self._probe(example)
+            for term in terms:
+                if term.built:
+                    raise ValueError(
+                        f"the term {term.name!r} belongs to another Distiller; make one for each"
+                    )
+                term.build(batch)
+                term.built = True
+        self._check_groups()
+
+    def forward(self, inputs: Any, labels: Tensor | None = None, *, scale: float = 1.0) -> Losses:
+        """The loss of one batch.
+
+        labels: what task_loss takes, (B,) class numbers by default; None leaves the task's term out.
+        scale: multiplies the whole loss, 1/accumulation steps for instance. It is folded into every term's
+            weight, so that `loss.backward()` reaches the kernels with a gradient of exactly 1.
+        """
+        batch = self._run(inputs, labels)
+        terms: dict[str, Tensor] = {}
+        if labels is not None:
+            terms["task"] = self.task_loss(batch.student.logits, labels) * (self.task_weight * scale)
+        for name, term in self.terms.items():
+            assert isinstance(term, Method)
+            terms[name] = term(batch, term.weight * scale)
+        if not terms:
+            raise ValueError("nothing to learn from: no labels were given and there are no terms")
+        loss = sum(list(terms.values())[1:], next(iter(terms.values())))
+        return Losses(loss, batch.student.logits, {name: term.detach() for name, term in terms.items()})
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Every trainable parameter, once, as groups for a torch optimizer.
+
+        Each has params, lr, weight_decay and a name: "student", then what each term asks for, such as
+        "vid.regressor" and "vid.alpha" (no weight decay, a learning rate of its own).
+        """
+        groups = [
+            {
+                "params": [p for p in self.student.parameters() if p.requires_grad],
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "name": "student",
+            }
+        ]
+        for name, term in self.terms.items():
+            assert isinstance(term, Method)
+            for group in term.parameter_groups():
+                groups.append(
+                    {
+                        "params": [p for p in group.params if p.requires_grad],
+                        "lr": lr * group.lr_factor,
+                        "weight_decay": weight_decay if group.decay else 0.0,
+                        "name": f"{name}.{group.name}" if group.name else name,
+                    }
+                )
+        return [group for group in groups if group["params"]]
+
+    def remove_taps(self) -> None:
+        """Take the hooks off both networks, when done; the Distiller cannot be called afterwards."""
+        self._student_taps.remove()
+        if self._teacher_taps is not None:
+            self._teacher_taps.remove()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher":
+            # nn.Module would register it, and the optimizer and the checkpoints would take it in.
+            raise AttributeError(
+                "a Distiller's teacher is fixed: its terms were built for it; make a new Distiller"
+            )
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.teacher is not None:
+            self.teacher._apply(fn)  # type: ignore[no-untyped-call]
+        return self
+
+    @property
+    def _networks(self) -> list[nn.Module]:
+        return [self.student] if self.teacher is None else [self.student, self.teacher]
+
+    def _run(self, inputs: Any, labels: Tensor | None) -> Batch:
+        teacher = None
+        if self.teacher is not None and self.terms:
+            # Somebody may have called teacher.train(); batch statistics of the student's data would leak in.
+            if any(module.training for module in self.teacher.modules()):
+                self.teacher.eval()
+            with torch.no_grad():
+                teacher = self._activations(self.teacher, self._teacher_taps, inputs)
+        return Batch(inputs, labels, self._activations(self.student, self._student_taps, inputs), teacher)
+
+    def _activations(self, network: nn.Module, taps: Taps | None, inputs: Any) -> Activations:
+        assert taps is not None
+        with taps.recording() as activations:
+            if isinstance(inputs, Mapping):
+                output = network(**inputs)
+            elif isinstance(inputs, (tuple, list)):
+                output = network(*inputs)
+            else:
+                output = network(inputs)
+            return Activations(activations(), self.pick_logits(output))
+
+    def _probe(self, example: Any) -> Batch:
+        """Both networks' activations on `example`, leaving no trace in them or in the random state."""
+        devices = {p.device.index for p in self.parameters() if p.device.type == "cuda"}
+        with _eval_mode(self.student), torch.no_grad(), torch.random.fork_rng(sorted(devices)):
+            return self._run(example, None)
+
+    def _named(self, terms: Sequence[Method]) -> dict[str, nn.Module]:
+        named: dict[str, nn.Module] = {}
+        for term in terms:
+            if not isinstance(term, Method):
+                raise TypeError(f"wanted Method objects as terms, got {type(term).__name__}")
+            if term.needs_teacher and self.teacher is None:
+                raise ValueError(f"the term {term.name!r} needs a teacher, and there is none")
+            if term.name in named or term.name == "task":
+                raise ValueError(f"two terms are called {term.name!r}; give one of them another with name=")
+            named[term.name] = term
+        return named
+
+    def _refuse_shared_parameters(self) -> None:
+        assert self.teacher is not None
+        own = {id(p) for p in self.student.parameters()}
+        for name, parameter in self.teacher.named_parameters():
+            if id(parameter) in own:
+                raise ValueError(
+                    f"student and teacher share the parameter {name!r}: the teacher is frozen and the student "
+                    "is "
+                    "not; give copy.deepcopy(network) as the teacher"
+                )
+
+    def _check_groups(self) -> None:
+        """Every trainable parameter is in exactly one group: an alpha left out is VID turned into scaled MSE."""
+        grouped = Counter(id(p) for group in self.parameter_groups(lr=1.0) for p in group["params"])
+        for name, parameter in self.named_parameters():
+            times = grouped[id(parameter)] if parameter.requires_grad else 1
+            if times != 1:
+                raise RuntimeError(f"parameter {name!r} is in {times} parameter groups, wanted exactly one")
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a block; afterwards every submodule has the mode it had, frozen ones included."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training

@@ -1,0 +1,110 @@
+"""What a distillation method is: a module that turns both networks' activations into one term of the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..registry import Registry
+
+METHODS: Registry[type[Method]] = Registry("method")
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one network gave in one forward pass: the tapped layers by name, and the logits (B, classes)."""
+
+    taps: Mapping[str, Tensor]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything a method may look at. `teacher` is None where there is no teacher, `labels` where unlabelled."""
+
+    inputs: Any
+    labels: Tensor | None
+    student: Activations
+    teacher: Activations | None
+
+    @property
+    def from_teacher(self) -> Activations:
+        """The teacher's activations, for a method that has declared that it needs them."""
+        if self.teacher is None:
+            raise RuntimeError("this method needs a teacher, and the Distiller has none")
+        return self.teacher
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that an optimizer treats alike.
+
+    lr_factor: multiplies the learning rate. decay: whether weight decay applies.
+    """
+
+    params: list[nn.Parameter]
+    lr_factor: float = 1.0
+    decay: bool = True
+    name: str = field(default="")
+
+
+class Method(nn.Module):
+    """One weighted term of a `Distiller`'s loss. Subclass it and register the class to add a method:
+
+        @METHODS.register("hint")
+        class Hint(Method):
+            def __init__(self, layer, *, weight=1.0, name=None):
+                super().__init__(weight=weight, name=name)
+                self.student_layers = self.teacher_layers = (layer,)
+
+            def build(self, batch):            # shapes are known here: make the parameters
+                ...
+
+            def forward(self, batch, factor):  # factor is the weight and all else the loss is multiplied by
+                ...
+                return factor * loss
+
+    student_layers, teacher_layers: names of the layers whose activations `forward` will find in `batch`.
+    needs_teacher: False for a method that works without one.
+    """
+
+    default_name: ClassVar[str] = ""
+    needs_teacher: ClassVar[bool] = True
+
+    def __init__(self, *, weight: float = 1.0, name: str | None = None) -> None:
+        super().__init__()
+        if not math.isfinite(weight):
+            raise ValueError(f"wanted a finite weight, got {weight}")
+        self.weight = float(weight)
+        self.name = name or self.default_name or type(self).__name__.lower()
+        if "." in self.name:
+            raise ValueError(
+                f"a term's name is part of its parameters' names and has no dot, got {self.name!r}"
+            )
+        self.student_layers: tuple[str, ...] = ()
+        self.teacher_layers: tuple[str, ...] = ()
+        self.built = False
+
+    def build(self, batch: Batch) -> None:
+        """Make the parameters, from the shapes of one probe batch. Called once, by the Distiller."""
+
+    def forward(self, batch: Batch, factor: float) -> Tensor:
+        """The term's loss times `factor`, a scalar.
+
+        factor: the term's weight times what the trainer multiplies the whole loss by. It is handed in, and
+        not multiplied on outside, so that a fused kernel can fold it in and see an incoming gradient of
+        exactly 1.
+        """
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Every parameter of the method, once. Override to treat some of them apart."""
+        params = list(self.parameters())
+        return [ParameterGroup(params)] if params else []
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight:g}"

@@ -1,0 +1,133 @@
+"""Named layers of any network -> their activations, by forward hooks.
+
+The hooks stay on the network for the life of the `Taps` and record only inside `recording()`: outside of it
+they return at once and hold nothing, so the network can be called, copied, pickled and checkpointed as
+before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .registry import UnknownNameError, near_matches
+
+
+class TapError(RuntimeError):
+    """A tapped layer gave no activation that can be used; the text names the layer and says why."""
+
+
+class _Tap:
+    """The hook on one layer. A class and not a closure, so that a hooked network pickles and deep-copies."""
+
+    def __init__(self, layer: str, clone: bool) -> None:
+        self.layer = layer
+        self.clone = clone
+        self.recording = False
+        self.clear()
+
+    def clear(self) -> None:
+        self.output: Tensor | None = None
+        self.version = 0
+        self.calls = 0
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.recording:
+            return
+        self.calls += 1
+        if self.calls > 1:
+            raise TapError(
+                f"layer {self.layer!r} ({type(module).__name__}) was called twice in one forward pass, so its "
+                "activation is ambiguous; tap a layer that is called once"
+            )
+        if not isinstance(output, Tensor):
+            raise TapError(
+                f"layer {self.layer!r} ({type(module).__name__}) returned {_describe(output)}, wanted one Tensor; "
+                "tap a layer inside it that returns one"
+            )
+        if output.is_inference():
+            raise TapError(
+                f"layer {self.layer!r} made its output under torch.inference_mode(), which autograd cannot "
+                "save; run the network under torch.no_grad() instead"
+            )
+        self.output = output.clone() if self.clone else output
+        self.version = self.output._version
+
+
+def _describe(output: object) -> str:
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of {len(output)}"
+    return f"a {type(output).__name__}"
+
+
+class Taps:
+    """Forward hooks on the layers named, of any nn.Module.
+
+        taps = Taps(network, ["layer1", "layer2.0.conv1"])
+        with taps.recording() as activations:
+            network(images)
+            features = activations()        # {"layer1": Tensor, "layer2.0.conv1": Tensor}
+        taps.remove()
+
+    `layers` are names as in `network.named_modules()`. With `clone=True` every activation is copied as it is
+    recorded, which lets a layer be tapped whose output is modified in place afterwards (an in-place ReLU
+    behind a convolution or a BatchNorm, as in torchvision's VGG and ResNet).
+
+    Raises UnknownNameError (a ValueError) for a layer that is not there, listing near matches.
+    """
+
+    def __init__(
+        self, network: nn.Module, layers: Iterable[str], *, clone: bool = False, role: str = "network"
+    ) -> None:
+        names = list(dict.fromkeys(layers))
+        # Shared modules have several names; every one of them is a valid name here.
+        modules = dict(network.named_modules(remove_duplicate=False))
+        for name in names:
+            if not name or name not in modules:
+                raise UnknownNameError(
+                    f"the {role} ({type(network).__name__}) has no layer {name!r}: {near_matches(name, modules)}"
+                )
+        self._taps = [_Tap(name, clone) for name in names]
+        self._handles = [modules[tap.layer].register_forward_hook(tap) for tap in self._taps]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(tap.layer for tap in self._taps)
+
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        """Record during the block; yields a function that checks and returns what was recorded."""
+        for tap in self._taps:
+            tap.clear()
+            tap.recording = True
+        try:
+            yield self._collect
+        finally:
+            # Nothing may stay alive here after the step: the activations are the step's largest tensors.
+            for tap in self._taps:
+                tap.recording = False
+                tap.clear()
+
+    def _collect(self) -> dict[str, Tensor]:
+        """The activations by layer name. Raises TapError for a layer not called or modified in place since."""
+        activations: dict[str, Tensor] = {}
+        for tap in self._taps:
+            if tap.output is None:
+                raise TapError(f"layer {tap.layer!r} was not called in the forward pass")
+            if tap.output._version != tap.version:
+                raise TapError(
+                    f"the output of layer {tap.layer!r} was modified in place after the layer returned it (as an "
+                    "in-place ReLU behind it does); tap the layer that modifies it, or ask for a copy with "
+                    "clone=True (clone_taps=True in Distiller)"
+                )
+            activations[tap.layer] = tap.output
+        return activations
+
+    def remove(self) -> None:
+        """Take the hooks off the network."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

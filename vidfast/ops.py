@@ -1,0 +1,256 @@
+"""The primitives as torch.library operators: what torch.compile and torch.export see.
+
+`vidfast::gaussian_nll` and `vidfast::gaussian_nll_backward` are functional and two-pass. They take reduction and
+weight, never k: a Python float made from a shape would be a new graph for every batch size. Eager calls do not
+come here; they take the shorter path of `autograd`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidfast import dispatch, reference
+from vidfast.arguments import check_options
+from vidfast.layout import Layout, prepare
+
+_OPTIONS = "int channel_dim, float eps, str reduction, bool full, float weight, str backend"
+
+
+def _k(shape: torch.Size | list[int], reduction: str, weight: float) -> float:
+    if reduction == "mean":
+        numel = 1
+        for size in shape:
+            numel *= size
+        return weight / numel
+    return float(weight) if reduction == "sum" else weight / shape[0]
+
+
+@torch.library.custom_op(
+    "vidfast::gaussian_nll",
+    mutates_args=(),
+    schema=f"(Tensor mean, Tensor target, Tensor alpha, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+def forward(
+    mean: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    channel_dim: int,
+    eps: float,
+    reduction: str,
+    full: bool,
+    weight: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss, sum_sq): the scalar of :func:`vidfast.gaussian_nll` and S_c = sum (mean - target)^2 [C], fp64.
+
+    Arguments are those of :func:`vidfast.gaussian_nll`, whose shapes are checked there; channel_dim is not
+    negative. Only loss is differentiable.
+    """
+    check_options(eps, reduction, weight)
+    chosen = dispatch.choose(backend, mean, target, alpha)
+    if chosen is None:
+        return _plain_forward(mean, target, alpha, channel_dim, eps, reduction, full, weight)
+    walked_mean, walked_target, layout = prepare(mean, target, channel_dim)
+    k = _k(mean.shape, reduction, weight)
+    return chosen.forward(walked_mean, walked_target, alpha.contiguous(), layout, k, eps, full)
+
+
+@forward.register_fake
+def _(mean: Tensor, target: Tensor, alpha: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 in (mean.dtype, target.dtype)
+    loss = mean.new_empty((), dtype=torch.float64 if wide else torch.float32)
+    return loss, mean.new_empty(alpha.shape, dtype=torch.float64)
+
+
+@torch.library.custom_op(
+    "vidfast::gaussian_nll_backward",
+    mutates_args=(),
+    schema="(Tensor g, Tensor? mean, Tensor? target, Tensor alpha, Tensor sum_sq, SymInt[] shape, "
+    f"{_OPTIONS}, bool mean_wanted, bool target_wanted, bool alpha_wanted) -> Tensor[]",
+)
+def backward(
+    g: Tensor,
+    mean: Tensor | None,
+    target: Tensor | None,
+    alpha: Tensor,
+    sum_sq: Tensor,
+    shape: list[int],
+    channel_dim: int,
+    eps: float,
+    reduction: str,
+    full: bool,
+    weight: float,
+    backend: str,
+    mean_wanted: bool,
+    target_wanted: bool,
+    alpha_wanted: bool,
+) -> list[Tensor]:
+    """The gradients that are wanted, in the order mean, target, alpha, times g.
+
+    mean and target may be None where alpha's gradient alone is wanted; `shape` is theirs.
+    """
+    alpha = alpha.contiguous()
+    if mean is None or target is None:
+        channels = shape[channel_dim]
+        values = 1
+        for size in shape:
+            values *= size
+        layout = Layout(values // channels, channels, 1, channels, channels, channel_dim)
+        chosen = dispatch.choose(backend, g, g, alpha)
+        walked_mean = walked_target = None
+    else:
+        chosen = dispatch.choose(backend, mean, target, alpha)
+        walked_mean, walked_target, layout = prepare(mean, target, channel_dim)
+    want = (mean_wanted, target_wanted, alpha_wanted)
+    k = _k(shape, reduction, weight)
+    if chosen is None:
+        count = layout.outer * layout.inner
+        grads = _plain_backward(g, mean, target, alpha, sum_sq, count, channel_dim, eps, k, want)
+    else:
+        g = g.resolve_neg()
+        grads = chosen.backward(g, walked_mean, walked_target, alpha, sum_sq, layout, k, eps, want)
+    likes = (mean, mean, alpha)
+    return [
+        _laid_out(x, like) for x, like in zip(grads, likes, strict=True) if x is not None and like is not None
+    ]
+
+
+@backward.register_fake
+def _(
+    g: Tensor,
+    mean: Tensor | None,
+    target: Tensor | None,
+    alpha: Tensor,
+    sum_sq: Tensor,
+    shape: list[int],
+    channel_dim: int,
+    eps: float,
+    reduction: str,
+    full: bool,
+    weight: float,
+    backend: str,
+    mean_wanted: bool,
+    target_wanted: bool,
+    alpha_wanted: bool,
+) -> list[Tensor]:
+    grads = []
+    if mean_wanted:
+        assert mean is not None
+        grads.append(_empty_like(mean, mean.dtype))
+    if target_wanted:
+        assert mean is not None and target is not None  # noqa: PT018
+        grads.append(_empty_like(mean, target.dtype))
+    if alpha_wanted:
+        grads.append(_empty_like(alpha, alpha.dtype))
+    return grads
+
+
+def _empty_like(x: Tensor, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+    """What a gradient of x looks like: contiguous if x is, else in x's order of dimensions."""
+    # torch.empty_like alone keeps the meaningless stride of a size of 1, and its fake kernel does not.
+    order = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
+    return torch.empty_like(x, dtype=dtype, device=device or x.device, memory_format=order)
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """x with the strides that the fake kernel promised."""
+    strides = _empty_like(like, x.dtype, "meta").stride()
+    if x.stride() == strides:
+        return x
+    if all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True)):
+        return x.as_strided(x.shape, strides)  # they differ where a size is 1, and a stride means nothing
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _plain_forward(
+    mean: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    channel_dim: int,
+    eps: float,
+    reduction: str,
+    full: bool,
+    weight: float,
+) -> tuple[Tensor, Tensor]:
+    """What the kernels return, where none of them runs."""
+    loss = reference.gaussian_nll(
+        mean, target, alpha,
+        channel_dim=channel_dim, eps=eps, reduction=reduction, full=full, weight=weight,
+    )  # fmt: skip
+    squares = (mean.double() - target.double()).square()
+    return loss, squares.movedim(channel_dim, 0).flatten(1).sum(1) if mean.dim() > 1 else squares
+
+
+def _plain_backward(
+    g: Tensor,
+    mean: Tensor | None,
+    target: Tensor | None,
+    alpha: Tensor,
+    sum_sq: Tensor,
+    count: int,
+    channel_dim: int,
+    eps: float,
+    k: float,
+    want: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    # Autograd does not reach inside an operator, so the derivatives are written out.
+    grads: list[Tensor | None] = [None, None, None]
+    wide = alpha.double()
+    variance = torch.logaddexp(wide, torch.zeros_like(wide)) + eps
+    gk = g.double() * k
+    if mean is not None and target is not None:
+        dtype = torch.float64 if torch.float64 in (mean.dtype, target.dtype) else torch.float32
+        shape = [1] * mean.dim()
+        shape[channel_dim] = -1
+        d_mean = (mean.to(dtype) - target.to(dtype)) * (gk / variance).to(dtype).view(shape)
+        grads[0] = d_mean.to(mean.dtype) if want[0] else None
+        grads[1] = d_mean.neg().to(target.dtype) if want[1] else None
+    if want[2]:
+        grads[2] = (gk * 0.5 * (count - sum_sq / variance) / variance * torch.sigmoid(wide)).to(alpha.dtype)
+    return grads[0], grads[1], grads[2]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    mean, target, alpha, *options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    # for alpha alone the sums of squares are enough, and the activations go free
+    both = mean.requires_grad or target.requires_grad
+    ctx.save_for_backward(mean if both else None, target if both else None, alpha, output[1])
+    ctx.shape = mean.shape
+    ctx.options = options
+
+
+def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Any, ...]:
+    grads: list[Any] = [None] * (3 + len(ctx.options))
+    if g is None:
+        return tuple(grads)
+    mean, target, alpha, sum_sq = ctx.saved_tensors
+    want = ctx.needs_input_grad[:3]
+    found = iter(backward(g, mean, target, alpha, sum_sq, list(ctx.shape), *ctx.options, *want))
+    for i, wanted in enumerate(want):
+        if wanted:
+            grads[i] = next(found)
+    return tuple(grads)
+
+
+torch.library.register_autograd("vidfast::gaussian_nll", _backward, setup_context=_setup_context)
+
+
+def gaussian_nll(
+    mean: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    channel_dim: int,
+    eps: float,
+    reduction: str,
+    full: bool,
+    weight: float,
+    backend: str,
+) -> Tensor:
+    """The loss by the operator, for :func:`vidfast.gaussian_nll` while it is traced."""
+    loss: Tensor = forward(mean, target, alpha, channel_dim, eps, reduction, full, weight, backend)[0]
+    return loss
