@@ -1,9 +1,11 @@
 """Builds vidfast._C with CMake and Ninja. torch is not needed to build."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,6 +21,83 @@ def tool(name: str) -> str:
     if found is None:
         raise RuntimeError(f"vidfast needs {name} to build: pip install {name}")
     return found
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, else the one on PATH, else of a CUDA toolkit installed by pip beside this Python."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        nvcc = Path(home) / "bin" / "nvcc"
+        if not nvcc.exists():
+            raise RuntimeError(f"CUDA_HOME is {home}, but there is no {nvcc}")
+        return str(nvcc)
+    if found := shutil.which("nvcc"):
+        return found
+    # a build environment of pip's own does not see the packages around it on sys.path
+    site = {*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    installed = [p for s in site if s for p in Path(s).glob("nvidia/*/bin/nvcc")]
+    default = Path("/usr/local/cuda/bin/nvcc")
+    return str(max(installed)) if installed else str(default) if default.exists() else None
+
+
+# Names that TORCH_CUDA_ARCH_LIST may hold beside numbers, as in torch.
+ARCHITECTURES = {
+    "Turing": "7.5",
+    "Ampere": "8.0;8.6",
+    "Ada": "8.9",
+    "Hopper": "9.0",
+    "Blackwell": "10.0;12.0",
+}
+
+
+def cuda_architectures() -> list[str]:
+    """TORCH_CUDA_ARCH_LIST, else those of the visible GPUs, else sm_80 and sm_90 with PTX for what comes later."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    for name, numbers in ARCHITECTURES.items():
+        wanted = re.sub(rf"\b{name}\b", numbers, wanted)
+    found = []
+    for item in re.split(r"[;,\s]+", wanted.strip()) if wanted.strip() else ():
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if match is None:
+            raise RuntimeError(
+                "TORCH_CUDA_ARCH_LIST must hold compute capabilities such as '8.0;9.0+PTX' or names "
+                f"({', '.join(ARCHITECTURES)}), got {item!r}"
+            )
+        major, minor, suffix, ptx = match.groups()
+        found.append(f"{major}{minor}{suffix}" + ("" if ptx else "-real"))
+    if found:
+        return found
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        found = sorted(
+            {line.strip().replace(".", "") + "-real" for line in answer.splitlines() if line.strip()}
+        )
+    except (OSError, subprocess.SubprocessError):
+        found = []
+    return found or ["80-real", "90"]
+
+
+def cuda_options() -> list[str]:
+    """What VIDFAST_CUDA, CUDA_HOME and TORCH_CUDA_ARCH_LIST mean to CMake."""
+    mode = os.environ.get("VIDFAST_CUDA", "auto").lower()
+    if mode not in ("0", "1", "auto"):
+        raise RuntimeError(f"VIDFAST_CUDA must be 0, 1 or auto, got {mode!r}")
+    if mode == "0":
+        return ["-DVIDFAST_CUDA=0"]
+    nvcc = find_nvcc()
+    if nvcc is None:
+        if mode == "1":
+            raise RuntimeError(
+                "VIDFAST_CUDA=1, but there is no nvcc: set CUDA_HOME, put it on PATH, or pip install nvidia-cuda-nvcc"
+            )
+        print("vidfast: there is no nvcc, so it is built without CUDA; a GPU runs the Triton kernels")
+        return ["-DVIDFAST_CUDA=0"]
+    return [
+        f"-DVIDFAST_CUDA={mode}",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(cuda_architectures())}",
+    ]
 
 
 class CMakeExtension(Extension):
@@ -43,6 +122,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *cuda_options(),
         ]
         subprocess.run(configure, cwd=build, check=True)
         jobs = os.environ.get("MAX_JOBS", str(min(os.cpu_count() or 1, 4)))

@@ -80,6 +80,10 @@ void cpu_scale(Address g, int g_dtype, int64_t outer, int64_t row, Address src, 
 
 }  // namespace
 
+#ifdef VIDFAST_CUDA
+void bind_cuda(py::module_& m);
+#endif
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "vidfast's native kernels. Arguments are raw addresses; use the vidfast package instead.";
   m.def("cpu_forward", &cpu_forward);
@@ -90,5 +94,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_select_isa", &vidfast::cpu::select_isa, py::arg("name"),
         "Switch to another instruction set; False if this processor lacks it.");
   m.def("cpu_openmp_runtime", &vidfast::cpu::openmp_runtime, "The OpenMP runtime whose threads are used.");
+#ifdef VIDFAST_CUDA
+  bind_cuda(m);
+#endif
   m.attr("version") = VIDFAST_VERSION;
 }

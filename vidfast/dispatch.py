@@ -17,6 +17,8 @@ log = logging.getLogger("vidfast")
 # The order of preference; a back end is one module `vidfast.backends.<name>` with a BACKEND.
 NAMES = ("cuda", "triton", "cpu")
 
+_CPU_FIRST = NAMES[::-1]  # for tensors there: an interpreted GPU kernel is never what `auto` means
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _loaded: dict[str, Backend] = {}
 _picked: set[tuple[str, str]] = set()
@@ -72,7 +74,7 @@ def choose(wanted: str, mean: Tensor, target: Tensor, alpha: Tensor) -> Backend 
     obstacle = not_raw(mean, target, alpha)
     if wanted == "auto":
         if obstacle is None:
-            for name in NAMES:
+            for name in _CPU_FIRST if mean.is_cpu else NAMES:
                 backend = load(name)
                 if backend.supports(mean, target, alpha) is None:
                     _note(mean, name, "")

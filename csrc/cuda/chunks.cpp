@@ -1,0 +1,85 @@
+#include "chunks.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace vidfast::cuda {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t floor_power_of_two(int64_t n) {
+  int64_t p = 1;
+  while (2 * p <= n) p *= 2;
+  return p;
+}
+
+// A warp's chunk: 4 to 32 vectors a lane. At the upper end a lane's running sums take 32 values each, the partial
+// sums are next to no traffic, and even a small problem has this many chunks:
+constexpr int64_t kFewestVectors = 128, kMostVectors = 1024, kChunks = 4096;
+
+// A thread's rows in a chunk, and the blocks' chunks wanted.
+constexpr int64_t kFewestRows = 4, kMostRows = 64, kBlocks = 1024;
+
+}  // namespace
+
+PlaneChunks cut_planes(int64_t outer, int64_t channels, int64_t inner, int width) {
+  const int64_t vectors = outer * channels * inner / width;
+  const int64_t elements = width * std::clamp(floor_power_of_two(vectors / kChunks), kFewestVectors, kMostVectors);
+  PlaneChunks p{};
+  p.piece = inner;
+  p.outer = 1;
+  if (inner > elements)
+    p.piece = ceil_div(ceil_div(inner, ceil_div(inner, elements)), width) * width;
+  else
+    p.outer = std::min(outer, std::max<int64_t>(1, elements / inner));
+  p.pieces = ceil_div(inner, p.piece);
+  p.outer_blocks = ceil_div(outer, p.outer);
+  p.count = p.outer_blocks * channels * p.pieces;
+  return p;
+}
+
+RowChunks cut_rows(int64_t outer, int64_t channels, int64_t inner, int width, bool back_to_back) {
+  constexpr int64_t kLanes = 32, kWarps = 8;
+  const int64_t row = channels * inner;
+  const int64_t warp_columns = kLanes * width;
+  RowChunks r{};
+  r.join = 1;
+  if (back_to_back) {
+    // Rows joined into a whole number of vectors, and into few idle lanes: at most one in sixteen.
+    const int64_t unit = width / std::gcd(row, static_cast<int64_t>(width));
+    const int64_t vectors = row * unit / width;
+    int64_t times = std::max<int64_t>(1, kLanes / vectors);
+    const auto wasteful = [&] {
+      const int64_t all = times * vectors;
+      return 16 * (ceil_div(all, kLanes) * kLanes - all) > all;
+    };
+    const int64_t most = times + kLanes;
+    while (times < most && wasteful()) ++times;
+    if (wasteful()) times = std::max<int64_t>(1, kLanes / vectors);
+    r.join = unit * times;
+    if (r.join > outer) r.join = outer >= unit ? outer / unit * unit : outer;
+  }
+  r.columns = row * r.join;
+  r.rows = ceil_div(outer, r.join);
+  r.complete_rows = outer / r.join;
+  // Few rows: warps stand side by side, so that a thread has several rows in flight.
+  int64_t down = std::clamp<int64_t>(floor_power_of_two(std::max<int64_t>(1, r.rows / kFewestRows)), 1, kWarps);
+  int64_t across = kWarps / down;
+  while (across > 1 && across / 2 * warp_columns >= r.columns) across /= 2;
+  down = kWarps / across;
+  r.across = static_cast<int>(across);
+  r.down = static_cast<int>(down);
+  r.tile = warp_columns * across;
+  r.tiles = ceil_div(r.columns, r.tile);
+  const int64_t wanted = std::max<int64_t>(1, kBlocks / r.tiles);
+  const int64_t thread_rows = ceil_div(ceil_div(r.rows, down * wanted), kFewestRows) * kFewestRows;
+  r.chunk_rows = down * std::clamp(thread_rows, kFewestRows, kMostRows);
+  r.row_chunks = ceil_div(r.rows, r.chunk_rows);
+  r.sums = channels * r.join + r.tiles;
+  r.groups = r.row_chunks > kGroup ? ceil_div(r.row_chunks, kGroup) : 0;
+  r.count = r.tiles * r.row_chunks;
+  return r;
+}
+
+}  // namespace vidfast::cuda

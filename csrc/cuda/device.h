@@ -1,0 +1,96 @@
+// What the kernels take from CUDA, and the one way to launch them. With VIDFAST_EMULATION the same names come from
+// tests/emulation/emulation.h, which runs the kernels on the host; so no other file names a CUDA header, and what
+// is not used here (inline PTX, spin-waits, textures) cannot be used in a kernel.
+#pragma once
+
+#ifdef VIDFAST_EMULATION
+#include "emulation.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace vidfast::cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+constexpr int kWarp = 32;
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarp * kWarps;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// The block's dynamic shared memory; the kernels use no other.
+__device__ inline unsigned char* shared_memory() {
+#ifdef VIDFAST_EMULATION
+  return emulation::shared_memory();
+#else
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+#endif
+}
+
+// Throws if `status` is an error; `what` says what was asked for.
+inline void check(cudaError_t status, const std::string& what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error("CUDA: " + what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+}
+
+// How many blocks of one kernel each device holds at once, asked for once.
+class Residency {
+ public:
+  template <class Args>
+  int64_t blocks(void (*kernel)(Args)) {
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    std::atomic<int>& known = known_[device % kDevices];
+    if (device < kDevices && known.load(std::memory_order_relaxed) > 0) return known.load(std::memory_order_relaxed);
+    int processors = 0, each = 0;
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, reinterpret_cast<const void*>(kernel), kThreads, 0),
+          "occupancy");
+    const int all = processors * (each > 0 ? each : 1);
+    if (device < kDevices) known.store(all, std::memory_order_relaxed);
+    return all;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<int> known_[kDevices] = {};
+};
+
+// Launches kernel(args) on blocks of kThreads threads.
+template <class Args>
+void launch(const char* name, void (*kernel)(Args), int64_t blocks, size_t shared, cudaStream_t stream,
+            const Args& args) {
+  const unsigned grid = static_cast<unsigned>(blocks);
+#ifdef VIDFAST_EMULATION
+  const cudaError_t status = emulation::launch([&] { kernel(args); }, grid, kThreads, shared);
+  (void)stream;
+#else
+  void* parameters[] = {const_cast<Args*>(&args)};
+  const cudaError_t status =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(kThreads), parameters, shared, stream);
+#endif
+  if (status != cudaSuccess)
+    check(status, std::string(name) + "<<<" + std::to_string(blocks) + ", " + std::to_string(kThreads) + ", " +
+                      std::to_string(shared) + ">>>(" + describe(args) + ")");
+}
+
+// Launches a kernel that walks `blocks` blocks' worth of chunks: some full loads of the device, so that the hardware
+// evens out the ends, and no more.
+constexpr int64_t kLoads = 4;
+template <class Args>
+void launch_chunks(const char* name, void (*kernel)(Args), Residency& residency, int64_t blocks, size_t shared,
+                   cudaStream_t stream, const Args& args) {
+  const int64_t most = kLoads * residency.blocks(kernel);
+  launch(name, kernel, blocks < most ? blocks : most, shared, stream, args);
+}
+
+}  // namespace vidfast::cuda

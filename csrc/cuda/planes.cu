@@ -1,0 +1,169 @@
+// The kernel of planes: from kPlane neighbouring elements of one channel on (or one channel in all).
+//
+// A warp walks a chunk: up to 1024 vectors of one channel, a head and a tail of single elements where planes do not
+// begin or end on 16 bytes. Running sums are fp32 (fp64 for fp64), one for each element of a vector, of at most
+// 64 values each; a lane's are added in fp64, then the warp's, and the chunk's sum is stored. The block that
+// finishes last adds the chunks' sums of each channel. Traffic: mean and target once, each gradient once.
+#include "reduce.h"
+
+namespace vidfast::cuda {
+namespace {
+
+// One run of n neighbouring elements, seen from one lane.
+template <class M, class T, bool Sum>
+struct Run {
+  using P = Pair<M, T>;
+  using Acc = typename P::Acc;
+  static constexpr int W = P::width;
+  static constexpr int U = P::batch;
+
+  const Args& a;
+  Acc scale;
+  Acc (&sum)[W];
+  unsigned char *mean, *target, *grad_mean, *grad_target;
+
+  __device__ void at(int64_t o, int64_t offset) {
+    mean = a.mean.at<M>(o * a.mean.stride + offset);
+    target = a.target.at<T>(o * a.target.stride + offset);
+    grad_mean = a.grad_mean.data == nullptr ? nullptr : a.grad_mean.at<M>(o * a.grad_mean.stride + offset);
+    grad_target =
+        Sum || a.grad_target.data == nullptr ? nullptr : a.grad_target.at<T>(o * a.grad_target.stride + offset);
+  }
+  __device__ unsigned char* element(unsigned char* base, const Tensor& t, int i, int known) const {
+    return base + i * (P::any ? t.bytes : known);
+  }
+  static constexpr int mean_bytes = is_any<M> ? 0 : sizeof(M);
+  static constexpr int target_bytes = is_any<T> ? 0 : sizeof(T);
+
+  __device__ void one(int i, Acc& into) {
+    const Acc r = load_element<Acc, M>(element(mean, a.mean, i, mean_bytes), a.mean.dtype) -
+                  load_element<Acc, T>(element(target, a.target, i, target_bytes), a.target.dtype);
+    const Acc gradient = r * scale;
+    if (Sum) into += r * r;
+    if (grad_mean != nullptr) store_element<M>(element(grad_mean, a.mean, i, mean_bytes), a.mean.dtype, gradient);
+    if (!Sum && grad_target != nullptr)
+      store_element<T>(element(grad_target, a.target, i, target_bytes), a.target.dtype, -gradient);
+  }
+
+  __device__ void walk(int lane, int n) {
+    int head = 0;
+    if constexpr (!P::any) {
+      head = static_cast<int>((16 - reinterpret_cast<uintptr_t>(mean) % 16) % 16) / mean_bytes;
+      if (head > n) head = n;
+    }
+    const bool vectors =
+        aligned<M>(element(mean, a.mean, head, mean_bytes)) &&
+        aligned<T>(element(target, a.target, head, target_bytes)) &&
+        (grad_mean == nullptr || aligned<M>(element(grad_mean, a.mean, head, mean_bytes))) &&
+        (Sum || grad_target == nullptr || aligned<T>(element(grad_target, a.target, head, target_bytes)));
+    if (!vectors) {
+      for (int i = lane; i < n; i += kWarp * W) {
+#pragma unroll
+        for (int e = 0; e < W; ++e)
+          if (i + kWarp * e < n) one(i + kWarp * e, sum[e]);
+      }
+      return;
+    }
+    const int count = (n - head) / W;
+    const int tail = n - head - count * W;
+    if (lane < head + tail) one(lane < head ? lane : n - (head + tail) + lane, sum[0]);  // both are under W
+    for (int first = lane; first < count; first += kWarp * U) {
+      Vector<M, W> m[U];
+      Vector<T, W> t[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        const int v = first + kWarp * u;
+        if (v < count) {
+          m[u].load(element(mean, a.mean, head + v * W, mean_bytes), a.mean.dtype);
+          t[u].load(element(target, a.target, head + v * W, target_bytes), a.target.dtype);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        const int v = first + kWarp * u;
+        if (v >= count) continue;
+        Acc x[W], y[W];
+        m[u].unpack(x);
+        t[u].unpack(y);
+#pragma unroll
+        for (int e = 0; e < W; ++e) {
+          x[e] -= y[e];
+          if (Sum) sum[e] += x[e] * x[e];
+          x[e] *= scale;
+        }
+        if (grad_mean != nullptr)
+          store_vector<M>(element(grad_mean, a.mean, head + v * W, mean_bytes), a.mean.dtype, x, Acc(1));
+        if (!Sum && grad_target != nullptr)
+          store_vector<T>(element(grad_target, a.target, head + v * W, target_bytes), a.target.dtype, x, Acc(-1));
+      }
+    }
+  }
+};
+
+template <class M, class T, bool Sum>
+__global__ void __launch_bounds__(kThreads, (Pair<M, T>::any ? 2 : 3)) planes(const __grid_constant__ Args a) {
+  using Acc = typename Pair<M, T>::Acc;
+  constexpr int W = Pair<M, T>::width;
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const PlaneChunks& cut = a.planes;
+  const double gk = incoming<Sum>(a);
+
+  for (int64_t chunk = static_cast<int64_t>(blockIdx.x) * kWarps + warp; chunk < cut.count;
+       chunk += static_cast<int64_t>(gridDim.x) * kWarps) {
+    const int64_t piece = chunk % cut.pieces;
+    const int64_t c = chunk / cut.pieces % a.channels;
+    const int64_t block = chunk / cut.pieces / a.channels;
+    const bool first = piece == 0 && block == 0;
+    Acc scale = 0;
+    if (first && lane == 0) once_per_channel<Sum>(a, c, gk);
+    if (!Sum || a.grad_mean.data != nullptr) scale = static_cast<Acc>(gk / variance(a, c));
+    const int64_t begin = piece * cut.piece;
+    const int n = static_cast<int>(begin + cut.piece < a.inner ? cut.piece : a.inner - begin);
+    const int64_t stop = (block + 1) * cut.outer < a.outer ? (block + 1) * cut.outer : a.outer;
+    Acc sum[W] = {};
+    Run<M, T, Sum> run{a, scale, sum, nullptr, nullptr, nullptr, nullptr};
+    for (int64_t o = block * cut.outer; o < stop; ++o) {
+      run.at(o, c * a.inner + begin);
+      run.walk(lane, n);
+    }
+    if constexpr (Sum) {
+      double total = 0;
+#pragma unroll
+      for (int e = 0; e < W; ++e) total += static_cast<double>(sum[e]);
+      total = warp_sum(total);
+      if (lane == 0) a.partials[(block * cut.pieces + piece) * a.channels + c] = total;
+    }
+  }
+
+  if constexpr (Sum) {
+    if (!last_to_arrive(a.counters, gridDim.x)) return;
+    const int64_t count = cut.outer_blocks * cut.pieces;
+    finish(a, count, [&](int64_t c, int lane_of_channel, int lanes) {
+      double s = 0;
+#pragma unroll kReduceUnroll
+      for (int64_t i = lane_of_channel; i < count; i += lanes) s += __ldcg(a.partials + i * a.channels + c);
+      return s;
+    });
+  }
+}
+
+template <class M, class T, bool Sum>
+void launch_pair(const Args& a, cudaStream_t stream) {
+  static Residency residency;
+  const int64_t blocks = (a.planes.count + kWarps - 1) / kWarps;
+  launch_chunks(Sum ? "planes (forward)" : "planes (backward)", &planes<M, T, Sum>, residency, blocks,
+                Sum ? kFinishBytes : 0, stream, a);
+}
+
+}  // namespace
+
+void launch_planes(const Args& a, bool sums, cudaStream_t stream) {
+#define VIDFAST_LAUNCH(M, T)                              \
+  if (is_of<M>(a.mean.dtype) && is_of<T>(a.target.dtype)) \
+    return sums ? launch_pair<M, T, true>(a, stream) : launch_pair<M, T, false>(a, stream);
+  VIDFAST_CUDA_PAIRS(VIDFAST_LAUNCH)
+#undef VIDFAST_LAUNCH
+}
+
+}  // namespace vidfast::cuda

@@ -1,0 +1,266 @@
+// The kernel of rows: small planes (7x7, 8x8, 14x14, ...) and channel-fastest layouts (channels_last, logits, tokens).
+//
+// A thread keeps W neighbouring columns and goes down the rows of a chunk, so every access is 128 bits whatever the
+// plane's size, each column's scale stays in a register, and sums need no exchange until the chunk's end. There the
+// columns' sums (fp32, at most 65 values each; fp64 for fp64) meet in shared memory and are added, in fp64, into
+// one sum for each run of a channel's columns. Rows that are not whole aligned vectors (slices at odd offsets) take
+// single elements, neighbouring lanes neighbouring columns. Traffic: mean and target once, each gradient once.
+#include "reduce.h"
+
+namespace vidfast::cuda {
+namespace {
+
+// Runs that a tile of columns meets: each of them has a scale in shared memory.
+__host__ __device__ inline int64_t most_runs(int64_t tile, int64_t inner) {
+  return inner == 1 ? tile : (tile - 1) / inner + 2;
+}
+
+// One thread's columns of a chunk.
+template <class M, class T, bool Sum>
+struct Columns {
+  using P = Pair<M, T>;
+  using Acc = typename P::Acc;
+  static constexpr int W = P::width;
+  static constexpr int U = P::batch;
+
+  const Args& a;
+  int64_t tile_begin;  // the tile's first column
+  int first, step;     // this thread's columns in the tile: first + e * step
+  Acc scale[W], sum[W];
+
+  __device__ void element(int64_t row, int64_t column, int e) {
+    const auto offset = [&](const Tensor& t) { return row * a.rows.join * t.stride + column; };
+    const Acc r = load_element<Acc, M>(a.mean.at<M>(offset(a.mean)), a.mean.dtype) -
+                  load_element<Acc, T>(a.target.at<T>(offset(a.target)), a.target.dtype);
+    const Acc gradient = r * scale[e];
+    if (Sum) sum[e] += r * r;
+    if (a.grad_mean.data != nullptr) store_element<M>(a.grad_mean.at<M>(offset(a.grad_mean)), a.mean.dtype, gradient);
+    if (!Sum && a.grad_target.data != nullptr)
+      store_element<T>(a.grad_target.at<T>(offset(a.grad_target)), a.target.dtype, -gradient);
+  }
+
+  // One row, element by element; it has `limit` columns.
+  __device__ void edge(int64_t row, int64_t limit) {
+#pragma unroll
+    for (int e = 0; e < W; ++e) {
+      const int64_t column = tile_begin + first + e * step;
+      if (column < limit) element(row, column, e);
+    }
+  }
+
+  // Rows begin, begin + down, ... before stop, as vectors.
+  __device__ void vectors(int64_t begin, int64_t stop, int down) {
+    const int64_t column = tile_begin + first;
+    if (column >= a.rows.columns) return;
+    const unsigned char* mean = a.mean.at<M>(column) + begin * a.mean.row_bytes;
+    const unsigned char* target = a.target.at<T>(column) + begin * a.target.row_bytes;
+    unsigned char *grad_mean = nullptr, *grad_target = nullptr;
+    if (a.grad_mean.data != nullptr) grad_mean = a.grad_mean.at<M>(column) + begin * a.grad_mean.row_bytes;
+    if (!Sum && a.grad_target.data != nullptr)
+      grad_target = a.grad_target.at<T>(column) + begin * a.grad_target.row_bytes;
+    // Rows left for this thread: a chunk has few.
+    for (int left = static_cast<int>((stop - begin + down - 1) / down); left > 0; left -= U) {
+      Vector<M, W> m[U];
+      Vector<T, W> t[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (u < left) {
+          m[u].load(mean, a.mean.dtype);
+          t[u].load(target, a.target.dtype);
+        }
+        mean += a.mean.step_bytes;
+        target += a.target.step_bytes;
+      }
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (u >= left) break;
+        Acc x[W], y[W];
+        m[u].unpack(x);
+        t[u].unpack(y);
+#pragma unroll
+        for (int e = 0; e < W; ++e) {
+          x[e] -= y[e];
+          if (Sum) sum[e] += x[e] * x[e];
+          x[e] *= scale[e];
+        }
+        if (a.grad_mean.data != nullptr) {
+          store_vector<M>(grad_mean, a.mean.dtype, x, Acc(1));
+          grad_mean += a.grad_mean.step_bytes;
+        }
+        if (!Sum && a.grad_target.data != nullptr) {
+          store_vector<T>(grad_target, a.target.dtype, x, Acc(-1));
+          grad_target += a.grad_target.step_bytes;
+        }
+      }
+    }
+  }
+};
+
+// sums [down, tile] of the columns -> one sum for each of the tile's `runs` runs; the first begins `phase` columns
+// before the tile. Called by all threads.
+template <class Acc>
+__device__ inline void add_columns(const Acc* sums, int tile, int down, int columns, int runs, int phase, int64_t inner,
+                                   double* out) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes < inner && 2 * lanes * runs <= kThreads) lanes *= 2;
+  const int abreast = kThreads / lanes;
+  const int lane = threadIdx.x % lanes;
+  for (int first = 0; first < runs; first += abreast) {  // all threads go round equally often: they shuffle
+    const int run = first + threadIdx.x / lanes;
+    double s = 0;
+    if (run < runs) {
+      const int64_t start = run * inner - phase;
+      const int begin = start > 0 ? static_cast<int>(start) : 0;
+      const int end = start + inner < columns ? static_cast<int>(start + inner) : columns;
+      for (int j = begin + lane; j < end; j += lanes)
+        for (int d = 0; d < down; ++d) s += static_cast<double>(sums[d * tile + j]);
+    }
+    for (int d = lanes / 2; d > 0; d /= 2) s += __shfl_xor_sync(kAllLanes, s, d);
+    if (lane == 0 && run < runs) out[run] = s;
+  }
+}
+
+// Where a block is. It lies in shared memory: registers are for the vectors.
+struct Place {
+  int64_t tile, tile_begin;                  // the tile, its first column
+  int64_t row_chunk, begin, complete, stop;  // the chunk's rows, those of them that are complete
+  int64_t first_run;                         // the run of the tile's first column, which lies
+  int phase;                                 // so many columns into it
+  int columns, runs;                         // of the tile
+
+  __device__ void find(const RowChunks& cut, int64_t chunk, int64_t inner) {
+    tile = chunk % cut.tiles;
+    tile_begin = tile * cut.tile;
+    row_chunk = chunk / cut.tiles;
+    begin = row_chunk * cut.chunk_rows;
+    stop = begin + cut.chunk_rows < cut.rows ? begin + cut.chunk_rows : cut.rows;
+    complete = stop < cut.complete_rows ? stop : cut.complete_rows;
+    first_run = tile_begin / inner;
+    phase = static_cast<int>(tile_begin - first_run * inner);
+    columns = static_cast<int>(cut.columns - tile_begin < cut.tile ? cut.columns - tile_begin : cut.tile);
+    runs = static_cast<int>((phase + columns - 1) / inner) + 1;
+  }
+};
+
+template <class M, class T, bool Sum>
+__global__ void __launch_bounds__(kThreads, (Pair<M, T>::any ? 2 : 3)) rows(const __grid_constant__ Args a) {
+  using Acc = typename Pair<M, T>::Acc;
+  constexpr int W = Pair<M, T>::width;
+  const RowChunks& cut = a.rows;
+  const int tile = static_cast<int>(cut.tile);
+  Place& place = *reinterpret_cast<Place*>(shared_memory());
+  Acc* scales = reinterpret_cast<Acc*>(&place + 1);  // [most_runs]
+  Acc* sums = scales + most_runs(tile, a.inner);     // [down, tile]
+  const bool gradients = !Sum || a.grad_mean.data != nullptr;
+
+  for (int64_t chunk = blockIdx.x; chunk < cut.count; chunk += gridDim.x) {
+    __syncthreads();  // the chunk before has been read
+    bool same_tile = chunk != blockIdx.x && gridDim.x % cut.tiles == 0;
+    if (threadIdx.x == 0) place.find(cut, chunk, a.inner);
+    __syncthreads();
+    if ((gradients && !same_tile) || place.row_chunk == 0) {
+      const double gk = incoming<Sum>(a);
+      for (int i = threadIdx.x; i < place.runs; i += kThreads) {
+        const int64_t run = place.first_run + i;
+        // A channel is met first where its first run begins.
+        if (place.row_chunk == 0 && run < a.channels && (i > 0 || place.phase == 0)) once_per_channel<Sum>(a, run, gk);
+        if (gradients) scales[i] = static_cast<Acc>(gk / variance(a, run % a.channels));
+      }
+      __syncthreads();
+    }
+
+    const int lane = threadIdx.x % kWarp;
+    const int x = threadIdx.x / kWarp % cut.across;
+    const int y = threadIdx.x / kWarp / cut.across;
+    Columns<M, T, Sum> mine{a, place.tile_begin, 0, 0, {}, {}};
+    mine.first = a.vectors ? (x * kWarp + lane) * W : x * kWarp * W + lane;
+    mine.step = a.vectors ? 1 : kWarp;
+    if (gradients) {
+      const int inner = static_cast<int>(a.inner);
+      int run = (place.phase + mine.first) / inner;
+      int in_run = place.phase + mine.first - run * inner;
+#pragma unroll
+      for (int e = 0; e < W; ++e) {
+        if (mine.first + e * mine.step < place.columns) mine.scale[e] = scales[run];
+        in_run += mine.step;
+        if (in_run >= inner) {
+          const int over = mine.step == 1 ? 1 : in_run / inner;
+          run += over;
+          in_run -= over * inner;
+        }
+      }
+    }
+    if (a.vectors) {
+      mine.vectors(place.begin + y, place.complete, cut.down);
+    } else {
+      for (int64_t row = place.begin + y; row < place.complete; row += cut.down) mine.edge(row, cut.columns);
+    }
+    // The last row of joined ones may be incomplete.
+    if (place.complete < place.stop && (cut.complete_rows - place.begin) % cut.down == y)
+      mine.edge(cut.complete_rows, (a.outer - cut.complete_rows * cut.join) * a.channels * a.inner);
+
+    if constexpr (Sum) {
+#pragma unroll
+      for (int e = 0; e < W; ++e) sums[y * tile + mine.first + e * mine.step] = mine.sum[e];
+      __syncthreads();
+      const int64_t at = place.first_run + place.tile;
+      const int runs = place.runs;
+      add_columns(sums, tile, cut.down, place.columns, runs, place.phase, a.inner,
+                  a.partials + place.row_chunk * cut.sums + at);
+      if (cut.groups > 0) {
+        const int64_t group = place.row_chunk / kGroup;
+        const int64_t end = (group + 1) * kGroup < cut.row_chunks ? (group + 1) * kGroup : cut.row_chunks;
+        unsigned* counter = a.counters + 1 + place.tile * cut.groups + group;
+        if (last_to_arrive(counter, static_cast<unsigned>(end - group * kGroup))) {
+          for (int i = threadIdx.x; i < runs; i += kThreads) {
+            double s = 0;
+#pragma unroll kReduceUnroll
+            for (int64_t r = group * kGroup; r < end; ++r) s += __ldcg(a.partials + r * cut.sums + at + i);
+            a.group_sums[group * cut.sums + at + i] = s;
+          }
+        }
+      }
+    }
+  }
+
+  if constexpr (Sum) {
+    if (!last_to_arrive(a.counters, gridDim.x)) return;
+    const double* from = cut.groups > 0 ? a.group_sums : a.partials;
+    const int64_t shares = (cut.groups > 0 ? cut.groups : cut.row_chunks) * cut.join;
+    finish(a, shares, [&](int64_t c, int lane_of_channel, int lanes) {
+      double s = 0;
+#pragma unroll kReduceUnroll
+      for (int64_t i = lane_of_channel; i < shares; i += lanes) {
+        const int64_t set = cut.join == 1 ? i : i / cut.join;
+        const int64_t run = (i - set * cut.join) * a.channels + c;
+        const int64_t last = ((run + 1) * a.inner - 1) / cut.tile;
+        for (int64_t in = run * a.inner / cut.tile; in <= last; ++in) s += __ldcg(from + set * cut.sums + run + in);
+      }
+      return s;
+    });
+  }
+}
+
+template <class M, class T, bool Sum>
+void launch_pair(const Args& a, cudaStream_t stream) {
+  using Acc = typename Pair<M, T>::Acc;
+  static Residency residency;
+  const size_t scales = most_runs(a.rows.tile, a.inner) * sizeof(Acc);
+  const size_t sums = Sum ? a.rows.down * a.rows.tile * sizeof(Acc) : 0;
+  const size_t chunk = sizeof(Place) + scales + sums;
+  const size_t shared = Sum && chunk < kFinishBytes ? kFinishBytes : chunk;
+  launch_chunks(Sum ? "rows (forward)" : "rows (backward)", &rows<M, T, Sum>, residency, a.rows.count, shared, stream,
+                a);
+}
+
+}  // namespace
+
+void launch_rows(const Args& a, bool sums, cudaStream_t stream) {
+#define VIDFAST_LAUNCH(M, T)                              \
+  if (is_of<M>(a.mean.dtype) && is_of<T>(a.target.dtype)) \
+    return sums ? launch_pair<M, T, true>(a, stream) : launch_pair<M, T, false>(a, stream);
+  VIDFAST_CUDA_PAIRS(VIDFAST_LAUNCH)
+#undef VIDFAST_LAUNCH
+}
+
+}  // namespace vidfast::cuda

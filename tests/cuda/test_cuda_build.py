@@ -1,0 +1,198 @@
+"""What nvcc makes of the kernels: registers and spills by its report, accesses by the machine code.
+
+VIDFAST_TEST_ARCHES  the architectures, separated by commas (default: 90; "80,90" takes twice as long)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+SOURCES = ("planes", "rows", "scale", "alpha")
+ARCHES = os.environ.get("VIDFAST_TEST_ARCHES", "90").split(",")
+BYTES = {"float": 4, "double": 8, "__nv_bfloat16": 2, "__half": 2}
+
+
+def tool(name: str) -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    places = [Path(home) / "bin"]
+    triton = importlib.util.find_spec("triton")  # it carries a disassembler
+    if triton is not None and triton.origin is not None:
+        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    return shutil.which(name) or next((str(p / name) for p in places if (p / name).exists()), None)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str  # planes<float, float, true>
+    arch: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+    @property
+    def mapping(self) -> str:
+        return self.name.split("<")[0]
+
+    @property
+    def pair(self) -> tuple[str, ...]:
+        return tuple(re.split(r",\s*", self.name.split("<")[1].rstrip(">"))[:2]) if "<" in self.name else ()
+
+    @property
+    def sums(self) -> bool:
+        return self.name.endswith("true>")
+
+
+@dataclass(frozen=True)
+class Built:
+    arch: str
+    objects: list[Path]
+    kernels: list[Kernel]
+
+
+REPORT = re.compile(
+    r"entry function '(?P<name>.*?)' for 'sm_(?P<arch>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def plain(name: str) -> str:
+    """planes<float, float, true> of a demangled kernel."""
+    name = re.sub(r"vidfast::cuda::|\(anonymous namespace\)::|^void |\(.*Args\)$|\(bool\)", "", name)
+    return name.removesuffix("(Args)").replace("(ScaleArgs)", "")
+
+
+@pytest.fixture(scope="module", params=ARCHES)
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    nvcc, filt = tool("nvcc"), shutil.which("c++filt")
+    if nvcc is None or filt is None:
+        pytest.skip(f"there is no {'nvcc' if nvcc is None else 'c++filt'}")
+    arch, into = request.param, tmp_path_factory.mktemp("nvcc")
+
+    def one(name: str) -> tuple[Path, str]:
+        out = into / f"{name}.o"
+        command = [
+            nvcc, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v",
+            "-Xcompiler=-fPIC", "-c", str(CUDA / f"{name}.cu"), "-o", str(out),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        warnings = [line for line in done.stderr.splitlines() if "warning" in line.lower()]
+        assert not warnings, "\n".join(warnings)
+        return out, done.stderr
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", min(os.cpu_count() or 1, 4)))) as pool:
+        results = list(pool.map(one, SOURCES))
+    report = subprocess.run(
+        [filt], input="".join(r[1] for r in results), capture_output=True, text=True
+    ).stdout
+    kernels = [
+        Kernel(plain(m["name"]), m["arch"], *(int(m[k]) for k in ("registers", "stack", "stores", "loads")))
+        for m in REPORT.finditer(report)
+    ]
+    return Built(arch, [r[0] for r in results], kernels)
+
+
+def test_every_kernel_is_there(built: Built) -> None:
+    """Two mappings, nine pairs, with and without sums; four dtypes of scale; alpha alone."""
+    count = {
+        m: sum(k.mapping == m for k in built.kernels) for m in ("planes", "rows", "scale_rows", "alpha_only")
+    }
+    assert count == {"planes": 18, "rows": 18, "scale_rows": 4, "alpha_only": 1}
+
+
+def test_registers_and_spills_are_in_budget(built: Built) -> None:
+    """Three blocks of 256 threads on a multiprocessor need at most 80 registers; the rare pairs have two blocks.
+
+    Some 16-bit kernels spill a few numbers around their loops (test_loops_do_not_spill: never within).
+    """
+    over = []
+    for k in built.kernels:
+        registers = {"scale_rows": 64, "alpha_only": 48}.get(k.mapping, 128 if "Any" in k.pair else 80)
+        if k.registers > registers or k.stack > 48 or k.spill_loads > 128:
+            over.append(k)
+    assert not over, "\n".join(map(str, over))
+
+
+def instructions(built: Built) -> Iterator[tuple[Kernel, list[str]]]:
+    """The machine code of each kernel."""
+    cuobjdump = tool("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("there is no cuobjdump")
+    filt = shutil.which("c++filt")
+    assert filt is not None
+    by_name = {k.name: k for k in built.kernels}
+    for path in built.objects:
+        dump = subprocess.run(
+            [cuobjdump, "--dump-sass", str(path)], capture_output=True, text=True, check=True
+        )
+        text = subprocess.run([filt], input=dump.stdout, capture_output=True, text=True, check=True).stdout
+        for part in text.split("Function : ")[1:]:
+            name = plain(part.split("\n")[0].strip())
+            yield by_name[name], re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", part)
+
+
+def vector_loop(code: list[str]) -> tuple[int, int]:
+    loads = [i for i, line in enumerate(code) if "LDG.E.128" in line]
+    stores = [i for i, line in enumerate(code) if "STG.E.128" in line]
+    return loads[0], stores[-1]
+
+
+def batch(pair: tuple[str, ...]) -> tuple[int, int, int]:
+    """(vectors in flight, 128-bit words of mean in a vector, of target), as csrc/cuda/element.h has them."""
+    mean, target = (BYTES[p] for p in pair)
+    width = 16 // min(mean, target)
+    return 128 // (width * (mean + target)), width * mean // 16, width * target // 16
+
+
+def test_activations_are_read_and_written_128_bits_at_a_time(built: Built) -> None:
+    seen = 0
+    for k, code in instructions(built):
+        if k.mapping not in ("planes", "rows") or "Any" in k.pair:
+            continue
+        seen += 1
+        vectors, mean, target = batch(k.pair)
+        loads = sum("LDG.E.128" in line for line in code)
+        stores = sum("STG.E.128" in line for line in code)
+        assert loads == vectors * (mean + target), f"{k.name} has {loads} 128-bit loads"
+        assert stores == vectors * (mean if k.sums else mean + target), (
+            f"{k.name} has {stores} 128-bit stores"
+        )
+    assert seen == 32
+
+
+def test_all_loads_of_a_batch_are_in_flight_before_the_first_is_used(built: Built) -> None:
+    """Between the first and the last 128-bit load of a batch nothing reads what they bring."""
+    for k, code in instructions(built):
+        if k.mapping not in ("planes", "rows") or "Any" in k.pair:
+            continue
+        at = [i for i, line in enumerate(code) if "LDG.E.128" in line]
+        registers: set[str] = set()
+        for line in code[at[0] : at[-1]]:
+            operands = re.findall(r"\bR(\d+)\b", line)
+            if "LDG.E.128" in line:
+                first = int(operands[0])
+                registers.update(str(first + i) for i in range(4))
+            else:
+                assert not registers & set(operands[1:]), f"{k.name}: {line} waits for a load of its batch"
+
+
+def test_loops_do_not_spill(built: Built) -> None:
+    for k, code in instructions(built):
+        if k.mapping not in ("planes", "rows") or "Any" in k.pair:
+            continue
+        first, last = vector_loop(code)
+        local = [line for line in code[first : last + 1] if re.search(r"\b(LDL|STL)\b", line)]
+        assert not local, f"{k.name}: {local}"

@@ -1,0 +1,24 @@
+// The CUDA back end's functions over host memory, as a Python module.
+#include <pybind11/pybind11.h>
+
+#include "emulation.h"
+
+namespace py = pybind11;
+
+void bind_cuda(py::module_& m);
+
+PYBIND11_MODULE(vidfast_emulated, m) {
+  m.doc() = "The CUDA kernels of vidfast, run on the host.";
+  bind_cuda(m);
+  py::class_<emulation::Machine>(m, "Machine")
+      .def_readwrite("seed", &emulation::Machine::seed)
+      .def_readwrite("device", &emulation::Machine::device)
+      .def_readwrite("processors", &emulation::Machine::processors)
+      .def_readwrite("resident", &emulation::Machine::resident)
+      .def_readwrite("launches", &emulation::Machine::launches)
+      .def_readwrite("memsets", &emulation::Machine::memsets)
+      .def("fail_launches",
+           [](emulation::Machine& self, int error) { self.launch_fault = static_cast<cudaError_t>(error); })
+      .def("fail", [](emulation::Machine& self, int error) { self.fault = static_cast<cudaError_t>(error); });
+  m.def("machine", &emulation::machine, py::return_value_policy::reference);
+}

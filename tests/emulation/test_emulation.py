@@ -1,0 +1,115 @@
+"""The CUDA kernels on the host: the shared suite, the sanitizers, and kernels broken on purpose."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from emulated import CSRC, F32_ONLY, HERE, KERNELS, ROOT, SANITIZE, build_check, compile_all, compiler, link
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # fibers and stacks that outlive their function do not go together
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
+    return subprocess.run(
+        [str(program), *arguments], capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+def test_shared_suite_on_the_emulated_back_end(emulated_module: Path) -> None:
+    """The tests that every back end must pass, with `cuda` running on CPU tensors."""
+    environment = {
+        **os.environ,
+        "VIDFAST_EMULATED_CUDA": str(emulated_module),
+        "VIDFAST_TEST_BACKEND": "cuda",
+        "VIDFAST_TEST_DEVICE": "cpu",
+        "VIDFAST_TEST_SMALL": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE / "site"), os.environ.get("PYTHONPATH")])),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "backend", "-p", "no:cacheprovider", "tests/core"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_all_primitives_under_the_sanitizers(tmp_path: Path) -> None:
+    """AddressSanitizer and UBSan, every pair of dtypes and every regime of shapes, against long double."""
+    (tmp_path / "empty.cpp").write_text("int main() {}")
+    try:
+        link([tmp_path / "empty.cpp"], tmp_path / "empty", SANITIZE)
+    except AssertionError as error:
+        pytest.skip(f"this compiler has no sanitizers: {error}")
+    done = run(build_check(tmp_path, flags=SANITIZE))
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+
+
+@dataclass(frozen=True)
+class Break:
+    file: str
+    old: str
+    new: str
+    sanitized: bool = False  # only the sanitizer can see it
+
+
+BREAKS = {
+    "the barrier before columns are added": Break(
+        "rows.cu", "mine.sum[e];\n      __syncthreads();", "mine.sum[e];"
+    ),
+    "the barrier before the last block counts itself": Break("reduce.h", "  __syncthreads();  // of all threads\n", ""),
+    "the barrier after the scales": Break(
+        "rows.cu", "      __syncthreads();\n    }\n\n    const int lane", "    }\n\n    const int lane"
+    ),
+    "a column too many": Break("rows.cu", "if (column < limit)", "if (column <= limit)", sanitized=True),
+    "a vector too many": Break("planes.cu", "if (v < count) {", "if (v <= count) {", sanitized=True),
+    "a vector too few": Break("planes.cu", "if (v >= count) continue;", "if (v + 1 >= count) continue;"),
+    "nobody is last": Break("reduce.h", "== expected - 1", "== expected"),
+    "the first block is last": Break("reduce.h", "== expected - 1", "== 0"),
+    "a shuffle without some lanes": Break(
+        "planes.cu", "total = warp_sum(total);", "if (lane > 0) total = warp_sum(total);"
+    ),
+    "the sum of a cut run on one side only": Break("rows.cu", "in <= last; ++in", "in < last; ++in"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sound_objects(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, Path]]:
+    """The check program for fp32 alone, in objects, with and without sanitizers; and it must pass."""
+    found = {}
+    sources = [CSRC / "cuda" / name for name in KERNELS] + [HERE / "check.cpp", HERE / "emulation.cpp"]
+    for sanitized in (False, True):
+        into = tmp_path_factory.mktemp("sound")
+        flags = (*F32_ONLY, *(SANITIZE if sanitized else ()))
+        objects = compile_all(sources, into, flags=flags)
+        done = run(link(objects, into / "check", SANITIZE if sanitized else ()), "f32")
+        assert done.returncode == 0, done.stderr
+        found[sanitized] = {o.name.removesuffix(".o"): o for o in objects}
+    return found
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_kernel_is_found(
+    name: str, sound_objects: dict[bool, dict[str, Path]], tmp_path: Path
+) -> None:
+    broken = BREAKS[name]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    file = csrc / "cuda" / broken.file
+    text = file.read_text()
+    found = text.count(broken.old)
+    assert found == 1, f"{broken.file} has changed: {broken.old!r} is there {found} times"
+    file.write_text(text.replace(broken.old, broken.new))
+    names = ["planes.cu", "rows.cu"] if broken.file.endswith(".h") else [broken.file]
+    sanitize = SANITIZE if broken.sanitized else ()
+    changed = compile_all(
+        [csrc / "cuda" / n for n in names], tmp_path / "objects", csrc, (*F32_ONLY, *sanitize)
+    )
+    objects = {**sound_objects[broken.sanitized], **{o.name.removesuffix(".o"): o for o in changed}}
+    done = run(link(list(objects.values()), tmp_path / "check", sanitize), "f32")
+    assert done.returncode != 0, f"nobody noticed: {done.stdout}"
