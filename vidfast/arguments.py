@@ -106,7 +106,7 @@ def check_options(
     _check_number("weight", weight)
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, got {eps}")
-    if not math.isfinite(weight):
+    if not -math.inf < weight < math.inf:  # torch.compile traces this, and not math.isfinite
         raise ValueError(f"weight must be finite, got {weight}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")

@@ -58,10 +58,7 @@ def gaussian_nll(
     """
     channel = check_tensors(mean, target, alpha, channel_dim)
     compiling = torch.compiler.is_compiling()
-    if compiling:  # a traced float has no math.isfinite: the operator checks the numbers when it runs
-        check_options(1.0, reduction, 1.0, strategy)
-    else:
-        check_options(eps, reduction, weight, strategy)
+    check_options(eps, reduction, weight, strategy)
     if reduction == "batchmean" and channel == 0:
         raise ValueError(
             "reduction='batchmean' needs a batch in dimension 0, but channel_dim=0 is the channels"

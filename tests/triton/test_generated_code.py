@@ -1,0 +1,158 @@
+"""The code that Triton generates for GPUs that need not be there: 128-bit accesses, nothing spilled.
+
+The launches are those that the back end makes for real shapes, recorded; `--slow` compiles all of them for all
+targets and dtypes, otherwise one target for each regime and every dtype for the widest used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+from launches import TARGETS, Code, Launch, compiled, recorded  # noqa: E402
+
+from vidfast.backends.triton import TritonBackend  # noqa: E402
+from vidfast.layout import prepare  # noqa: E402
+
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "fp64": (torch.float64, torch.float64),
+    "bf16_fp32": (torch.bfloat16, torch.float32),
+    "fp32_fp64": (torch.float32, torch.float64),
+}
+# name: shape, channels_last, kernel. Vectors are possible in all of them.
+REGIMES: dict[str, tuple[tuple[int, ...], bool, str]] = {
+    "big_planes": ((16, 256, 128, 128), False, "sweep_planes"),
+    "planes_sharing_a_program": ((128, 64, 32, 32), False, "sweep_planes"),
+    "small_planes": ((512, 256, 8, 7), False, "sweep_rows"),
+    "channels_last": ((64, 256, 56, 56), True, "sweep_rows"),
+    "narrow_rows_joined": ((4096, 10), False, "sweep_rows"),
+    "one_channel_with_a_tail": ((7, 1, 33333), False, "sweep_planes"),
+}
+PRIMITIVES = ("forward", "forward_grad", "backward", "backward_mean", "scale", "scale_in_place")
+BITS = {torch.float32: 32, torch.float64: 64, torch.bfloat16: 16, torch.float16: 16}
+
+
+def launches(primitive: str, regime: str, dtypes: str, target: str = "sm_90") -> list[Launch]:
+    shape, last, _ = REGIMES[regime]
+    order = torch.channels_last if last else torch.contiguous_format
+    mean, teacher = (
+        torch.empty(shape, dtype=d, device="meta").contiguous(memory_format=order) for d in DTYPES[dtypes]
+    )
+    alpha, sum_sq = (torch.empty(shape[1], dtype=d, device="meta") for d in (torch.float32, torch.float64))
+    g = torch.empty((), device="meta")
+    m, t, layout = prepare(mean, teacher, 1)
+
+    def call(backend: TritonBackend) -> Any:
+        if primitive == "forward":
+            return backend.forward(m, t, alpha, layout, 1.0, 1e-5, True)
+        if primitive == "forward_grad":
+            return backend.forward_grad(m, t, alpha, layout, 1.0, 1e-5, False, False)
+        if primitive.startswith("backward"):
+            want = (True, primitive == "backward", True)
+            return backend.backward(g, m, t, alpha, sum_sq, layout, 1.0, 1e-5, want)
+        return backend.scale(g, m, 1, sum_sq, torch.float32, primitive == "scale_in_place")
+
+    return recorded(call, TARGETS[target].warp_size)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "dtypes" not in metafunc.fixturenames:
+        return
+    if metafunc.config.getoption("--slow"):
+        chosen = list(product(TARGETS, REGIMES, PRIMITIVES, DTYPES))
+    else:
+        targets, dtypes = list(TARGETS), list(DTYPES)
+        # every regime and primitive once, the targets and dtypes in turn
+        chosen = [
+            (targets[i % 4], regime, primitive, dtypes[(i + i // 6) % 6])
+            for i, (regime, primitive) in enumerate(product(REGIMES, PRIMITIVES))
+        ]
+        for i, dtype in enumerate(dtypes):
+            chosen.append((targets[i % 4], "planes_sharing_a_program", "forward_grad", dtype))
+            chosen.append((targets[(i + 2) % 4], "channels_last", "forward_grad", dtype))
+    metafunc.parametrize(
+        ("target", "regime", "primitive", "dtypes"), sorted(set(chosen)), ids=lambda name: str(name)
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compilations of other runs prove nothing about this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def check_vectors(code: Code, launch: Launch, primitive: str, dtypes: str) -> None:
+    """Every access to the activations is 128 bits wide; what is narrower belongs to channels and scalars."""
+    accesses = code.accesses()
+    reads = 1 if primitive.startswith("scale") else 2
+    writes = {"forward": 0, "backward": 2}.get(primitive, 1)
+    assert accesses["load", 128] >= reads, accesses
+    assert accesses["store", 128] >= writes, accesses
+    if launch.arguments["tail"] is not None:
+        return  # the last values, fewer than a vector, are masked one by one
+    narrowest = min(BITS[d] for d in DTYPES[dtypes])
+    if narrowest == 16:
+        assert not accesses["load", 16], accesses
+        assert not accesses["store", 16], accesses
+    elif narrowest == 32:
+        # the counter, a partial sum, alpha, its gradient and g
+        assert accesses["load", 32] <= 6, accesses
+        assert accesses["store", 32] <= 6, accesses
+
+
+def test_the_activations_move_in_vectors_and_nothing_spills(
+    target: str, regime: str, primitive: str, dtypes: str
+) -> None:
+    made = launches(primitive, regime, dtypes, target)
+    sweep = made[0]
+    assert sweep.name == (REGIMES[regime][2] if not primitive.startswith("scale") else "scale")
+    for launch in made:
+        code = compiled(launch, target)
+        assert not any(code.local_bytes().values()), (launch.name, code.local_bytes())
+        assert code.shared_bytes() <= 48 * 1024
+        if launch is sweep:
+            check_vectors(code, launch, primitive, dtypes)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(
+    ("primitive", "most"),
+    [("forward", 2), ("forward_grad", 2), ("backward", 1), ("scale", 1), ("scale_in_place", 1)],
+)
+def test_launches(primitive: str, most: int, regime: str) -> None:
+    assert len(launches(primitive, regime, "bf16")) <= most
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("regime", ["planes_sharing_a_program", "channels_last"])
+def test_misaligned_pointers_compile_without_vectors(target: str, regime: str) -> None:
+    """The counterpart: what check_vectors sees is alignment, not a habit of the compiler."""
+    code = compiled(launches("forward_grad", regime, "fp32", target)[0], target, aligned=False)
+    assert not code.accesses()["load", 128]
+    assert not any(code.local_bytes().values())
+
+
+def test_eps_and_k_are_not_rounded_to_fp32() -> None:
+    """Numbers that fp32 does not hold arrive as the bits of their fp64."""
+    import struct
+
+    eps, k = 1e-5 + 2**-60, 1 / 3
+    mean = torch.empty(4, 6, 5, 5, device="meta")
+    m, t, layout = prepare(mean, mean, 1)
+    alpha = torch.empty(6, device="meta")
+    for launch in recorded(lambda backend: backend.forward_grad(m, t, alpha, layout, k, eps, False, False)):
+        for name, value in (("eps_bits", eps), ("k_bits", k)):
+            assert struct.unpack("<d", struct.pack("<q", launch.arguments[name]))[0] == value
