@@ -242,7 +242,7 @@ def _of_this_build() -> CudaBackend:
         return CudaBackend(None, missing, "cuda", stream)
     if not hasattr(_C, "cuda_forward"):
         missing = (
-            "vidfast._C was built without CUDA (no nvcc was found): "
+            "vidfast._C was built without CUDA (VIDFAST_CUDA=0, or no nvcc): "
             "VIDFAST_CUDA=1 pip install --no-cache-dir --force-reinstall --no-deps vidfast builds it, or says why not"
         )
         return CudaBackend(None, missing, "cuda", stream)
