@@ -1,0 +1,192 @@
+"""Taps: what they record, when they refuse, and that they leave the network as it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vidfast.distill import TapError, Taps, UnknownNameError
+
+
+def record(network: nn.Module, taps: Taps, inputs: Tensor) -> dict[str, Tensor]:
+    with taps.recording() as activations:
+        network(inputs)
+        return activations()
+
+
+def test_records_what_the_layers_return(student: nn.Module, images: Tensor) -> None:
+    student.eval()
+    found = record(student, Taps(student, ["first", "second.0"]), images)
+    first = student.first(images)
+    assert list(found) == ["first", "second.0"]
+    torch.testing.assert_close(found["first"], first, rtol=0, atol=0)
+    torch.testing.assert_close(found["second.0"], student.second[0](first), rtol=0, atol=0)
+
+
+def test_gradients_flow_through_a_tap(student: nn.Module, images: Tensor) -> None:
+    record(student, Taps(student, ["first"]), images)["first"].sum().backward()
+    assert student.first[0].weight.grad is not None
+    assert student.second[0].weight.grad is None
+
+
+def test_holds_nothing_outside_of_recording(student: nn.Module, images: Tensor) -> None:
+    taps = Taps(student, ["first"])
+    record(student, taps, images)
+    student(images)
+    assert all(tap.output is None for tap in taps._taps)
+    with taps.recording() as activations, pytest.raises(TapError, match="'first' was not called"):
+        activations()
+
+
+def test_nothing_is_held_after_an_exception(student: nn.Module, images: Tensor) -> None:
+    taps = Taps(student, ["first"])
+
+    def fail() -> None:
+        with taps.recording():
+            student(images)
+            raise KeyError("elsewhere")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert all(tap.output is None and not tap.recording for tap in taps._taps)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "hint"), [("frist", "first"), ("second.9", "second.0"), ("secnd.0", "second.0")]
+)
+def test_unknown_layer_lists_near_matches(student: nn.Module, wanted: str, hint: str) -> None:
+    with pytest.raises(UnknownNameError, match=rf"no layer '{wanted}'.*did you mean.*'{hint}'"):
+        Taps(student, ["first", wanted], role="student")
+
+
+def test_unknown_layer_that_is_near_nothing_lists_what_there_is(student: nn.Module) -> None:
+    with pytest.raises(UnknownNameError, match="there are 'first'"):
+        Taps(student, ["qqqqqqqqqq"])
+
+
+def test_the_network_itself_is_no_layer(student: nn.Module) -> None:
+    with pytest.raises(UnknownNameError):
+        Taps(student, [""])
+
+
+class ModifiesInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(1, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(self.relu(self.norm(x)))
+        return out
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_in_place_modification_afterwards_is_an_error_naming_the_layer(images: Tensor, grad: bool) -> None:
+    network = ModifiesInPlace()
+    taps = Taps(network, ["norm"])
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(TapError, match=r"'norm' was modified in place.*clone=True"),
+    ):
+        record(network, taps, images)
+
+
+def test_tapping_the_layer_that_modifies_in_place_is_fine(images: Tensor) -> None:
+    network = ModifiesInPlace().eval()
+    found = record(network, Taps(network, ["relu"]), images)
+    torch.testing.assert_close(found["relu"], network.norm(images).relu())
+
+
+def test_clone_records_the_value_before_the_modification(images: Tensor) -> None:
+    network = ModifiesInPlace().eval()
+    found = record(network, Taps(network, ["norm"], clone=True), images)["norm"]
+    torch.testing.assert_close(found, network.norm(images))
+    assert (found < 0).any()
+    found.sum().backward()
+    assert network.norm.weight.grad is not None
+
+
+class CallsTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(self.layer(x))
+        return out
+
+
+def test_a_layer_called_twice_is_an_error(images: Tensor) -> None:
+    network = CallsTwice()
+    with pytest.raises(TapError, match=r"'layer' \(Conv2d\) was called twice"):
+        record(network, Taps(network, ["layer"]), images)
+
+
+def test_a_layer_that_returns_a_tuple_is_an_error() -> None:
+    network = nn.Sequential(nn.LSTM(3, 4))
+    with pytest.raises(TapError, match=r"'0' \(LSTM\) returned a tuple of 2, wanted one Tensor"):
+        record(network, Taps(network, ["0"]), torch.randn(2, 5, 3))
+
+
+def test_a_network_under_inference_mode_is_an_error(student: nn.Module, images: Tensor) -> None:
+    taps = Taps(student, ["first"])
+    with torch.inference_mode(), pytest.raises(TapError, match="no_grad"):
+        record(student, taps, images)
+
+
+def test_a_shared_layer_has_all_its_names(images: Tensor) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU())
+    network.alias = network[0]
+    network.forward = lambda x: nn.Sequential.__getitem__(network, 0)(x)  # type: ignore[method-assign]
+    found = record(network, Taps(network, ["0", "alias"]), images)
+    assert found["0"] is found["alias"]
+
+
+def test_remove_takes_the_hooks_off(student: nn.Module, images: Tensor) -> None:
+    taps = Taps(student, ["first", "second"])
+    assert student.first._forward_hooks
+    taps.remove()
+    assert not student.first._forward_hooks
+    assert not student.second._forward_hooks
+    taps.remove()
+
+
+def test_a_tapped_network_is_copied_and_pickled(student: nn.Module, images: Tensor) -> None:
+    student.eval()
+    taps = Taps(student, ["first"])
+    expected = student(images)
+    torch.testing.assert_close(copy.deepcopy(student)(images), expected)
+    stored = io.BytesIO()
+    torch.save(student, stored)
+    stored.seek(0)
+    torch.testing.assert_close(torch.load(stored, weights_only=False)(images), expected)
+    # A copy that runs while the original records does not disturb it.
+    other = copy.deepcopy(student)
+    with taps.recording() as activations:
+        other(torch.zeros_like(images))
+        student(images)
+        found = activations()["first"]
+    torch.testing.assert_close(found, student.first(images))
+
+
+def test_activation_checkpointing_may_call_a_layer_again_in_backward(images: Tensor) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = checkpoint(self.layer, x, use_reentrant=False)
+            return out
+
+    network = Checkpointed()
+    found = record(network, Taps(network, ["layer"]), images.requires_grad_())
+    found["layer"].pow(2).sum().backward()
+    assert network.layer.weight.grad is not None

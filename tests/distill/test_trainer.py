@@ -1,0 +1,285 @@
+"""The trainer: it learns, repeats itself, continues exactly, and stops early on nonsense."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_networks import PAIRS, SmallNet
+from torch import Tensor
+
+from vidfast.distill import VID, Distiller
+from vidfast.distill.data import Images, random_shift
+from vidfast.distill.files import CheckpointError
+from vidfast.distill.stream import StreamBatches, seed_for
+from vidfast.distill.trainer import NonFiniteLossError, Trainer, TrainOptions
+
+QUICK = TrainOptions(steps=12, batch_size=8, lr=0.05, eval_every=4, checkpoint_every=4, device="cpu")
+
+
+def made(images: Images, dropout: float = 0.3, **vid: Any) -> Distiller:
+    torch.manual_seed(3)
+    student, teacher = SmallNet(4, dropout), SmallNet(6)
+    return Distiller(student, teacher, [VID(PAIRS, **vid)], example=images.images[:2])
+
+
+def train(
+    images: Images,
+    options: TrainOptions = QUICK,
+    folder: Path | None = None,
+    resume: bool = False,
+    **more: Any,
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    distiller = made(images, **more)
+    trainer = Trainer(
+        distiller,
+        images,
+        options,
+        evaluate={"test": images},
+        augment=random_shift(1),
+        folder=folder,
+        progress=False,
+    )
+    history = trainer.fit(resume=resume)
+    return history, distiller.state_dict()
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert list(a) == list(b)
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def test_it_learns_and_reports(small_data: Images, tmp_path: Path) -> None:
+    options = replace(QUICK, steps=60, eval_every=20)
+    history, state = train(small_data, options, tmp_path, dropout=0.0)
+    assert [row["step"] for row in history] == [20, 40, 60]
+    assert history[-1]["epoch"] == pytest.approx(60 * 8 / 30)
+    assert history[-1]["test_accuracy"] > 90
+    assert history[-1]["loss"] < history[0]["loss"]
+    for row in history:
+        assert row["loss"] == pytest.approx(row["loss_task"] + row["loss_vid"])
+    with (tmp_path / "metrics.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [float(row["loss_vid"]) for row in written] == [row["loss_vid"] for row in history]
+    # alpha is trained, not only stored.
+    alphas = [value for key, value in state.items() if key.endswith("alpha")]
+    assert len(alphas) == 2
+    assert all(
+        bool((alpha != made(small_data).terms["vid"].likelihoods[0].alpha[0]).all()) for alpha in alphas
+    )
+
+
+def test_the_seed_decides_everything(small_data: Images) -> None:
+    one, again, other = (train(small_data, replace(QUICK, seed=seed)) for seed in (0, 0, 1))
+    assert one[0] == again[0]
+    assert_same(one[1], again[1])
+    assert one[0] != other[0]
+
+
+def test_training_does_not_touch_the_random_state(small_data: Images) -> None:
+    distiller = made(small_data)
+    state = torch.get_rng_state()
+    Trainer(distiller, small_data, QUICK, progress=False).fit()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "options", [QUICK, replace(QUICK, optimizer="adamw", lr=0.01, schedule="steps", warmup=3)]
+)
+@pytest.mark.parametrize("killed_after", [4, 7, 9])
+def test_a_killed_and_resumed_run_is_the_uninterrupted_one(
+    small_data: Images,
+    tmp_path: Path,
+    killed_after: int,
+    options: TrainOptions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = train(small_data, options)
+
+    class Killed(Exception):
+        pass
+
+    original, calls = Trainer._step, []
+
+    def step(self: Trainer, *args: Any) -> None:
+        if len(calls) == killed_after:
+            raise Killed
+        calls.append(1)
+        original(self, *args)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    with pytest.raises(Killed):
+        train(small_data, options, tmp_path)
+    monkeypatch.setattr(Trainer, "_step", original)
+    resumed = train(small_data, options, tmp_path, resume=True)
+    assert resumed[0] == whole[0]
+    assert_same(resumed[1], whole[1])
+    # What is finished is not trained again, only loaded.
+    monkeypatch.setattr(Trainer, "_step", None)
+    finished = train(small_data, options, tmp_path, resume=True)
+    assert finished[0] == whole[0]
+    assert_same(finished[1], whole[1])
+
+
+def test_resume_refuses_other_options_models_and_damage(small_data: Images, tmp_path: Path) -> None:
+    train(small_data, QUICK, tmp_path)
+    with pytest.raises(CheckpointError, match=r"was trained with lr 0.05 and not 0.1"):
+        train(small_data, replace(QUICK, lr=0.1), tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="of another model"):
+        train(small_data, QUICK, tmp_path, resume=True, regressor="linear")
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 nonsense")
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt: damaged"):
+        train(small_data, QUICK, tmp_path, resume=True)
+
+
+def without_batch_norm(images: Images) -> Distiller:
+    distiller = made(images, dropout=0.0)
+    for module in distiller.student.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.forward = lambda x: x  # type: ignore[method-assign]
+    return distiller
+
+
+def test_accumulation_does_not_change_what_is_learned(small_data: Images) -> None:
+    """Up to rounding, where nothing depends on the batch; parts of 3, 3 and 2 images are weighted by size."""
+    states = []
+    for accumulation in (1, 3):
+        distiller = without_batch_norm(small_data)
+        options = replace(QUICK, accumulation=accumulation)
+        history = Trainer(distiller, small_data, options, progress=False).fit()
+        states.append((history[-1]["loss"], distiller.state_dict()))
+    assert states[0][0] == pytest.approx(states[1][0], rel=1e-5)
+    for key, value in states[0][1].items():
+        torch.testing.assert_close(states[1][1][key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_accumulated_parts_reach_the_kernel_with_a_gradient_of_one(small_data: Images) -> None:
+    distiller = made(small_data, weight=3.0)
+    seen: list[float] = []
+    for nll in distiller.terms["vid"].likelihoods:
+        nll.register_forward_hook(
+            lambda module, args, loss: loss.register_hook(lambda g: seen.append(float(g))) and None
+        )
+    Trainer(distiller, small_data, replace(QUICK, steps=2, accumulation=2), progress=False).fit()
+    assert seen == [1.0] * 8
+
+
+def test_bf16_runs_and_leaves_the_module_as_it_was(small_data: Images) -> None:
+    distiller = made(small_data, dropout=0.0)
+    seen: list[torch.dtype] = []
+    hook = distiller.student.first.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    history = Trainer(
+        distiller, small_data, replace(QUICK, mixed_precision="bf16", steps=60), evaluate={"test": small_data},
+        progress=False,
+    ).fit()  # fmt: skip
+    assert torch.bfloat16 in seen
+    assert history[-1]["test_accuracy"] > 80
+    seen.clear()
+    distiller(small_data.images, small_data.labels)
+    assert seen == [torch.float32]
+    hook.remove()
+
+
+@pytest.mark.parametrize("term", ["vid", "task"])
+def test_a_loss_that_is_not_finite_stops_early_and_is_named(
+    small_data: Images, tmp_path: Path, term: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distiller = made(small_data)
+    calls: list[int] = []
+
+    def broken(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(1)
+            loss = original(*args, **kwargs)
+            return loss * float("nan") if len(calls) >= 3 else loss
+
+        return call
+
+    if term == "vid":
+        monkeypatch.setattr(distiller.terms["vid"], "forward", broken(distiller.terms["vid"].forward))
+    else:
+        distiller.task_loss = broken(distiller.task_loss)
+    options = replace(QUICK, steps=100, eval_every=0, checkpoint_every=0, check_every=5)
+    trainer = Trainer(distiller, small_data, options, folder=tmp_path, progress=False)
+    with pytest.raises(NonFiniteLossError, match=rf"the term '{term}' became inf or nan in step 3;"):
+        trainer.fit()
+    assert len(calls) == 5
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_every_image_comes_equally_often_and_no_batch_is_short() -> None:
+    batches = list(StreamBatches(10, 4, 15, seed=0))
+    assert len(batches) == 15
+    assert {len(batch) for batch in batches} == {4}
+    counts = torch.tensor(batches).flatten().bincount()
+    assert counts.tolist() == [6] * 10
+    assert [len(b) for b in StreamBatches(3, 64, 2, seed=0)] == [3, 3]
+
+
+def test_seeds_differ_where_torch_looks() -> None:
+    """Its CPU generator takes the lower 32 bits of a seed."""
+    seeds = {
+        seed_for(seed, purpose, step, rank) & 0xFFFFFFFF
+        for seed in range(10)
+        for purpose in ("order", "augment")
+        for step in range(20)
+        for rank in range(3)
+    }
+    assert len(seeds) == 10 * 2 * 20 * 3
+
+
+def test_batches_from_a_start_and_for_processes_are_parts_of_the_same_stream() -> None:
+    whole = list(StreamBatches(10, 4, 15, seed=5))
+    assert list(StreamBatches(10, 4, 15, seed=5, start=6)) == whole[6:]
+    parts = [list(StreamBatches(10, 4, 15, seed=5, rank=rank, world=3)) for rank in range(3)]
+    for i, batch in enumerate(whole):
+        assert sorted(index for part in parts for index in part[i]) == sorted(batch)
+    with pytest.raises(ValueError, match="one image a process"):
+        StreamBatches(10, 2, 15, seed=5, rank=0, world=3)
+    with pytest.raises(ValueError, match="at least one training image"):
+        StreamBatches(0, 2, 15, seed=5)
+
+
+def test_workers_do_not_change_what_is_learned(small_data: Images) -> None:
+    assert_same(train(small_data)[1], train(small_data, replace(QUICK, workers=1))[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps of 1 or more"),
+        ({"batch_size": 0}, "batch_size of 1"),
+        ({"lr": float("nan")}, "lr of 0 or more"),
+        ({"weight_decay": -1.0}, "weight_decay of 0"),
+        ({"seed": -1}, "seed of 0"),
+        ({"schedule": "linear"}, "one of cosine, steps, constant"),
+        ({"optimizer": "lion"}, "one of sgd, adamw"),
+        ({"mixed_precision": "int8"}, "one of no, bf16, fp16"),
+        ({"device": "tpu"}, "one of auto, cpu, cuda"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainOptions(**options)
+
+
+def test_schedules_and_clipping(small_data: Images) -> None:
+    lr = [row["lr"] for row in train(small_data, replace(QUICK, schedule="steps", eval_every=1, lr=1e-3))[0]]
+    # The rate for the step after the row: ten times less at 60, 80 and 90 % of 12 steps.
+    assert lr == pytest.approx([1e-3] * 7 + [1e-4] * 2 + [1e-5] + [1e-6] * 2)
+    clipped = train(small_data, replace(QUICK, clip=1e-9, weight_decay=0.0))[1]
+    for key, value in made(small_data).state_dict().items():
+        if "running" not in key and "num_batches" not in key:
+            torch.testing.assert_close(clipped[key], value, rtol=0, atol=1e-6)
+
+
+def test_a_folder_that_cannot_be_made_is_an_os_error(small_data: Images, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        train(small_data, QUICK, tmp_path / "file" / "run")
