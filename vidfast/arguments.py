@@ -21,7 +21,7 @@ def check_tensors(mean: Tensor, target: Tensor, alpha: Tensor, channel_dim: int)
     :raises TypeError: something is not a tensor, or has a dtype that is not fp16, bf16, fp32 or fp64.
     :raises ValueError: shapes or devices differ, alpha does not fit, or a tensor is empty, sparse or meta.
     """
-    if not isinstance(channel_dim, int) or not isinstance(mean, Tensor) or isinstance(mean, _Lazy):
+    if type(channel_dim) is not int or not isinstance(mean, Tensor) or isinstance(mean, _Lazy):
         _complain(mean, target, alpha, channel_dim)
     shape = mean.shape
     channel = channel_dim if channel_dim >= 0 else channel_dim + len(shape)
@@ -98,10 +98,15 @@ def check_options(
     reduction: str = "mean",
     weight: float = 1.0,
     strategy: str = "auto",
+    full: bool = False,
+    inplace: bool = False,
 ) -> None:
     """:raises ValueError: eps is not positive and finite, weight not finite, or a name is unknown.
-    :raises TypeError: eps or weight is not a number.
+    :raises TypeError: eps or weight is not a number, or full or inplace not a bool.
     """
+    if type(full) is not bool or type(inplace) is not bool:
+        name, value = ("inplace", inplace) if type(full) is bool else ("full", full)
+        raise TypeError(f"{name} must be True or False, got {value!r}")
     _check_number("eps", eps)
     _check_number("weight", weight)
     if not 0 < eps < math.inf:
@@ -144,7 +149,9 @@ def check_inplace(mean: Tensor, target: Tensor, walked_mean: Tensor) -> None:
         raise RuntimeError(
             f"inplace=True would overwrite {what}, a leaf that requires grad: pass inplace=False"
         )
-    if walked_mean is not mean or 0 in mean.stride():
+    if walked_mean is not mean or any(
+        s == 0 and n > 1 for s, n in zip(mean.stride(), mean.shape, strict=True)
+    ):
         raise RuntimeError(
             f"inplace=True needs a mean whose memory is dense, got shape {tuple(mean.shape)} with strides "
             f"{mean.stride()}: pass inplace=False"

@@ -62,7 +62,7 @@ def _incoming(g: Tensor) -> Tensor:
         raise RuntimeError(
             "vidfast.gaussian_nll ran on real tensors, but the incoming gradient is a FakeTensor"
         )
-    return g.resolve_neg()
+    return g.clone() if g._is_zerotensor() else g.resolve_neg()
 
 
 def _fake_tensor() -> type:
@@ -185,8 +185,11 @@ def _differentiable(
     wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """The same gradients as functions of g and the inputs, by way of the reference (create_graph=True)."""
+    # Aliases: where target or alpha is computed from mean, a gradient of mean itself would hold their paths too,
+    # and autograd, which follows those paths anyway, would count them twice.
+    alpha = alpha.view_as(alpha)
     if activations:
-        mean, target = activations
+        mean, target = (x.view_as(x) for x in activations)
         inputs = (mean, target, alpha)
         loss = reference.gaussian_nll(
             mean,

@@ -47,6 +47,8 @@ def not_raw(*tensors: Tensor) -> str | None:
             return f"{type(x).__module__}.{type(x).__qualname__} is a tensor subclass"
         if x.is_neg():
             return "a lazily negated tensor (is_neg) holds other values than it shows"
+        if x._is_zerotensor():
+            return "a zero tensor without memory of its own (_is_zerotensor)"
     if _dispatch_modes():
         return "a torch dispatch mode is active"
     return None

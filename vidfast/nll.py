@@ -58,7 +58,7 @@ def gaussian_nll(
     """
     channel = check_tensors(mean, target, alpha, channel_dim)
     compiling = torch.compiler.is_compiling()
-    check_options(eps, reduction, weight, strategy)
+    check_options(eps, reduction, weight, strategy, full, inplace)
     if reduction == "batchmean" and channel == 0:
         raise ValueError(
             "reduction='batchmean' needs a batch in dimension 0, but channel_dim=0 is the channels"
@@ -170,7 +170,7 @@ class GaussianNLL(nn.Module):
             raise TypeError(f"num_channels must be an int, got {type(num_channels).__name__}")
         if num_channels < 1:
             raise ValueError(f"num_channels must be at least 1, got {num_channels}")
-        check_options(eps, reduction, weight, strategy)
+        check_options(eps, reduction, weight, strategy, full, inplace)
         check_channel_dim(channel_dim)
         dispatch.check_name(backend)
         self.num_channels = num_channels

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vidfast import dispatch, reference
-from vidfast.arguments import check_initial_variance, check_options
+from vidfast.arguments import DTYPES, check_initial_variance, check_options
 from vidfast.nll import gaussian_nll
 
 _POOL: dict[int, Callable[..., Tensor]] = {
@@ -58,6 +58,8 @@ class VIDLoss(nn.Module):
     :param init_pred_var: the initial variance of every channel.
     :param weight: a factor of the loss; in here it costs nothing.
     :param reduction: "mean", "sum" or "batchmean", as in :func:`vidfast.gaussian_nll`.
+    :param inplace: the gradient is written over the regressor's output, which nothing is allocated for. Whoever
+        keeps that output would find a gradient in it; a regressor with forward hooks is therefore left alone.
     :raises ValueError: init_pred_var <= eps, or an unknown name.
     """
 
@@ -73,6 +75,7 @@ class VIDLoss(nn.Module):
         *,
         weight: float = 1.0,
         reduction: str = "mean",
+        inplace: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -83,7 +86,7 @@ class VIDLoss(nn.Module):
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
-        check_options(eps, reduction, weight)
+        check_options(eps, reduction, weight, inplace=inplace)
         if reduction == "none":
             raise ValueError("reduction must be 'mean', 'sum' or 'batchmean', got 'none'")
         dispatch.check_name(backend)
@@ -96,6 +99,9 @@ class VIDLoss(nn.Module):
         )
         alpha = check_initial_variance("init_pred_var", init_pred_var, eps)
         self.log_scale = nn.Parameter(torch.full((num_target_channels,), alpha, dtype=torch.float32))
+        self.num_input_channels = num_input_channels
+        self.num_target_channels = num_target_channels
+        self.inplace = inplace
         self.eps = eps
         self.weight = weight
         self.reduction = reduction
@@ -114,18 +120,20 @@ class VIDLoss(nn.Module):
         :raises ValueError: channels, batch or number of axes do not fit.
         """
         for name, x, channels in (
-            ("student_feature", student_feature, self.regressor[0].in_channels),
-            ("teacher_feature", teacher_feature, self.regressor[4].out_channels),
+            ("student_feature", student_feature, self.num_input_channels),
+            ("teacher_feature", teacher_feature, self.num_target_channels),
         ):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-            if not x.is_floating_point():
-                raise TypeError(f"{name} must be of a floating dtype, got {x.dtype}")
+            if x.dtype not in DTYPES:
+                raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
             if x.dim() < 2 or x.shape[1] != channels:
                 raise ValueError(f"{name} must be (B, {channels}, *spatial), got {tuple(x.shape)}")
         student, teacher = match_spatial(student_feature, teacher_feature.detach())
         dtype = next(self.regressor.parameters()).dtype
-        if not torch.is_autocast_enabled(student.device.type) and student.dtype != dtype:
+        # autocast casts what goes into a convolution, but not from or to fp64
+        cast = torch.float64 in (student.dtype, dtype) or not torch.is_autocast_enabled(student.device.type)
+        if cast and student.dtype != dtype:
             student = student.to(dtype)
         if student.dim() != 4:  # a 1x1 convolution does not mind how positions are arranged
             student = student.flatten(2).unsqueeze(-1) if student.dim() > 2 else student[:, :, None, None]
@@ -138,9 +146,14 @@ class VIDLoss(nn.Module):
             eps=self.eps,
             reduction=self.reduction,
             weight=self.weight,
-            inplace=True,  # mean is the output of our own convolution, which does not read it in backward
+            # mean is the output of our own convolution, which does not read it in backward
+            inplace=self.inplace and not self._watched(),
             backend=self.backend,
         )
+
+    def _watched(self) -> bool:
+        """Whether somebody's hook sees, and may keep, what the regressor returns."""
+        return any(module._forward_hooks for module in self.regressor.modules())
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

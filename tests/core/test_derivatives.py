@@ -14,6 +14,7 @@ from problems import FP32, FP64, Case, short
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+import vidfast
 from vidfast import reference
 
 GRADCHECK = (
@@ -164,3 +165,33 @@ def test_first_derivative_under_create_graph_keeps_its_bounds(backend: Place, st
     torch.testing.assert_close(
         grad_mean.detach().cpu().double(), torch.from_numpy(want.grad_mean), rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize(
+    ("target_of", "alpha_of"),
+    [
+        (lambda m: m * 2, lambda m: torch.zeros(3, dtype=m.dtype)),
+        (lambda m: torch.ones_like(m), lambda m: m.mean((0, 2))),
+        (lambda m: m.sin(), lambda m: m.mean((0, 2))),
+    ],
+    ids=["target", "alpha", "both"],
+)
+def test_inputs_that_depend_on_each_other(backend, target_of, alpha_of, create_graph):
+    """A path from mean to the loss through target or alpha counts once, also under create_graph."""
+    x = torch.randn(2, 3, 4, dtype=torch.float64, device=backend.device, requires_grad=True)
+
+    def derivative(name: str) -> list[torch.Tensor]:
+        mean = x * 1
+        loss = vidfast.gaussian_nll(
+            mean,
+            target_of(mean),
+            alpha_of(mean).to(mean.device),
+            strategy="two_pass" if name != "reference" else "auto",
+            backend=name,
+        )
+        first = torch.autograd.grad(loss, x, create_graph=create_graph)[0]
+        return [first, torch.autograd.grad(first.square().sum(), x)[0]] if create_graph else [first]
+
+    for got, want in zip(derivative(backend.name), derivative("reference"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)

@@ -301,3 +301,18 @@ def test_compiling_takes_what_torch_can_trace(backend: Place) -> None:
     (grad,) = torch.autograd.grad(loss, m)
     assert float(loss) == pytest.approx(float(want.loss), rel=1e-5)
     torch.testing.assert_close(grad.cpu().double(), torch.from_numpy(want.grad_mean), rtol=1e-5, atol=0)
+
+
+def test_zero_tensors_have_no_memory_to_read(backend):
+    """They are backed by no storage: the inputs take the reference, an incoming gradient is made real."""
+    zero = torch._efficientzerotensor((4, 3, 5, 5), device=backend.device)
+    target = torch.randn(4, 3, 5, 5, device=backend.device)
+    alpha = torch.zeros(3, device=backend.device)
+    got = vidfast.gaussian_nll(zero, target, alpha)
+    torch.testing.assert_close(got, vidfast.gaussian_nll(torch.zeros_like(target), target, alpha))
+    with pytest.raises(RuntimeError, match="zero tensor"):
+        vidfast.gaussian_nll(zero, target, alpha, backend=backend.name)
+    mean = torch.randn_like(target, requires_grad=True)
+    loss = vidfast.gaussian_nll(mean, target, alpha, backend=backend.name)
+    g = torch._efficientzerotensor((), device=backend.device)
+    assert torch.autograd.grad(loss, mean, g)[0].abs().sum() == 0

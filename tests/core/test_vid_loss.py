@@ -247,7 +247,13 @@ def test_runs_in_place_without_touching_the_features(module: VIDLoss) -> None:
     s, t = torch.randn(4, 5, 3, 3, requires_grad=True), torch.randn(4, 6, 3, 3)
     before = s.detach().clone(), t.clone()
     seen: list[Tensor] = []
-    module.regressor[4].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    convolve = module.regressor[4].forward
+
+    def spy(x: Tensor) -> Tensor:
+        seen.append(convolve(x))
+        return seen[-1]
+
+    module.regressor[4].forward = spy  # no hook: those turn inplace off
     module(s, t).backward()
     assert torch.equal(s.detach(), before[0])
     assert torch.equal(t, before[1])
@@ -256,6 +262,40 @@ def test_runs_in_place_without_touching_the_features(module: VIDLoss) -> None:
     assert not torch.equal(seen[0].detach(), mean.detach()), (
         "VIDLoss owns mean and should not allocate its gradient"
     )
+
+
+@pytest.mark.parametrize("where", ["regressor", "regressor.4", "inplace=False"])
+def test_an_output_that_somebody_keeps_stays(module: VIDLoss, where: str) -> None:
+    s, t = torch.randn(4, 5, 3, 3, requires_grad=True), torch.randn(4, 6, 3, 3)
+    seen: list[Tensor] = []
+    if where == "inplace=False":
+        module.inplace = False
+        convolve = module.regressor[4].forward
+        module.regressor[4].forward = lambda x: seen.append(convolve(x)) or seen[-1]
+    else:
+        module.get_submodule(where).register_forward_hook(lambda _m, _i, out: seen.append(out))
+    module(s, t).backward()
+    fresh = F.conv2d(torch.nn.Sequential(*list(module.regressor)[:4])(s), module.regressor[4].weight)
+    torch.testing.assert_close(seen[0].detach(), fresh.detach())
+
+
+def test_a_regressor_of_your_own(module: VIDLoss) -> None:
+    module.regressor = torch.nn.Conv2d(5, 6, 1)
+    module(torch.randn(4, 5, 3, 3), torch.randn(4, 6, 3, 3)).backward()
+    assert module.regressor.weight.grad is not None
+
+
+@pytest.mark.parametrize("double", ["student", "module", "teacher"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fp64_anywhere(module: VIDLoss, double: str, autocast: bool) -> None:
+    """autocast leaves fp64 alone, so a convolution of fp64 and bf16 has to be avoided by us."""
+    s, t = torch.randn(4, 5, 3, 3), torch.randn(4, 6, 3, 3)
+    s, t = (s.double() if double == "student" else s), (t.double() if double == "teacher" else t)
+    module = module.double() if double == "module" else module
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = module(s, t)
+    loss.backward()
+    assert torch.isfinite(loss)
 
 
 def test_frozen_parts(module: VIDLoss) -> None:

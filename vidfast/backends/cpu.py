@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,12 @@ try:
     import vidfast._C as _C
 
     _missing: str | None = None
+    _wanted = os.environ.get("VIDFAST_CPU_ISA", _C.cpu_isa())
+    if _wanted != _C.cpu_isa():
+        _missing = (
+            f"VIDFAST_CPU_ISA must be an instruction set of this processor, got {_wanted!r}; "
+            f"unset, {_C.cpu_isa()} is taken"
+        )
 except ImportError as error:  # a source checkout that was never built
     _missing = f"the extension vidfast._C is not built ({error}); pip install vidfast builds it"
 
