@@ -186,6 +186,22 @@ def test_bf16_runs_and_leaves_the_module_as_it_was(small_data: Images) -> None:
     hook.remove()
 
 
+def test_channels_last_changes_the_layout_and_not_the_result(small_data: Images) -> None:
+    """The convolutions' outputs reach the loss in that layout, as one column for each channel."""
+    results = []
+    for channels_last in (False, True):
+        distiller = without_batch_norm(small_data)
+        seen: list[bool] = []
+        distiller.terms["vid"].regressors[0].register_forward_hook(
+            lambda m, a, out, seen=seen: seen.append(out.is_contiguous(memory_format=torch.channels_last))
+        )
+        options = replace(QUICK, channels_last=channels_last)
+        history = Trainer(distiller, small_data, options, evaluate={"v": small_data}, progress=False).fit()
+        assert set(seen) == {channels_last}
+        results.append([row["loss"] for row in history])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("term", ["vid", "task"])
 def test_a_loss_that_is_not_finite_stops_early_and_is_named(
     small_data: Images, tmp_path: Path, term: str, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,10 @@ def load_checkpoint(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
     Raises CheckpointError if the file is missing, damaged, or lacks one of `keys`.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # On a damaged file torch may warn of what it takes for the format, before it fails.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
     except IsADirectoryError:

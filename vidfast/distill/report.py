@@ -17,7 +17,8 @@ def table(summaries: Sequence[Summary], labels: Mapping[str, str], baseline: str
     """Rows of text: a header, then M, each arm's mean ± spread, and each arm's gain over the baseline."""
     arms = [arm for arm in labels if any(s.arm == arm for s in summaries)]
     others = [arm for arm in arms if arm != baseline]
-    rows = [["M", *(labels[arm] for arm in arms), *(f"gain of {labels[arm]}" for arm in others)]]
+    gains = ["gain"] if len(others) == 1 else [f"gain of {labels[arm]}" for arm in others]
+    rows = [["M", *(labels[arm] for arm in arms), *gains]]
     for samples in sorted({s.samples_per_class for s in summaries}):
         cells = {s.arm: s for s in summaries if s.samples_per_class == samples}
         row = [str(samples)]
@@ -85,7 +86,6 @@ training part |
 
 Both arms have the same labelled images, initial student, augmentation and number of steps. The default
 hyperparameters of each arm were chosen on validation images, which are neither test images nor among the M.
-`config.json` holds every option, `metrics.csv` every row of
-the metrics, and `checkpoints/` for each run the student's weights (`student.safetensors`) and the state from
-which `--resume` continues (`checkpoint.pt`).
+`config.json` holds every option, `metrics.csv` every row of the metrics, and `checkpoints/` for each run the
+student's weights (`student.safetensors`) and the state from which `--resume` continues (`checkpoint.pt`).
 """

@@ -7,7 +7,7 @@ not interrupted: the order of the images, their augmentation and dropout need no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from numpy.random import SeedSequence
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .data.base import Augmentation
 from .distiller import Distiller
 from .files import CheckpointError, load_checkpoint, save_checkpoint, write_csv
+from .stream import StreamBatches, generator_for, seed_for
 
 Row = dict[str, Any]
 
@@ -45,7 +45,8 @@ class TrainOptions:
     weights). eval_every: steps between rows of the metrics, 0 for the last step alone. checkpoint_every:
     steps between checkpoints, 0 for the last step alone. check_every: steps between looks at whether the loss
     is finite. accumulation: parts that a batch is processed in. mixed_precision: "no", "bf16" or "fp16".
-    clip: the largest norm of the gradient, or None. device: "auto", "cpu" or "cuda". workers: of the loader.
+    clip: the largest norm of the gradient, or None. channels_last: the layout of images and networks in
+    memory. device: "auto", "cpu" or "cuda". workers: of the loader.
     """
 
     steps: int = 300
@@ -63,6 +64,7 @@ class TrainOptions:
     accumulation: int = 1
     mixed_precision: str = "no"
     clip: float | None = None
+    channels_last: bool = False
     device: str = "auto"
     workers: int = 0
 
@@ -105,61 +107,6 @@ def _optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> torch.opt
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr)
     return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0)
-
-
-class StreamBatches(Sampler[list[int]]):
-    """The batches of steps start+1 ... steps, of an endless stream of permutations chopped into equal
-    batches.
-
-    No batch is short and every image comes equally often; a batch may end one permutation and begin the next.
-    Of every batch, process `rank` of `world` gets its part.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        steps: int,
-        seed: int,
-        *,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        if size < 1:
-            raise ValueError("wanted at least one training image, got none")
-        self.size, self.batch_size = size, min(batch_size, size)
-        self.steps, self.seed, self.start, self.rank, self.world = steps, seed, start, rank, world
-        if self.batch_size < world:
-            raise ValueError(
-                f"wanted a batch of at least one image a process, got {self.batch_size} for {world}"
-            )
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, [0]
-        for step in range(self.start, self.steps):
-            batch = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if position // self.size != epoch:
-                    epoch = position // self.size
-                    order = torch.randperm(
-                        self.size, generator=_generator(self.seed, "order", epoch)
-                    ).tolist()
-                batch.append(order[position % self.size])
-            yield batch[self.rank :: self.world]
-
-
-def _seed(seed: int, purpose: str, step: int, rank: int = 0) -> int:
-    """One seed for each of these, well apart: torch's CPU generator looks at the lower 32 bits alone."""
-    mixed = SeedSequence((seed, *purpose.encode(), step, rank))
-    return int(mixed.generate_state(1)[0])
-
-
-def _generator(seed: int, purpose: str, step: int, rank: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(_seed(seed, purpose, step, rank))
 
 
 class _Meter:
@@ -247,6 +194,8 @@ class Trainer:
     def _fit(self, resume: bool) -> list[Row]:
         options, accelerator = self.options, self.accelerator
         self.distiller.to(accelerator.device)
+        if options.channels_last:
+            self.distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = self.distiller.parameter_groups(options.lr, options.weight_decay)
         optimizer = _optimizer(groups, options)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
@@ -258,7 +207,7 @@ class Trainer:
         try:
             model.train()
             for step, (inputs, labels) in enumerate(self._loader(start), start=start + 1):
-                torch.manual_seed(_seed(options.seed, "step", step, accelerator.process_index))
+                torch.manual_seed(seed_for(options.seed, "step", step, accelerator.process_index))
                 self._step(model, prepared, inputs, labels, meter, step)
                 scheduler.step()
                 if bar is not None:
@@ -286,9 +235,9 @@ class Trainer:
     ) -> None:
         accelerator, options = self.accelerator, self.options
         if self.augment is not None:
-            generator = _generator(options.seed, "augment", step, accelerator.process_index)
+            generator = generator_for(options.seed, "augment", step, accelerator.process_index)
             inputs = self.augment(inputs, generator)
-        inputs = inputs.to(accelerator.device, non_blocking=True)
+        inputs = self._placed(inputs)
         labels = labels.to(accelerator.device, non_blocking=True)
         parts = list(zip(inputs.chunk(options.accumulation), labels.chunk(options.accumulation), strict=True))
         for i, (part, part_labels) in enumerate(parts):
@@ -312,12 +261,19 @@ class Trainer:
         with torch.no_grad():
             for inputs, labels in DataLoader(part, batch_size, num_workers=self.options.workers):
                 with accelerator.autocast():
-                    logits = self.distiller.pick_logits(student(inputs.to(accelerator.device)))
+                    logits = self.distiller.pick_logits(student(self._placed(inputs)))
                 correct = correct + (logits.argmax(1) == labels.to(accelerator.device)).sum()
                 total = total + len(labels)
         counts = accelerator.reduce(torch.stack([correct, total]), "sum")
         right, out_of = (int(count) for count in counts)
         return 100.0 * right / out_of
+
+    def _placed(self, inputs: Tensor) -> Tensor:
+        """A batch on the device, in the layout asked for."""
+        layout = (
+            torch.channels_last if self.options.channels_last and inputs.ndim == 4 else torch.preserve_format
+        )
+        return inputs.to(self.accelerator.device, non_blocking=True, memory_format=layout)
 
     def _loader(self, start: int) -> DataLoader[tuple[Tensor, Tensor]]:
         options, accelerator = self.options, self.accelerator

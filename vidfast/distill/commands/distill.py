@@ -104,6 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--batch-size", type=COUNT, default=64)
     training.add_argument("--accumulation", type=COUNT, default=1, help="parts that a batch is processed in")
     training.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16"))
+    training.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="layout of images and networks in memory",
+    )
     training.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
     files = parser.add_argument_group("files")
@@ -209,11 +215,14 @@ def _config(arguments: argparse.Namespace) -> Config:
             checkpoint_every=max(1, arguments.steps // 5),
             accumulation=arguments.accumulation,
             mixed_precision=arguments.mixed_precision,
+            channels_last=arguments.channels_last,
             device=arguments.device,
         )
         training = tuned(options, arguments.optimizer, arguments.lr)
         # The teacher has settings of its own, so that it stays in the cache while the student's are tried.
-        teacher = TrainOptions(steps=arguments.teacher_steps, device=arguments.device)
+        teacher = TrainOptions(
+            steps=arguments.teacher_steps, channels_last=arguments.channels_last, device=arguments.device
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     return Config(

@@ -27,7 +27,7 @@ Terms = Callable[[TappedNetwork, TappedNetwork], list[Method]]
 # What the search (search.py) found best on the digits' validation images for each arm: its optimizer, and
 # with either optimizer its learning rate.
 TUNED_OPTIMIZER = {"alone": "sgd", "vid": "adamw"}
-TUNED_LR = {"alone": {"sgd": 0.1, "adamw": 0.003}, "vid": {"sgd": 0.1, "adamw": 0.003}}
+TUNED_LR = {"alone": {"sgd": 0.1, "adamw": 0.003}, "vid": {"sgd": 0.01, "adamw": 0.02}}
 
 
 @dataclass(frozen=True)
@@ -236,5 +236,6 @@ def save_network(path: Path, network: nn.Module, name: str, data: ImageData) -> 
     }
     # One entry, because safetensors writes several in random order, and equal runs should give equal files.
     metadata = {"vidfast": json.dumps(made_by)}
+    weights = {key: value.contiguous() for key, value in network.state_dict().items()}
     with replacing(path) as file:
-        file.write(safetensors.torch.save(network.state_dict(), metadata=metadata))
+        file.write(safetensors.torch.save(weights, metadata=metadata))

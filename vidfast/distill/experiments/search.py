@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    options = TrainOptions(steps=arguments.steps, device="cpu")
+    options = TrainOptions(steps=arguments.steps, channels_last=True, device="cpu")
     search = Search(arguments.out, arguments.teacher, arguments.student, options, arguments.teacher_steps)
     alone = student_alone()
     search.best(alone)
