@@ -316,3 +316,24 @@ def test_zero_tensors_have_no_memory_to_read(backend):
     loss = vidfast.gaussian_nll(mean, target, alpha, backend=backend.name)
     g = torch._efficientzerotensor((), device=backend.device)
     assert torch.autograd.grad(loss, mean, g)[0].abs().sum() == 0
+
+
+class _Losses(torch.utils.data.Dataset[float]):
+    """Each item runs the kernel in the worker that makes it."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> float:
+        mean = torch.full((64, 8, 16, 16), float(index))
+        return vidfast.gaussian_nll(mean, torch.zeros_like(mean), torch.zeros(8)).item()
+
+
+def test_worker_processes_after_use():
+    """A forked worker has none of its parent's threads; torch gives it one, and so do we."""
+    here = [_Losses()[i] for i in range(4)]
+    context = "fork" if sys.platform == "linux" else None
+    loader = torch.utils.data.DataLoader(
+        _Losses(), num_workers=2, batch_size=None, multiprocessing_context=context
+    )
+    assert list(loader) == here
