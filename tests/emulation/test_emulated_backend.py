@@ -113,6 +113,12 @@ def _poison(x: Tensor) -> Tensor:
     return x
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` prefers the CPU's back end for the CPU's tensors, which here stand for a GPU's."""
+    monkeypatch.setattr(dispatch, "_CPU_FIRST", dispatch.NAMES)
+
+
 @pytest.mark.parametrize(
     ("error", "says"),
     [
@@ -123,7 +129,7 @@ def _poison(x: Tensor) -> Tensor:
     ],
 )
 def test_a_device_that_cannot_run_it_is_named_and_passed_over(
-    backend: CudaBackend, native: ModuleType, error: int, says: str
+    backend: CudaBackend, native: ModuleType, as_on_a_gpu: None, error: int, says: str
 ) -> None:
     native.machine().fail(error)
     reason = native.cuda_unavailable() or native.cuda_device_unsupported()
@@ -143,7 +149,7 @@ def test_a_failed_launch_names_the_kernel_and_its_arguments(backend: CudaBackend
         vidfast.gaussian_nll(mean, target, alpha, backend="cuda")
 
 
-def test_auto_takes_it_and_says_so(backend: CudaBackend) -> None:
+def test_auto_takes_it_and_says_so(backend: CudaBackend, as_on_a_gpu: None) -> None:
     mean, target, alpha = problem((2, 3, 4, 5))
     chosen = dispatch.choose("auto", mean, target, alpha)
     assert chosen is backend
