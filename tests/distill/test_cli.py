@@ -189,6 +189,8 @@ def test_the_teacher_is_cached_and_a_damaged_cache_is_replaced(tmp_path: Path) -
         (["distill", "--weight=-1"], ["--weight"]),
         (["distill", "--lr=nan"], ["--lr"]),
         (["distill", "--lr=0.1"], ["--lr needs --optimizer"]),
+        (["distill", "--optimizer=sgd"], ["--optimizer sgd needs --lr"]),
+        (["distill", "--reduction=sum", "--accumulation=2"], ["--reduction sum", "--accumulation"]),
         (["distill", "--student=wrn-11-1"], ["depth 6n"]),
         (["distill", "--teacher=wrm-16-2"], ["unknown network", "'wrn'"]),
         (["distill", "--data=digit"], ["unknown data set", "'digits'"]),

@@ -170,6 +170,16 @@ def test_accumulated_parts_reach_the_kernel_with_a_gradient_of_one(small_data: I
     assert seen == [1.0] * 8
 
 
+def test_trainers_of_different_precision_in_one_process(small_data: Images) -> None:
+    seen: list[torch.dtype] = []
+    for precision in ("no", "bf16", "no"):
+        distiller = made(small_data)
+        distiller.student.first.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+        options = replace(QUICK, mixed_precision=precision, steps=1)
+        Trainer(distiller, small_data, options, progress=False).fit()
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]
+
+
 def test_bf16_runs_and_leaves_the_module_as_it_was(small_data: Images) -> None:
     distiller = made(small_data, dropout=0.0)
     seen: list[torch.dtype] = []

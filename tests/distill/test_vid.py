@@ -66,9 +66,9 @@ def test_gradients_are_those_of_the_formula() -> None:
     """Through the kernel's in-place path, against autograd on the formula."""
     s, t = torch.randn(3, 2, 4, 5, requires_grad=True), torch.randn(3, 6, 4, 5)
     vid, batch = built(VID({"a": "x"}, regressor="conv3", init_var=2.0), {"a": s}, {"x": t})
-    assert vid.likelihoods[0].inplace
     parameters = [s, *vid.parameters()]
     vid(batch, 3.0).backward()
+    assert vid.likelihoods[0].inplace
     ours = [p.grad.clone() for p in parameters]  # type: ignore[union-attr]
 
     alpha = vid.likelihoods[0].alpha
@@ -76,6 +76,28 @@ def test_gradients_are_those_of_the_formula() -> None:
     loss = 3.0 * (0.5 * variance.log() + (t - vid.regressors[0](s)) ** 2 / (2 * variance)).mean()
     for mine, theirs in zip(ours, torch.autograd.grad(loss, parameters), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+class _Keeping(torch.nn.Sequential):
+    """A regressor that reads its own output afterwards."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+@pytest.mark.parametrize("kept_by", ["hook", "subclass"])
+def test_an_output_that_somebody_keeps_is_not_written_over(kept_by: str) -> None:
+    s, t = torch.randn(3, 2, 4, 5, requires_grad=True), torch.randn(3, 6, 4, 5)
+    kind = torch.nn.Sequential if kept_by == "hook" else _Keeping
+    regressor = kind(torch.nn.Conv2d(2, 6, 1, bias=False))
+    vid, batch = built(VID({"a": "x"}, regressor=lambda *_: regressor), {"a": s}, {"x": t})
+    kept: list[torch.Tensor] = []
+    if kept_by == "hook":
+        regressor[0].register_forward_hook(lambda m, i, out: kept.append(out))
+    vid(batch, 1.0).backward()
+    seen = kept[0] if kept_by == "hook" else regressor.last
+    torch.testing.assert_close(seen.detach(), torch.nn.functional.conv2d(s, regressor[0].weight).detach())
 
 
 def test_no_gradient_reaches_the_teacher() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import pickle
+import struct
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,6 +87,8 @@ def load_checkpoint(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
         LookupError,
         TypeError,
         AttributeError,
+        OSError,
+        struct.error,
     ) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(

@@ -108,7 +108,10 @@ def resolve(regressor: str | Regressor, channel_dim: int = 1) -> Regressor:
 
 def owns_its_output(module: nn.Module) -> bool:
     """Whether a regressor ends in a convolution or linear layer: nobody else reads that output afterwards."""
+    if any(m._forward_hooks for m in module.modules()):  # a hook may keep what it sees
+        return False
     last = module
-    while isinstance(last, nn.Sequential) and len(last):
+    # Exact types: what a subclass does with its output is its own affair.
+    while type(last) is nn.Sequential and len(last):
         last = last[-1]
-    return isinstance(last, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    return type(last) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -175,6 +176,7 @@ class Trainer:
         self.evaluate, self.augment = dict(evaluate or {}), augment
         self.folder = None if folder is None else Path(folder)
         self.progress = progress
+        _forget_precision(options.mixed_precision)
         self.accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=options.mixed_precision)
         self.history: list[Row] = []
 
@@ -355,3 +357,9 @@ class Trainer:
             return tqdm(total=self.options.steps, initial=start, unit="step", dynamic_ncols=True), True
         self.progress.update(start)
         return self.progress, False
+
+
+def _forget_precision(wanted: str) -> None:
+    """Accelerate keeps the first precision it was given for the life of a process; trainers may differ."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+        AcceleratorState._reset_state()

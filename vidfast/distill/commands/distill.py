@@ -205,14 +205,21 @@ def _config(arguments: argparse.Namespace) -> Config:
 
     if arguments.lr is not None and arguments.optimizer is None:
         raise UserError("--lr needs --optimizer: the two arms' best optimizers differ, and so do their rates")
+    if arguments.optimizer == "sgd" and arguments.lr is None:
+        raise UserError(
+            "--optimizer sgd needs --lr: what suits it depends on --weight (0.1 with 1, not with 30)"
+        )
+    if arguments.reduction == "sum" and arguments.accumulation > 1:
+        raise UserError("--reduction sum does not go with --accumulation: sums of parts are not averaged")
+    every = max(1, arguments.steps // 15)
     try:
         options = TrainOptions(
             steps=arguments.steps,
             batch_size=arguments.batch_size,
             weight_decay=arguments.weight_decay,
             schedule=arguments.schedule,
-            eval_every=max(1, arguments.steps // 15),
-            checkpoint_every=max(1, arguments.steps // 5),
+            eval_every=every,
+            checkpoint_every=3 * every,  # on a row of the metrics, so that a resumed run has the same rows
             accumulation=arguments.accumulation,
             mixed_precision=arguments.mixed_precision,
             channels_last=arguments.channels_last,

@@ -89,7 +89,8 @@ class VID(Method):
                 regressor = self.regressor(student.shape, teacher.shape)
             except ValueError as error:
                 raise ValueError(f"pair {student_layer!r} -> {teacher_layer!r}: {error}") from None
-            self.regressors.append(regressor.to(student.device))
+            dtype = student.dtype if student.is_floating_point() else None
+            self.regressors.append(regressor.to(student.device, dtype))
             nll = GaussianNLL(
                 teacher.shape[self.channel_dim],
                 channel_dim=self.channel_dim,
@@ -97,8 +98,6 @@ class VID(Method):
                 eps=self.eps,
                 reduction=self.reduction,
                 backend=self.backend,
-                # Over the regressor's own last output, which nothing else reads: no N-sized allocation.
-                inplace=owns_its_output(regressor),
             )
             self.likelihoods.append(nll.to(student.device))
 
@@ -113,6 +112,8 @@ class VID(Method):
                     f"{tuple(target.shape)}"
                 )
             nll.weight = factor
+            # Over the regressor's own last output, which nothing else reads: no N-sized allocation.
+            nll.inplace = owns_its_output(regressor)
             losses.append(nll(mean, target))
         total: Tensor = sum(losses[1:], losses[0])
         return total
