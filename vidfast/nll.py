@@ -91,12 +91,7 @@ def gaussian_nll(
         )  # fmt: skip
 
     walked = prepare(mean, target, channel)
-    if reduction == "mean":
-        k = weight / mean.numel()
-    elif reduction == "sum":
-        k = float(weight)
-    else:
-        k = weight / mean.shape[0]
+    k = ops.loss_factor(mean.shape, reduction, weight)
     if not (mean_needs or target_needs or (grad and alpha.requires_grad)):
         return chosen.forward(walked[0], walked[1], alpha.contiguous(), walked[2], k, eps, full)[0]
     call = Call(chosen, channel, eps, reduction, full, weight, k)

@@ -7,6 +7,7 @@ come here; they take the shorter path of `autograd`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,12 +20,10 @@ from vidfast.layout import Layout, prepare
 _OPTIONS = "int channel_dim, float eps, str reduction, bool full, float weight, str backend"
 
 
-def _k(shape: torch.Size | list[int], reduction: str, weight: float) -> float:
+def loss_factor(shape: torch.Size | list[int], reduction: str, weight: float) -> float:
+    """k, by which the sum over all elements is multiplied: for the reductions "mean", "sum" and "batchmean"."""
     if reduction == "mean":
-        numel = 1
-        for size in shape:
-            numel *= size
-        return weight / numel
+        return weight / math.prod(shape)
     return float(weight) if reduction == "sum" else weight / shape[0]
 
 
@@ -54,7 +53,7 @@ def forward(
     if chosen is None:
         return _plain_forward(mean, target, alpha, channel_dim, eps, reduction, full, weight)
     walked_mean, walked_target, layout = prepare(mean, target, channel_dim)
-    k = _k(mean.shape, reduction, weight)
+    k = loss_factor(mean.shape, reduction, weight)
     return chosen.forward(walked_mean, walked_target, alpha.contiguous(), layout, k, eps, full)
 
 
@@ -105,7 +104,7 @@ def backward(
         chosen = dispatch.choose(backend, mean, target, alpha)
         walked_mean, walked_target, layout = prepare(mean, target, channel_dim)
     want = (mean_wanted, target_wanted, alpha_wanted)
-    k = _k(shape, reduction, weight)
+    k = loss_factor(shape, reduction, weight)
     if chosen is None:
         count = layout.outer * layout.inner
         grads = _plain_backward(g, mean, target, alpha, sum_sq, count, channel_dim, eps, k, want)

@@ -45,6 +45,11 @@ def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return pooled(student), pooled(teacher)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody's forward hook sees, and may keep, what the module or a part of it returns."""
+    return any(part._forward_hooks for part in module.modules())
+
+
 class VIDLoss(nn.Module):
     """VID-I for one pair of layers: a regressor of three 1x1 convolutions and the Gaussian NLL of equation 5.
 
@@ -147,13 +152,9 @@ class VIDLoss(nn.Module):
             reduction=self.reduction,
             weight=self.weight,
             # mean is the output of our own convolution, which does not read it in backward
-            inplace=self.inplace and not self._watched(),
+            inplace=self.inplace and not is_watched(self.regressor),
             backend=self.backend,
         )
-
-    def _watched(self) -> bool:
-        """Whether somebody's hook sees, and may keep, what the regressor returns."""
-        return any(module._forward_hooks for module in self.regressor.modules())
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

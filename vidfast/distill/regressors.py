@@ -18,6 +18,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from vidfast.vid import is_watched
+
 from .registry import Registry
 
 Regressor = Callable[[Sequence[int], Sequence[int]], nn.Module]
@@ -108,7 +110,7 @@ def resolve(regressor: str | Regressor, channel_dim: int = 1) -> Regressor:
 
 def owns_its_output(module: nn.Module) -> bool:
     """Whether a regressor ends in a convolution or linear layer: nobody else reads that output afterwards."""
-    if any(m._forward_hooks for m in module.modules()):  # a hook may keep what it sees
+    if is_watched(module):
         return False
     last = module
     # Exact types: what a subclass does with its output is its own affair.
