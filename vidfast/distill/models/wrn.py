@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import FAMILIES, TappedNetwork
+from .base import FAMILIES, Size, TappedNetwork, initialise_convolutions
 
 
 class Block(nn.Module):
@@ -65,19 +65,13 @@ class WideResNet(TappedNetwork):
         self.bn = nn.BatchNorm2d(channels[3])
         self.pool = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(channels[3], num_classes)
-        self._initialise()
+        initialise_convolutions(self)
+        nn.init.zeros_(self.fc.bias)
 
     @staticmethod
     def _group(blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
         first = Block(in_channels, out_channels, stride)
         return nn.Sequential(first, *(Block(out_channels, out_channels, 1) for _ in range(blocks - 1)))
-
-    def _initialise(self) -> None:
-        # He et al.'s initialisation by fan out, as the authors' code has it.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.fc.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.group3(self.group2(self.group1(self.stem(images))))
@@ -86,8 +80,8 @@ class WideResNet(TappedNetwork):
 
 
 @FAMILIES.register("wrn")
-def wrn(size: str, in_channels: int, num_classes: int) -> WideResNet:
-    """WRN from "depth-width", such as "16-2"."""
+def wrn(size: str, in_channels: int, num_classes: int, image_size: Size) -> WideResNet:
+    """WRN from "depth-width", such as "16-2", for images of any size."""
     match = re.fullmatch(r"(\d+)-(\d+)", size)
     if match is None:
         raise ValueError(
