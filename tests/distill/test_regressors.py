@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from vidfast.distill import REGRESSORS, PointwiseStack, UnknownNameError
+from vidfast.distill import REGRESSORS, PointwiseStack, TransposedStack, UnknownNameError, UpsampledStack
 from vidfast.distill.registry import Registry
-from vidfast.distill.regressors import owns_its_output, resolve
+from vidfast.distill.regressors import make, owns_its_output, resolve
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,109 @@ def test_resolve_takes_names_and_functions() -> None:
     assert resolve(own) is own
     with pytest.raises(UnknownNameError, match="did you mean 'linear'"):
         resolve("liner")
+    with pytest.raises(TypeError, match=r"name of a regressor or a function .* got the module Conv2d"):
+        resolve(nn.Conv2d(2, 3, 1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got int"):
+        resolve(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Module, got list"):
+        make(lambda *_: [], (1, 2), (1, 2))  # type: ignore[arg-type, return-value]
 
 
-def test_only_a_last_convolution_or_linear_layer_is_owned() -> None:
+@pytest.mark.parametrize("student", [(2, 5), (2, 5, 1, 1)], ids=["vector", "1x1 map"])
+@pytest.mark.parametrize(("size", "layers"), [(4, 1), (8, 2), (32, 4)])
+def test_transposed_stack_is_the_papers(student: tuple[int, ...], size: int, layers: int) -> None:
+    """One 4x4 of stride 1 and padding 0, then 4x4 of stride 2 and padding 1; no bias, nothing in between."""
+    stack = TransposedStack(width=2.0)(student, (2, 6, size, size))
+    assert stack(torch.randn(3, *student[1:])).shape == (3, 6, size, size)
+    convolutions = [m for m in stack if isinstance(m, nn.ConvTranspose2d)]
+    assert [(m.kernel_size, m.stride, m.padding) for m in convolutions] == [((4, 4), (1, 1), (0, 0))] + [
+        ((4, 4), (2, 2), (1, 1))
+    ] * (layers - 1)
+    assert [m.out_channels for m in convolutions] == [12] * (layers - 1) + [6]
+    assert all(m.bias is None for m in convolutions)
+    assert len(stack) == layers + (len(student) == 2)
+    assert owns_its_output(stack)
+
+
+def test_transposed_stack_is_linear_and_its_default_width_the_teachers() -> None:
+    stack = REGRESSORS["transposed"]((2, 5), (2, 6, 8, 8)).double()
+    x, y = torch.randn(2, 2, 5, dtype=torch.float64)
+    torch.testing.assert_close(stack(x + 2 * y), stack(x) + 2 * stack(y))
+    assert [m.out_channels for m in stack if isinstance(m, nn.ConvTranspose2d)] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ((2, 5, 2, 2), (2, 6, 8, 8), r"wanted student features \(batch, h\)"),
+        ((2, 5, 1), (2, 6, 8, 8), "wanted student features"),
+        ((2, 5), (2, 6, 8), "wanted a teacher's map"),
+        ((2, 5), (2, 6, 8, 4), "reach the sizes 4, 8, 16"),
+        ((2, 5), (2, 6, 12, 12), "reach the sizes"),
+        ((2, 5), (2, 6, 2, 2), "reach the sizes"),
+        ((2, 5), (2, 6, 0, 0), "reach the sizes"),
+        ((2, 5), (2, 6, 7, 7), "reach the sizes"),
+    ],
+)
+def test_shapes_that_transposed_convolutions_cannot_reach_are_refused(
+    student: tuple[int, ...], teacher: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransposedStack()(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("small", "large"), [((3,), (7,)), ((4, 3), (8, 5)), ((2, 2, 2), (3, 4, 5))], ids=["1-D", "2-D", "3-D"]
+)
+def test_upsampled_stack_reaches_the_size(small: tuple[int, ...], large: tuple[int, ...]) -> None:
+    stack = UpsampledStack(depth=3, width=0.5)((2, 6, *small), (2, 4, *large))
+    assert stack(torch.randn(5, 6, *small)).shape == (5, 4, *large)
+    assert [m.out_channels for m in stack if hasattr(m, "out_channels")] == [3, 3, 4]
+    assert type(stack[-1]) is nn.Upsample
+    assert owns_its_output(stack)
+    # At the student's own size there is nothing to interpolate.
+    assert type(UpsampledStack()((2, 6, *small), (2, 4, *small))[-1]) is not nn.Upsample
+
+
+def test_upsampled_stack_may_convolve_before_it_interpolates() -> None:
+    convolution, upsample = UpsampledStack(depth=1)((2, 6, 4, 3), (2, 4, 8, 9)).double()
+    x = torch.randn(2, 6, 4, 3, dtype=torch.float64)
+    torch.testing.assert_close(upsample(convolution(x)), convolution(upsample(x)))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ((2, 5), (2, 3, 8, 8), "for vectors there is regressor='transposed'"),
+        ((2, 5), (2, 3), "1 to 3 spatial axes"),
+        ((2, 5, 4), (2, 3, 8, 8), "as many on both sides"),
+        ((2, 5, 4, 9), (2, 3, 8, 8), "no larger than"),
+    ],
+)
+def test_shapes_that_an_upsampled_stack_cannot_reach_are_refused(
+    student: tuple[int, ...], teacher: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        UpsampledStack()(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (TransposedStack, {"width": 0.0}),
+        (TransposedStack, {"width": float("inf")}),
+        (UpsampledStack, {"width": -1.0}),
+        (UpsampledStack, {"depth": 0}),
+    ],
+)
+def test_bad_options_of_the_other_stacks_are_refused(kind: type, options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="wanted"):
+        kind(**options)
+
+
+def test_only_the_output_of_a_layer_that_does_not_need_it_is_owned() -> None:
+    assert owns_its_output(nn.ConvTranspose2d(1, 1, 4))
+    assert owns_its_output(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Upsample(4)))
     assert owns_its_output(nn.Linear(1, 1))
     assert owns_its_output(nn.Sequential(nn.ReLU(), nn.Sequential(nn.Conv1d(1, 1, 1))))
     assert not owns_its_output(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()))

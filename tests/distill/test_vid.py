@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from method_checks import assert_equals_formula, batch_of, gradcheck
+from method_checks import built as built_in_fp64
 from small_networks import PAIRS, SmallNet
 from torch import Tensor, nn
 
@@ -204,6 +206,11 @@ def test_a_layer_may_be_paired_twice() -> None:
         ({"eps": 0.0}, "0 < eps"),
         ({"regressor": "cubic"}, "unknown regressor"),
         ({"name": "a.b"}, "no dot"),
+        ({"name": "pop"}, "has an attribute 'pop' of its own"),
+        ({"name": "forward"}, "has an attribute 'forward' of its own"),
+        ({"name": "training"}, "has an attribute 'training' of its own"),
+        ({"alpha_lr": float("inf")}, "alpha_lr"),
+        ({"init_var": float("inf")}, "finite"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -214,3 +221,82 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 def test_features_that_do_not_match_are_refused_with_the_pair_named() -> None:
     with pytest.raises(ValueError, match="pair 'fc' -> 'first'"):
         Distiller(SmallNet(4), SmallNet(6), [VID({"fc": "first"})], example=torch.randn(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"regressor": nn.Conv2d(2, 6, 1)}, "got the module Conv2d"),
+        ({"regressor": 3}, "got int"),
+        ({"name": 3}, "wanted a str as name, got int"),
+        ({"pairs": "group3"}, "wanted {student layer: teacher layer}"),
+    ],
+)
+def test_things_of_the_wrong_kind_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        VID(**{"pairs": {"a": "x"}, **options})
+
+
+def test_building_again_after_an_error_starts_afresh() -> None:
+    """A first pair that fits and a second that does not leave nothing behind."""
+    vid = VID([("first", "first"), ("fc", "second")])
+    with pytest.raises(ValueError, match="pair 'fc' -> 'second'"):
+        Distiller(SmallNet(4), SmallNet(6), [vid], example=torch.randn(2, 1, 8, 8))
+    assert len(vid.regressors) == len(vid.likelihoods) == 0
+    fits = {"first": torch.randn(2, 3, 4, 4), "fc": torch.randn(2, 5)}
+    vid.build(batch_of(fits, {"first": torch.randn(2, 6, 4, 4), "second": torch.randn(2, 7)}))
+    vid.build(batch_of(fits, {"first": torch.randn(2, 8, 4, 4), "second": torch.randn(2, 9)}))
+    assert [v.numel() for v in vid.variances().values()] == [8, 9]
+
+
+REGRESSED = {
+    "conv3": ((3, 2, 4, 5), (3, 6, 4, 5)),
+    "linear": ((3, 2), (3, 6)),
+    "transposed": ((2, 3), (2, 2, 8, 8)),
+    "upsampled": ((2, 3, 2, 3), (2, 2, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("regressor", REGRESSED)
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+def test_equals_the_formula_in_fp64(regressor: str, reduction: str) -> None:
+    """In place over each of our regressors' outputs; the formula is torch.distributions'."""
+    s, t = (torch.randn(shape, dtype=torch.float64) for shape in REGRESSED[regressor])
+    s.requires_grad_()
+    batch = batch_of({"a": s}, {"x": t})
+    vid = built_in_fp64(VID({"a": "x"}, regressor=regressor, init_var=0.8, reduction=reduction), batch)
+    deviation = (nn.functional.softplus(vid.likelihoods[0].alpha) + 1e-5).sqrt()
+    normal = torch.distributions.Normal(
+        vid.regressors[0](s), deviation.reshape(-1, *[1] * (t.dim() - 2)).expand(t.shape)
+    )
+    nll = -normal.log_prob(t) - 0.5 * np.log(2 * np.pi)
+    formula = {"mean": nll.mean(), "batchmean": nll.sum() / len(t), "sum": nll.sum()}[reduction]
+    assert_equals_formula(vid, batch, 1.3, 1.3 * formula)
+    assert vid.likelihoods[0].inplace
+
+
+@pytest.mark.parametrize("regressor", ["conv3", "transposed", "upsampled"])
+def test_gradcheck(regressor: str) -> None:
+    shapes = {**REGRESSED, "transposed": ((2, 2), (2, 2, 4, 4))}[regressor]
+    s, t = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    batch = batch_of({"a": s}, {"x": t})
+    options = {"regressor": PointwiseStack(2, 1.0) if regressor == "conv3" else regressor}
+    assert gradcheck(built_in_fp64(VID({"a": "x"}, init_var=0.8, **options), batch), batch)
+
+
+def test_a_vector_teaches_a_map_through_a_distiller() -> None:
+    """The paper's multilayer perceptron: a vector of the student predicts the teacher's map."""
+    vid = VID({"flat": "first"}, regressor="transposed", init_var=0.3)
+    student = nn.Sequential()
+    student.add_module("flat", nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU()))
+    student.add_module("fc", nn.Linear(16, 3))
+    distiller = Distiller(student, SmallNet(6), [vid], example=torch.randn(2, 1, 8, 8))
+    optimizer = torch.optim.Adam(distiller.parameters(), lr=0.01)
+    images, losses = torch.randn(4, 1, 8, 8), []
+    for _ in range(60):
+        loss = distiller(images).loss
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.3

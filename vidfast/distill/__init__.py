@@ -6,23 +6,49 @@ of `pip install 'vidfast[train]'`.
 
 from .distiller import Distiller, Losses
 from .methods import METHODS, Activations, Batch, Method, ParameterGroup
+from .methods.attention import AT
+from .methods.fitnet import FitNet
+from .methods.infomax import Infomax
+from .methods.itrd import ITRD
+from .methods.kd import KD
+from .methods.lwf import LwF
+from .methods.mimkd import MIMKD
+from .methods.nst import NST
+from .methods.pairs import PairedMethod
 from .methods.vid import VID
+from .methods.vid_lp import VIDLP
+from .methods.vid_variants import HeteroscedasticVID, MixtureVID, StudentTVID
 from .registry import UnknownNameError
-from .regressors import REGRESSORS, PointwiseStack
+from .regressors import REGRESSORS, PointwiseStack, TransposedStack, UpsampledStack
 from .taps import TapError, Taps
 
 __all__ = [
+    "AT",
+    "ITRD",
+    "KD",
     "METHODS",
+    "MIMKD",
+    "NST",
     "REGRESSORS",
     "VID",
+    "VIDLP",
     "Activations",
     "Batch",
     "Distiller",
+    "FitNet",
+    "HeteroscedasticVID",
+    "Infomax",
     "Losses",
+    "LwF",
     "Method",
+    "MixtureVID",
+    "PairedMethod",
     "ParameterGroup",
     "PointwiseStack",
+    "StudentTVID",
     "TapError",
     "Taps",
+    "TransposedStack",
     "UnknownNameError",
+    "UpsampledStack",
 ]

@@ -3,15 +3,21 @@
 A regressor is a function `(student_shape, teacher_shape) -> nn.Module`, both shapes as tensors have them
 (batch first). Those of the VID paper (Ahn et al., CVPR 2019, section 3) have names:
 
-    linear   one 1x1 convolution                                             (its ResNet-34 -> VGG-9)
-    conv2    two 1x1 convolutions, hidden width half the output's            (its ResNet-34 -> ResNet-18)
-    conv3    three 1x1 convolutions, hidden width twice the output's         (its CIFAR experiments)
+    linear      one 1x1 convolution                                          (its ResNet-34 -> VGG-9)
+    conv2       two 1x1 convolutions, hidden width half the output's         (its ResNet-34 -> ResNet-18)
+    conv3       three 1x1 convolutions, hidden width twice the output's      (its CIFAR experiments)
+    transposed  transposed convolutions from a vector to a map               (its WRN-40-2 -> MLP)
 
-ReLU stands between the convolutions, and there is no bias.
+and one that is not the paper's, for targets of a higher resolution than the student's map:
+
+    upsampled   two 1x1 convolutions, then linear interpolation              (ours; Infomax's default)
+
+ReLU stands between the 1x1 convolutions and nothing between the transposed ones. There is no bias.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +32,17 @@ Regressor = Callable[[Sequence[int], Sequence[int]], nn.Module]
 
 REGRESSORS: Registry[Regressor] = Registry("regressor")
 
+_OWNING = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Upsample,
+)
+_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
     2: nn.Conv2d,
@@ -93,13 +110,118 @@ class PointwiseStack:
         return nn.Sequential(*layers[:-1])
 
 
+@dataclass(frozen=True)
+class TransposedStack:
+    """Transposed convolutions from a vector to a map, as for the MLP students of the VID paper (section 3.3).
+
+    One of kernel 4, stride 1, padding 0 makes 4x4 of 1x1; each one of kernel 4, stride 2, padding 1 after it
+    doubles that, until the size is the teacher's. No non-linearity and no bias.
+
+    width: the hidden channels as a multiple of the teacher's. The paper does not give it; 1 is ours.
+    """
+
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.width < math.inf:
+            raise ValueError(f"wanted a finite width above 0, got {self.width}")
+
+    def __call__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Sequential:
+        """Build the stack: (B, h) or (B, h, 1, 1) in, the teacher's (B, C, H, W) out.
+
+        Raises ValueError unless the student's feature is one of these and H = W = 4 * 2**n.
+        """
+        student_shape, teacher_shape = tuple(student_shape), tuple(teacher_shape)
+        if len(student_shape) != 2 and (len(student_shape) != 4 or student_shape[2:] != (1, 1)):
+            raise ValueError(
+                f"wanted student features (batch, h) or (batch, h, 1, 1) for transposed convolutions, got "
+                f"{student_shape}"
+            )
+        if len(teacher_shape) != 4:
+            raise ValueError(f"wanted a teacher's map (batch, C, H, W), got {teacher_shape}")
+        height, width = teacher_shape[2:]
+        doublings = (height // 4).bit_length() - 1
+        if height != width or doublings < 0 or height != 4 << doublings:
+            raise ValueError(
+                f"transposed convolutions 4x4 reach the sizes 4, 8, 16, ... with height = width, got a "
+                f"teacher's map {teacher_shape}"
+            )
+        hidden = max(1, round(self.width * teacher_shape[1]))
+        widths = [student_shape[1], *[hidden] * doublings, teacher_shape[1]]
+        layers: list[nn.Module] = []
+        if len(student_shape) == 2:
+            layers.append(nn.Unflatten(1, (student_shape[1], 1, 1)))
+        for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
+            stride, padding = (1, 0) if i == 0 else (2, 1)
+            layers.append(nn.ConvTranspose2d(fan_in, fan_out, 4, stride, padding, bias=False))
+        return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True)
+class UpsampledStack:
+    """1x1 convolutions at the student's resolution, then linear interpolation to the teacher's.
+
+    Ours, for targets of a higher resolution such as the input itself. The last convolution comes first because
+    it commutes with the interpolation, which then runs over the teacher's channels alone.
+
+    depth: how many 1x1 convolutions, ReLU between. width: the hidden channels as a multiple of the student's.
+    """
+
+    depth: int = 2
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"wanted a depth of 1 or more, got {self.depth}")
+        if not 0 < self.width < math.inf:
+            raise ValueError(f"wanted a finite width above 0, got {self.width}")
+
+    def __call__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Sequential:
+        """Build the stack for maps (B, C, *spatial) of 1 to 3 spatial axes.
+
+        Raises ValueError for vectors, and where the student's map is larger than the teacher's somewhere.
+        """
+        student_shape, teacher_shape = tuple(student_shape), tuple(teacher_shape)
+        spatial_dims = len(student_shape) - 2
+        if spatial_dims not in _INTERPOLATION or len(student_shape) != len(teacher_shape):
+            raise ValueError(
+                "wanted maps of 1 to 3 spatial axes, as many on both sides, got "
+                f"{student_shape} and {teacher_shape}; for vectors there is regressor='transposed'"
+            )
+        size = teacher_shape[2:]
+        if any(s > t for s, t in zip(student_shape[2:], size, strict=True)):
+            raise ValueError(
+                f"wanted a student's map no larger than {size} along any axis, got {student_shape}"
+            )
+        hidden = max(1, round(self.width * student_shape[1]))
+        widths = [student_shape[1], *[hidden] * (self.depth - 1), teacher_shape[1]]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(widths):
+            layers += [pointwise(fan_in, fan_out, spatial_dims), nn.ReLU()]
+        layers.pop()
+        if student_shape[2:] != size:
+            layers.append(nn.Upsample(size, mode=_INTERPOLATION[spatial_dims], align_corners=False))
+        return nn.Sequential(*layers)
+
+
 REGRESSORS.register("linear")(PointwiseStack(depth=1))
 REGRESSORS.register("conv2")(PointwiseStack(depth=2, width=0.5))
 REGRESSORS.register("conv3")(PointwiseStack(depth=3, width=2.0))
+REGRESSORS.register("transposed")(TransposedStack())
+REGRESSORS.register("upsampled")(UpsampledStack())
 
 
 def resolve(regressor: str | Regressor, channel_dim: int = 1) -> Regressor:
-    """A regressor by name or as given; a named one is laid out for `channel_dim`."""
+    """A regressor by name or as given; a named one is laid out for `channel_dim`.
+
+    Raises UnknownNameError for an unknown name, TypeError for what is neither a name nor a function.
+    """
+    if isinstance(regressor, nn.Module) or not (isinstance(regressor, str) or callable(regressor)):
+        raise TypeError(
+            "wanted the name of a regressor or a function (student_shape, teacher_shape) -> nn.Module, got "
+            f"{'the module ' if isinstance(regressor, nn.Module) else ''}{type(regressor).__name__}; every "
+            "pair of layers needs one of its own, so give a function that makes it"
+        )
     if not isinstance(regressor, str):
         return regressor
     found = REGRESSORS[regressor]
@@ -108,12 +230,23 @@ def resolve(regressor: str | Regressor, channel_dim: int = 1) -> Regressor:
     return found
 
 
-def owns_its_output(module: nn.Module) -> bool:
-    """Whether a regressor ends in a convolution or linear layer: nobody else reads that output afterwards."""
-    if is_watched(module):
-        return False
-    last = module
+def make(regressor: Regressor, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Module:
+    """What the function `regressor` makes for these shapes. Raises TypeError if that is no module."""
+    made = regressor(student_shape, teacher_shape)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"wanted a regressor function that returns an nn.Module, got {type(made).__name__}")
+    return made
+
+
+def last_layer(module: nn.Module) -> nn.Module:
+    """The layer whose output is the regressor's."""
     # Exact types: what a subclass does with its output is its own affair.
-    while type(last) is nn.Sequential and len(last):
-        last = last[-1]
-    return type(last) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    while type(module) is nn.Sequential and len(module):
+        module = module[-1]
+    return module
+
+
+def owns_its_output(module: nn.Module) -> bool:
+    """Whether a regressor ends in a convolution, a linear layer or an interpolation: nobody else reads that
+    output afterwards, and none of them needs it in backward."""
+    return not is_watched(module) and type(last_layer(module)) in _OWNING

@@ -13,6 +13,8 @@ from ..registry import Registry
 
 METHODS: Registry[type[Method]] = Registry("method")
 
+_TAKEN = frozenset(dir(nn.ModuleDict()))
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -80,10 +82,17 @@ class Method(nn.Module):
         if not math.isfinite(weight):
             raise ValueError(f"wanted a finite weight, got {weight}")
         self.weight = float(weight)
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"wanted a str as name, got {type(name).__name__}")
         self.name = name or self.default_name or type(self).__name__.lower()
         if "." in self.name:
             raise ValueError(
                 f"a term's name is part of its parameters' names and has no dot, got {self.name!r}"
+            )
+        if self.name in _TAKEN:
+            raise ValueError(
+                f"the terms are an nn.ModuleDict, which has an attribute {self.name!r} of its own: give the "
+                "term another name"
             )
         self.student_layers: tuple[str, ...] = ()
         self.teacher_layers: tuple[str, ...] = ()

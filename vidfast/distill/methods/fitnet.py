@@ -1,0 +1,101 @@
+"""FitNet: mean squared error to the teacher's features (Romero et al., ICLR 2015), as a regulariser.
+
+Equation 7 of the VID paper (Ahn et al., CVPR 2019), which is equation 5 with every variance fixed at one:
+
+    sum_chw (t_chw - mu_chw(s))^2 / 2,   mu(s) = W s, one 1x1 convolution.
+
+The original trains in two stages, first up to the hint; here, as in the VID paper, the term is added to the
+student's loss from the start.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..regressors import PointwiseStack, Regressor, make, resolve
+from .base import METHODS, Batch
+from .pairs import PairedMethod, Pairs, place, wide
+from .variational import REDUCTIONS
+
+
+@METHODS.register("fitnet")
+class FitNet(PairedMethod):
+    """The sum over pairs of layers of half the squared error of equation 7.
+
+    pairs: {student layer: teacher layer}, or a sequence of such pairs when a layer occurs twice.
+    regressor: mu, as for `VID`; the default "linear" is one 1x1 convolution without bias. Where maps differ in
+        size, for a stack of 1x1 convolutions both are average-pooled to the smaller size along each axis
+        (`vidfast.vid.match_spatial`); other regressors get them as they are.
+    reduction: "mean" (over all elements), "batchmean" (the equation, averaged over the batch) or "sum".
+    channel_dim: where the channels are: 1, or -1 for channels last.
+    weight: what the sum is multiplied by. Public code takes 100 times the mean squared error without the half:
+        the default.
+
+    Features are (B, C, *spatial) of any floating dtype; differences and squares are formed in fp32 or wider.
+
+    Raises ValueError for options out of range, and, naming the pair, for features that do not match.
+    """
+
+    default_name: ClassVar[str] = "fitnet"
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        regressor: str | Regressor = "linear",
+        reduction: str = "mean",
+        channel_dim: int = 1,
+        *,
+        weight: float = 200.0,
+        name: str | None = None,
+    ) -> None:
+        if channel_dim not in (1, -1):
+            raise ValueError(f"wanted channel_dim 1 or -1, got {channel_dim}")
+        resolved = resolve(regressor, channel_dim)
+        # A stack of 1x1 convolutions cannot change the resolution; another regressor is left to do it.
+        pools = isinstance(resolved, PointwiseStack) and channel_dim == 1
+        super().__init__(pairs, pools=pools, weight=weight, name=name)
+        self.regressor = resolved
+        self.reduction = check_reduction(reduction)
+        self.regressors = nn.ModuleList()
+
+    def build(self, batch: Batch) -> None:
+        self.regressors = nn.ModuleList()
+        super().build(batch)
+
+    def build_pair(self, student: Tensor, teacher: Tensor) -> None:
+        self.regressors.append(place(make(self.regressor, student.shape, teacher.shape), student))
+
+    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
+        return half_squared_error(self.regressors[index](student), teacher, self.reduction, factor)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, reduction={self.reduction}"
+
+
+def half_squared_error(mean: Tensor, target: Tensor, reduction: str, factor: float) -> Tensor:
+    """factor * 1/2 ||target - mean||^2, equation 7 of the VID paper, in fp32 or wider.
+
+    mean, target: of one shape, batch first. reduction: the sum as it is, over the batch size ("batchmean") or
+    over the number of elements ("mean").
+
+    Raises ValueError when the shapes differ.
+    """
+    if mean.shape != target.shape:
+        raise ValueError(f"the regressor gives {tuple(mean.shape)}, the teacher {tuple(target.shape)}")
+    if reduction == "batchmean":
+        factor /= mean.shape[0]
+    # mse_loss takes mixed dtypes forwards and fails on them backwards.
+    dtype = torch.promote_types(wide(mean).dtype, wide(target).dtype)
+    over = "mean" if reduction == "mean" else "sum"
+    error = torch.nn.functional.mse_loss(mean.to(dtype), target.to(dtype), reduction=over)
+    return error * (0.5 * factor)
+
+
+def check_reduction(reduction: str) -> str:
+    """Raises ValueError for a name that is not known."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"wanted reduction 'mean', 'batchmean' or 'sum', got {reduction!r}")
+    return reduction

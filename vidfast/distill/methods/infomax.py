@@ -1,0 +1,161 @@
+"""Infomax: the student's layers keep the information of the input (Ahn et al., CVPR 2019, section 2.2).
+
+VID with t = x, the input itself, in place of a teacher's layer:
+
+    -log q(x|s) = sum_c,h,w  log sigma_c + (x_chw - mu_chw(s))^2 / (2 sigma_c^2) + constant,
+
+summed over the student's layers named; mu is a decoder from the layer to the input's resolution. No teacher is
+needed and no labels are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from vidfast.nll import GaussianNLL
+
+from ..regressors import Regressor, make, owns_its_output, resolve
+from .base import METHODS, Batch, Method, ParameterGroup
+from .pairs import place
+from .variational import check_variational
+
+
+def pick_input(inputs: Any, which: int | str | None) -> Tensor:
+    """The one tensor of a network's inputs that `which` names: nothing for a tensor or a lone input, an int
+    for a tuple, a key for a mapping.
+
+    Raises ValueError where `which` does not fit the inputs, TypeError unless it picks a floating tensor.
+    """
+    if isinstance(inputs, Mapping):
+        known: list[Any] = list(inputs)
+    elif isinstance(inputs, (tuple, list)):
+        known = list(range(len(inputs)))
+    else:
+        known = [None]
+    if which is None and len(known) == 1:
+        which = known[0]
+    if which not in known:
+        raise ValueError(
+            f"wanted which= to pick one of the inputs, {known}, got {which!r}"
+            if known != [None]
+            else f"wanted no which= for inputs that are one {type(inputs).__name__}, got {which!r}"
+        )
+    picked = inputs if which is None else inputs[which]
+    if not isinstance(picked, Tensor) or not picked.is_floating_point():
+        what = picked.dtype if isinstance(picked, Tensor) else type(picked).__name__
+        raise TypeError(f"wanted a floating-point Tensor as the input to predict, got {what}")
+    return picked
+
+
+@METHODS.register("infomax")
+class Infomax(Method):
+    """The sum over layers of the Gaussian negative log-likelihood of the input, through the fused kernel.
+
+    layers: a layer of the student, or several.
+    which: for networks of several inputs, the position (tuple) or key (mapping) of the one to predict.
+    regressor: a registered name or a function (layer_shape, input_shape) -> nn.Module that reaches the input's
+        resolution: "upsampled" (two 1x1 convolutions, then linear interpolation; the default, ours),
+        "transposed" for vectors, or a decoder of your own, which will predict more of the input.
+    init_var: the variance of every channel at the start, above eps. eps: the variance's floor.
+    reduction: "mean" (over all elements), "batchmean" (the paper's) or "sum".
+    alpha_lr: alpha's learning rate as a multiple of the others'. alpha takes no weight decay.
+    backend: as for `vidfast.gaussian_nll`.
+
+    The input is (B, C, *spatial) and predicted as the network gets it, normalised and augmented.
+
+    Raises ValueError for options out of range or features that cannot reach the input, TypeError for an input
+    that is no floating-point tensor.
+    """
+
+    default_name: ClassVar[str] = "infomax"
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        layers: str | Sequence[str],
+        *,
+        which: int | str | None = None,
+        regressor: str | Regressor = "upsampled",
+        init_var: float = 5.0,
+        eps: float = 1e-5,
+        reduction: str = "mean",
+        alpha_lr: float = 1.0,
+        backend: str = "auto",
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight=weight, name=name)
+        self.student_layers = (layers,) if isinstance(layers, str) else tuple(layers)
+        if not self.student_layers:
+            raise ValueError("wanted at least one layer of the student, got none")
+        if not all(isinstance(layer, str) for layer in self.student_layers):
+            raise TypeError(f"wanted names of the student's layers, got {layers!r}")
+        check_variational(reduction, init_var, eps, alpha_lr)
+        self.which = which
+        self.regressor = resolve(regressor)
+        self.init_var, self.eps, self.alpha_lr = float(init_var), float(eps), float(alpha_lr)
+        self.reduction, self.backend = reduction, backend
+        self.regressors = nn.ModuleList()
+        self.likelihoods = nn.ModuleList()
+
+    def build(self, batch: Batch) -> None:
+        x = pick_input(batch.inputs, self.which)
+        if x.dim() < 2:
+            raise ValueError(f"wanted an input (batch, channels, ...), got {tuple(x.shape)}")
+        regressors: list[nn.Module] = []
+        likelihoods: list[nn.Module] = []
+        for layer in self.student_layers:
+            student = batch.student.taps[layer]
+            try:
+                regressors.append(place(make(self.regressor, student.shape, x.shape), student))
+            except ValueError as error:
+                raise ValueError(f"student layer {layer!r} -> input: {error}") from None
+            likelihood = GaussianNLL(
+                x.shape[1],
+                init_var=self.init_var,
+                eps=self.eps,
+                reduction=self.reduction,
+                backend=self.backend,
+            )
+            likelihoods.append(likelihood.to(student.device))
+        self.regressors, self.likelihoods = nn.ModuleList(regressors), nn.ModuleList(likelihoods)
+
+    def forward(self, batch: Batch, factor: float) -> Tensor:
+        x = pick_input(batch.inputs, self.which).detach()
+        losses = []
+        for layer, regressor, nll in zip(self.student_layers, self.regressors, self.likelihoods, strict=True):
+            mean = regressor(batch.student.taps[layer])
+            if mean.shape != x.shape:
+                raise ValueError(
+                    f"student layer {layer!r} -> input: the regressor gives {tuple(mean.shape)}, the input is "
+                    f"{tuple(x.shape)}"
+                )
+            assert isinstance(nll, GaussianNLL)
+            nll.weight = factor
+            # Over the regressor's own last output, which nothing else reads: no N-sized allocation.
+            nll.inplace = owns_its_output(regressor)
+            losses.append(nll(mean, x))
+        total: Tensor = sum(losses[1:], losses[0])
+        return total
+
+    def variances(self) -> dict[str, Tensor]:
+        """The learned variance of each of the input's channels, (C,), by layer."""
+        gaussians = [nll for nll in self.likelihoods if isinstance(nll, GaussianNLL)]
+        return {
+            layer: nll.variance.detach() for layer, nll in zip(self.student_layers, gaussians, strict=True)
+        }
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [
+            ParameterGroup(list(self.regressors.parameters()), name="regressor"),
+            ParameterGroup(
+                list(self.likelihoods.parameters()), lr_factor=self.alpha_lr, decay=False, name="alpha"
+            ),
+        ]
+
+    def extra_repr(self) -> str:
+        layers = ", ".join(self.student_layers)
+        return f"{layers} -> input; {super().extra_repr()}, init_var={self.init_var:g}, reduction={self.reduction}"

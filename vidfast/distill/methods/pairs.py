@@ -1,0 +1,98 @@
+"""What methods that compare pairs of layers share: naming the pairs, and bringing their features together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vidfast.vid import match_spatial
+
+from .base import Batch, Method
+
+Pairs = Mapping[str, str] | Sequence[tuple[str, str]]
+
+
+def parse_pairs(pairs: Pairs) -> tuple[tuple[str, str], ...]:
+    """(student layer, teacher layer) for each pair. Raises ValueError for none, TypeError for anything else."""
+    listed = tuple(pairs.items() if isinstance(pairs, Mapping) else pairs)
+    if not listed:
+        raise ValueError("wanted at least one pair {student layer: teacher layer}, got none")
+    for pair in listed:
+        if not isinstance(pair, (tuple, list)) or [type(layer) for layer in pair] != [str, str]:
+            raise TypeError(
+                f"wanted {{student layer: teacher layer}} or a sequence of such pairs, got {pairs!r}"
+            )
+    return tuple((student, teacher) for student, teacher in listed)
+
+
+class PairedMethod(Method):
+    """A method that is a sum over pairs of layers, one of the student and one of the teacher.
+
+    Implement `pair_loss`, and `build_pair` where there are parameters to make.
+
+    pairs: {student layer: teacher layer}, or a sequence of such pairs when a layer occurs twice.
+    pools: average-pool both features of a pair to the smaller size along each axis
+        (`vidfast.vid.match_spatial`) where they differ; False: hand them over as they are.
+
+    Raises ValueError, naming the pair, for features that do not fit.
+    """
+
+    def __init__(
+        self, pairs: Pairs, *, pools: bool = True, weight: float = 1.0, name: str | None = None
+    ) -> None:
+        super().__init__(weight=weight, name=name)
+        self.pairs = parse_pairs(pairs)
+        self.pools = pools
+        self.student_layers = tuple(student for student, _ in self.pairs)
+        self.teacher_layers = tuple(teacher for _, teacher in self.pairs)
+
+    def build_pair(self, student: Tensor, teacher: Tensor) -> None:
+        """Check one pair's features, (B, C, *spatial) each, and make what parameters it needs. Called in order."""
+
+    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
+        """`factor` times the loss of pair number `index`, a scalar; `teacher` is detached."""
+        raise NotImplementedError
+
+    def build(self, batch: Batch) -> None:
+        for student_layer, teacher_layer in self.pairs:
+            try:
+                self.build_pair(*self.features(batch, student_layer, teacher_layer))
+            except ValueError as error:
+                raise ValueError(f"pair {student_layer!r} -> {teacher_layer!r}: {error}") from None
+
+    def forward(self, batch: Batch, factor: float) -> Tensor:
+        losses = []
+        for index, (student_layer, teacher_layer) in enumerate(self.pairs):
+            try:
+                student, teacher = self.features(batch, student_layer, teacher_layer)
+                losses.append(self.pair_loss(index, student, teacher, factor))
+            except ValueError as error:
+                raise ValueError(f"pair {student_layer!r} -> {teacher_layer!r}: {error}") from None
+        total: Tensor = sum(losses[1:], losses[0])
+        return total
+
+    def features(self, batch: Batch, student_layer: str, teacher_layer: str) -> tuple[Tensor, Tensor]:
+        """A pair's features after the spatial rule, the teacher's detached."""
+        student = batch.student.taps[student_layer]
+        teacher = batch.from_teacher.taps[teacher_layer].detach()
+        return match_spatial(student, teacher) if self.pools else (student, teacher)
+
+    def pair_names(self) -> list[str]:
+        """ "student layer -> teacher layer" for each pair."""
+        return [f"{student} -> {teacher}" for student, teacher in self.pairs]
+
+    def extra_repr(self) -> str:
+        return f"{', '.join(self.pair_names())}; {super().extra_repr()}"
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 if it is: fp16's squares overflow at 256, and bf16 keeps 8 bits of a sum."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def place(module: nn.Module, like: Tensor) -> nn.Module:
+    """`module` on the device of a feature and in its dtype; in fp32 where autocast alone made that dtype."""
+    dtype = wide(like).dtype if torch.is_autocast_enabled(like.device.type) else like.dtype
+    return module.to(like.device, dtype)
