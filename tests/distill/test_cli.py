@@ -18,6 +18,7 @@ import torch
 import vidfast
 from vidfast import cli
 from vidfast.distill.experiments import compare, search, teacher
+from vidfast.distill.files import save_checkpoint
 from vidfast.distill.models import build
 from vidfast.distill.trainer import TrainOptions
 
@@ -139,6 +140,8 @@ def test_resume_finishes_what_was_begun_and_changes_nothing(
     assert_one_line(result, "alone-m2-seed0", "damaged")
     (broken / "config.json").write_text("{")
     assert_one_line(run(capsys, *TINY, "--out", broken, "--resume"), "config.json: damaged")
+    (broken / "config.json").unlink()
+    assert_one_line(run(capsys, *TINY, "--out", broken, "--resume"), "holds no run", "no config.json")
 
 
 def test_the_teacher_is_cached_and_a_damaged_cache_is_replaced(tmp_path: Path) -> None:
@@ -170,6 +173,16 @@ def test_the_teacher_is_cached_and_a_damaged_cache_is_replaced(tmp_path: Path) -
     assert all(torch.equal(first[key], replaced[key]) for key in first)
     assert len(said) == 1
     assert "damaged" in said[0]
+    assert get()[1]
+
+    # So is a file of another kind, without what is reported of a teacher.
+    path = teacher.cache_path(tmp_path, "wrn-10-1", data, options)
+    for metrics in ({"step": 3}, None, {"test_accuracy": "high"}):
+        save_checkpoint(path, {"network": first, "metrics": metrics})
+        assert not get()[1]
+        assert "its metrics lack test_accuracy" in said[-1]
+    save_checkpoint(path, {"network": 5, "metrics": {"test_accuracy": 1.0}})
+    assert not get()[1]
     assert get()[1]
 
     # A cache that cannot be written is done without.

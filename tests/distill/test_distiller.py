@@ -12,7 +12,17 @@ from small_networks import PAIRS, SmallNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vidfast.distill import METHODS, VID, Batch, Distiller, Method, ParameterGroup, UnknownNameError
+from vidfast.distill import (
+    METHODS,
+    VID,
+    Activations,
+    Batch,
+    Distiller,
+    Method,
+    ParameterGroup,
+    TapError,
+    UnknownNameError,
+)
 
 
 class Hint(Method):
@@ -206,6 +216,98 @@ def test_removed_taps_leave_the_networks_bare(distiller: Distiller, images: Tens
         assert network is not None
         assert not any(m._forward_hooks for m in network.modules())
     distiller.student(images)
+    with pytest.raises(RuntimeError, match=r"taps were removed by remove_taps\(\)"):
+        distiller(images)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        lambda: [VID({"first": "secnd"})],
+        lambda: [VID(PAIRS), Failing("first")],
+        lambda: [VID(PAIRS, backend="abacus")],
+    ],
+)
+def test_a_failed_construction_leaves_no_hooks_and_terms_that_can_be_used(
+    student: SmallNet, teacher: SmallNet, images: Tensor, terms: Any
+) -> None:
+    made = terms()
+    with pytest.raises(ValueError, match=r"secnd|cannot|abacus"):
+        Distiller(student, teacher, made, example=images)
+    for network in (student, teacher):
+        assert not any(m._forward_hooks for m in network.modules())
+    assert not any(term.built for term in made)
+
+
+class Failing(Hint):
+    def build(self, batch: Batch) -> None:
+        raise ValueError("cannot")
+
+
+def test_inputs_modified_in_place_are_refused(images: Tensor, labels: Tensor) -> None:
+    class Modifies(SmallNet):
+        active = False
+
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.relu_() if self.active else images)
+
+    student, teacher = Modifies(4), Modifies(6)
+    distiller = Distiller(student, teacher, [VID(PAIRS)], example=images)
+    distiller(images, labels)
+    for network, role in ((teacher, "teacher"), (student, "student")):
+        network.active = True
+        for inputs in (images.clone(), (images.clone(),), {"images": images.clone()}):
+            with pytest.raises(RuntimeError, match=rf"the {role} \(Modifies\) modified its inputs in place"):
+                distiller(inputs, labels)
+        network.active = False
+    # Nobody else reads the inputs of a student without terms.
+    student.active = True
+    Distiller(student)(images.clone(), labels)
+
+
+def test_kept_activations_of_the_teacher_are_used(
+    distiller: Distiller, images: Tensor, labels: Tensor
+) -> None:
+    distiller.eval()
+    expected = distiller(images, labels)
+    assert distiller.teacher is not None
+    distiller.teacher.train()
+    kept = distiller.teacher_activations(images)
+    assert set(kept.taps) == {"first", "second"}
+    assert not kept.logits.requires_grad
+    distiller.teacher.forward = None  # type: ignore[assignment]
+    losses = distiller(images, labels, teacher=kept)
+    assert torch.equal(losses.loss, expected.loss)
+    # A part of the batch, as a loader of kept activations would give it.
+    part = Activations({name: t[:2] for name, t in kept.taps.items()}, kept.logits[:2])
+    distiller(images[:2], labels[:2], teacher=part).loss.backward()
+    with pytest.raises(ValueError, match="this batch of 6, got those of 2"):
+        distiller(images, labels, teacher=part)
+    with pytest.raises(ValueError, match="lack 'second'"):
+        distiller(images, labels, teacher=Activations({"first": kept.taps["first"]}, kept.logits))
+    with pytest.raises(ValueError, match="no teacher"):
+        Distiller(distiller.student).teacher_activations(images)
+
+
+def test_kept_activations_get_no_gradient(distiller: Distiller, images: Tensor, labels: Tensor) -> None:
+    kept = distiller.teacher_activations(images)
+    leaves = {name: t.clone().requires_grad_() for name, t in kept.taps.items()}
+    distiller(images, labels, teacher=Activations(leaves, kept.logits)).loss.backward()
+    assert all(t.grad is None for t in leaves.values())
+
+
+def test_a_tap_that_gets_no_gradient_is_refused(images: Tensor, labels: Tensor) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(SmallNet):
+        def forward(self, images: Tensor) -> Tensor:
+            features = checkpoint(self.second, self.first(images), use_reentrant=True).mean((2, 3))
+            logits: Tensor = self.fc(features)
+            return logits
+
+    distiller = Distiller(Checkpointed(4), SmallNet(6), [VID(PAIRS)], example=images)
+    with pytest.raises(TapError, match=r"'second'.*ran without gradients"):
+        distiller(images, labels)
 
 
 def test_inputs_may_be_tuples_and_mappings_and_outputs_objects(images: Tensor, labels: Tensor) -> None:

@@ -154,6 +154,8 @@ def test_remove_takes_the_hooks_off(student: nn.Module, images: Tensor) -> None:
     assert not student.first._forward_hooks
     assert not student.second._forward_hooks
     taps.remove()
+    with pytest.raises(TapError, match="taps were removed"):
+        record(student, taps, images)
 
 
 def test_a_tapped_network_is_copied_and_pickled(student: nn.Module, images: Tensor) -> None:
@@ -190,3 +192,34 @@ def test_activation_checkpointing_may_call_a_layer_again_in_backward(images: Ten
     found = record(network, Taps(network, ["layer"]), images.requires_grad_())
     found["layer"].pow(2).sum().backward()
     assert network.layer.weight.grad is not None
+
+
+class Reentrant(nn.Module):
+    """A layer inside a reentrant checkpoint, which runs it without gradients, and one outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 2, 1)
+        self.layer = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        out: Tensor = checkpoint(self.layer, self.stem(x), use_reentrant=True)
+        return out
+
+
+def test_a_tap_inside_a_reentrant_checkpoint_is_an_error(images: Tensor) -> None:
+    network = Reentrant()
+    with pytest.raises(TapError, match=r"'layer' \(Conv2d\) ran without gradients.*use_reentrant=False"):
+        record(network, Taps(network, ["layer"]), images)
+    record(network, Taps(network, ["stem"]), images)["stem"].sum().backward()
+    assert network.stem.weight.grad is not None
+
+
+def test_without_gradients_a_reentrant_checkpoint_and_frozen_layers_are_fine(images: Tensor) -> None:
+    network = Reentrant()
+    with torch.no_grad():
+        assert record(network, Taps(network, ["layer"]), images)["layer"].shape == (6, 2, 8, 8)
+    frozen = nn.Sequential(nn.Conv2d(1, 2, 1).requires_grad_(False), nn.Conv2d(2, 2, 1))
+    assert not record(frozen, Taps(frozen, ["0"]), images)["0"].requires_grad

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import csv
+import random
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from plain_network import plain_distiller
 from small_networks import PAIRS, SmallNet
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from vidfast.distill import VID, Distiller
 from vidfast.distill.data import Images, random_shift
-from vidfast.distill.files import CheckpointError
+from vidfast.distill.modes import synchronise_batchnorm
 from vidfast.distill.stream import StreamBatches, seed_for
 from vidfast.distill.trainer import NonFiniteLossError, Trainer, TrainOptions
 
@@ -89,68 +94,11 @@ def test_training_does_not_touch_the_random_state(small_data: Images) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(
-    "options", [QUICK, replace(QUICK, optimizer="adamw", lr=0.01, schedule="steps", warmup=3)]
-)
-@pytest.mark.parametrize("killed_after", [4, 7, 9])
-def test_a_killed_and_resumed_run_is_the_uninterrupted_one(
-    small_data: Images,
-    tmp_path: Path,
-    killed_after: int,
-    options: TrainOptions,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    whole = train(small_data, options)
-
-    class Killed(Exception):
-        pass
-
-    original, calls = Trainer._step, []
-
-    def step(self: Trainer, *args: Any) -> None:
-        if len(calls) == killed_after:
-            raise Killed
-        calls.append(1)
-        original(self, *args)
-
-    monkeypatch.setattr(Trainer, "_step", step)
-    with pytest.raises(Killed):
-        train(small_data, options, tmp_path)
-    monkeypatch.setattr(Trainer, "_step", original)
-    resumed = train(small_data, options, tmp_path, resume=True)
-    assert resumed[0] == whole[0]
-    assert_same(resumed[1], whole[1])
-    # What is finished is not trained again, only loaded.
-    monkeypatch.setattr(Trainer, "_step", None)
-    finished = train(small_data, options, tmp_path, resume=True)
-    assert finished[0] == whole[0]
-    assert_same(finished[1], whole[1])
-
-
-def test_resume_refuses_other_options_models_and_damage(small_data: Images, tmp_path: Path) -> None:
-    train(small_data, QUICK, tmp_path)
-    with pytest.raises(CheckpointError, match=r"was trained with lr 0.05 and not 0.1"):
-        train(small_data, replace(QUICK, lr=0.1), tmp_path, resume=True)
-    with pytest.raises(CheckpointError, match="of another model"):
-        train(small_data, QUICK, tmp_path, resume=True, regressor="linear")
-    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 nonsense")
-    with pytest.raises(CheckpointError, match=r"checkpoint.pt: damaged"):
-        train(small_data, QUICK, tmp_path, resume=True)
-
-
-def without_batch_norm(images: Images) -> Distiller:
-    distiller = made(images, dropout=0.0)
-    for module in distiller.student.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.forward = lambda x: x  # type: ignore[method-assign]
-    return distiller
-
-
 def test_accumulation_does_not_change_what_is_learned(small_data: Images) -> None:
     """Up to rounding, where nothing depends on the batch; parts of 3, 3 and 2 images are weighted by size."""
     states = []
     for accumulation in (1, 3):
-        distiller = without_batch_norm(small_data)
+        distiller = plain_distiller(small_data)
         options = replace(QUICK, accumulation=accumulation)
         history = Trainer(distiller, small_data, options, progress=False).fit()
         states.append((history[-1]["loss"], distiller.state_dict()))
@@ -200,7 +148,7 @@ def test_channels_last_changes_the_layout_and_not_the_result(small_data: Images)
     """The convolutions' outputs reach the loss in that layout, as one column for each channel."""
     results = []
     for channels_last in (False, True):
-        distiller = without_batch_norm(small_data)
+        distiller = plain_distiller(small_data)
         seen: list[bool] = []
         distiller.terms["vid"].regressors[0].register_forward_hook(
             lambda m, a, out, seen=seen: seen.append(out.is_contiguous(memory_format=torch.channels_last))
@@ -288,6 +236,9 @@ def test_workers_do_not_change_what_is_learned(small_data: Images) -> None:
         ({"optimizer": "lion"}, "one of sgd, adamw"),
         ({"mixed_precision": "int8"}, "one of no, bf16, fp16"),
         ({"device": "tpu"}, "one of auto, cpu, cuda"),
+        ({"epochs": 0}, "epochs of 1 or more"),
+        ({"checkpoint_every": "hour"}, "checkpoint_every as a number of steps or 'epoch'"),
+        ({"clip": 0.0}, "clip above 0"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -309,3 +260,166 @@ def test_a_folder_that_cannot_be_made_is_an_os_error(small_data: Images, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         train(small_data, QUICK, tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("whole_in_eval", [False, True])
+def test_what_was_frozen_stays_frozen(small_data: Images, whole_in_eval: bool) -> None:
+    """BatchNorm in eval mode keeps its statistics, also in a second fit; the rest is trained."""
+    distiller = made(small_data)
+    frozen = distiller.student.first[1]
+    frozen.eval().requires_grad_(False)
+    if whole_in_eval:
+        distiller.eval()
+    trainer = Trainer(distiller, small_data, QUICK, progress=False)
+    for _ in range(2):
+        before = frozen.running_mean.clone()
+        other = distiller.student.second[1].running_mean.clone()
+        trainer.fit()
+        assert torch.equal(frozen.running_mean, before)
+        assert not torch.equal(distiller.student.second[1].running_mean, other)
+
+
+def test_frozen_by_its_mode_alone(small_data: Images) -> None:
+    distiller = made(small_data)
+    distiller.student.train()
+    distiller.student.first[1].eval()
+    trainer = Trainer(distiller, small_data, QUICK, progress=False)
+    for _ in range(2):
+        before = distiller.student.first[1].running_mean.clone()
+        trainer.fit()
+        assert torch.equal(distiller.student.first[1].running_mean, before)
+
+
+def test_a_second_fit_begins_a_history_of_its_own(small_data: Images) -> None:
+    trainer = Trainer(made(small_data), small_data, QUICK, progress=False)
+    assert [row["step"] for row in trainer.fit()] == [4, 8, 12]
+    assert [row["step"] for row in trainer.fit()] == [4, 8, 12]
+
+
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """A data set that draws random numbers from every generator when it is read."""
+
+    def __init__(self, images: Images, source: str) -> None:
+        self.images, self.source = images, source
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        drawn = {"random": random.random, "numpy": np.random.rand, "torch": lambda: float(torch.rand(()))}
+        image, label = self.images[index]
+        return image + drawn[self.source](), label
+
+
+@pytest.mark.parametrize("source", ["random", "numpy", "torch"])
+def test_what_a_data_set_draws_follows_from_the_seed(small_data: Images, source: str) -> None:
+    def trained(**options: Any) -> list[dict[str, Any]]:
+        data = Noisy(small_data, source)
+        options = {"eval_every": 1, **options}
+        trainer = Trainer(made(small_data), data, replace(QUICK, **options), progress=False)
+        states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        history = trainer.fit()
+        assert states == (
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+        )
+        return history
+
+    first = trained()
+    for generator in (random.random, np.random.rand, lambda: torch.rand(())):
+        generator()
+    assert trained() == first
+    assert trained(workers=2) == first
+    assert trained(seed=1) != first
+    # Every image of every batch has its own draw.
+    still = Trainer(made(small_data), small_data, replace(QUICK, eval_every=1), progress=False).fit()
+    assert still[0]["loss"] != first[0]["loss"]
+
+
+def test_epochs_and_checkpoints_at_their_ends(small_data: Images, tmp_path: Path) -> None:
+    options = replace(QUICK, epochs=3, eval_every="epoch", checkpoint_every="epoch")
+    trainer = Trainer(made(small_data), small_data, options, folder=tmp_path, progress=False)
+    # 30 images in batches of 8: the ends are in steps 4, 8 and 12 (3.75, 7.5 and 11.25).
+    assert [row["step"] for row in trainer.fit()] == [4, 8, 12]
+    due = [step for step in range(1, 13) if trainer.options.checkpoint_due(step, 30)]
+    assert due == [4, 8, 12]
+    # One step is a whole epoch: not a checkpoint a step.
+    tiny = TrainOptions(epochs=1000, batch_size=64, checkpoint_every="epoch").of_data(30)
+    assert tiny.steps == 1000
+    assert sum(tiny.checkpoint_due(step, 30) for step in range(1, 1001)) == 100
+    large = TrainOptions(epochs=2, batch_size=8, checkpoint_every="epoch").of_data(1000)
+    assert [step for step in range(1, 251) if large.checkpoint_due(step, 1000)] == [125, 250]
+
+
+def test_progress_may_be_anything_with_update(small_data: Images) -> None:
+    class Queue:
+        def __init__(self) -> None:
+            self.done: list[int] = []
+
+        def update(self, n: int) -> None:
+            self.done.append(n)
+
+    progress = Queue()
+    Trainer(made(small_data), small_data, QUICK, progress=progress).fit()
+    assert sum(progress.done) == QUICK.steps
+    with pytest.raises(TypeError, match=r"update\(n\), got object"):
+        Trainer(made(small_data), small_data, QUICK, progress=object())  # type: ignore[arg-type]
+
+
+def test_tensorboard_gets_every_row(small_data: Images, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = Trainer(
+        made(small_data),
+        small_data,
+        QUICK,
+        evaluate={"test": small_data},
+        folder=tmp_path,
+        progress=False,
+        tensorboard=True,
+    )
+    history = trainer.fit()
+    found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    names = [name for name in history[0] if name != "step"]
+    assert sorted(found.Tags()["scalars"]) == sorted(names)
+    for name in names:
+        written = [(event.step, event.value) for event in found.Scalars(name)]
+        assert written == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in history]
+
+
+def test_tensorboard_without_the_package_or_a_folder(
+    small_data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="needs folder="):
+        Trainer(made(small_data), small_data, QUICK, progress=False, tensorboard=True)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install tensorboard"):
+        Trainer(made(small_data), small_data, QUICK, folder=tmp_path, progress=False, tensorboard=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sums_are_refused_where_the_batch_is_cut(small_data: Images) -> None:
+    cut = replace(QUICK, accumulation=2)
+    Trainer(made(small_data, reduction="sum"), small_data, QUICK, progress=False)
+    Trainer(made(small_data, reduction="batchmean"), small_data, cut, progress=False)
+    with pytest.raises(ValueError, match=r"'vid' has reduction='sum'.*accumulation of 2"):
+        Trainer(made(small_data, reduction="sum"), small_data, cut, progress=False)
+    task = Distiller(SmallNet(4), task_loss=nn.CrossEntropyLoss(reduction="sum"))
+    with pytest.raises(ValueError, match=r"'task' has reduction='sum'"):
+        Trainer(task, small_data, cut, progress=False)
+
+
+def test_synchronised_batchnorm_keeps_parameters_and_taps(small_data: Images) -> None:
+    distiller = made(small_data)
+    before = distiller.state_dict(keep_vars=True)
+    distiller.student.second[1].eval()
+    synchronise_batchnorm(distiller)
+    assert isinstance(distiller.student.first[1], nn.SyncBatchNorm)
+    assert not distiller.student.second[1].training
+    after = distiller.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    distiller.eval()(small_data.images, small_data.labels).loss.backward()
+    tapped = Distiller(SmallNet(4), SmallNet(6), [VID({"first.1": "first"})], example=small_data.images[:2])
+    with pytest.raises(ValueError, match=r"'first.1' is tapped"):
+        synchronise_batchnorm(tapped)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,8 @@ class Distiller(nn.Module):
         touching the random state, to find the shapes from which the terms make their parameters. Only a
         Distiller without terms can do without.
     task_weight: the weight of the loss on the labels. task_loss: (logits, labels) -> scalar.
+    teacher_dtype: the floating-point type that the teacher is converted to and run in, outside of autocast,
+        such as torch.bfloat16: its inputs are cast, and its activations reach the terms in this type.
     clone_taps: copy every tapped activation, for layers whose output is modified in place afterwards.
     logits: picks the logits out of what a network returns.
 
@@ -80,10 +82,12 @@ class Distiller(nn.Module):
         example: Any = None,
         task_weight: float = 1.0,
         task_loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+        teacher_dtype: torch.dtype | None = None,
         clone_taps: bool = False,
         logits: Callable[[Any], Tensor] = logits_of,
     ) -> None:
         super().__init__()
+        self._removed = False
         if not isinstance(student, nn.Module) or not isinstance(teacher, (nn.Module, type(None))):
             raise TypeError(
                 f"wanted nn.Modules as student and teacher, got {type(student).__name__}, "
@@ -91,44 +95,63 @@ class Distiller(nn.Module):
             )
         if not math.isfinite(task_weight):
             raise ValueError(f"wanted a finite task_weight, got {task_weight}")
+        if teacher_dtype is not None and not teacher_dtype.is_floating_point:
+            raise ValueError(f"wanted a floating-point teacher_dtype, got {teacher_dtype}")
         self.task_weight, self.task_loss, self.pick_logits = float(task_weight), task_loss, logits
+        self.teacher_dtype = teacher_dtype
         self.student = student
         self.__dict__["teacher"] = teacher
         if teacher is not None:
             self._refuse_shared_parameters()
-            teacher.eval()
         self.terms = nn.ModuleDict(self._named(terms))
+        if terms and example is None:
+            raise ValueError(
+                "wanted example=, one batch of inputs: the terms make their parameters from its feature shapes"
+            )
+        if teacher is not None:
+            teacher.eval().to(teacher_dtype)
 
         student_layers = [layer for term in terms for layer in term.student_layers]
         teacher_layers = [layer for term in terms for layer in term.teacher_layers]
+        self._teacher_taps: Taps | None = None
         self._student_taps = Taps(student, student_layers, clone=clone_taps, role="student")
-        self._teacher_taps = (
-            Taps(teacher, teacher_layers, clone=clone_taps, role="teacher") if teacher is not None else None
-        )
-        if terms:
-            if example is None:
-                raise ValueError(
-                    "wanted example=, one batch of inputs: the terms make their parameters from its feature "
-                    "shapes"
-                )
-            batch = self._probe(example)
-            for term in terms:
-                if term.built:
-                    raise ValueError(
-                        f"the term {term.name!r} belongs to another Distiller; make one for each"
-                    )
-                term.build(batch)
-                term.built = True
-        self._check_groups()
+        try:
+            if teacher is not None:
+                self._teacher_taps = Taps(teacher, teacher_layers, clone=clone_taps, role="teacher")
+            if terms:
+                batch = self._probe(example)
+                for term in terms:
+                    term.build(batch)
+            self._check_groups()
+        except BaseException:
+            self.remove_taps()
+            raise
+        for term in terms:
+            term.built = True
 
-    def forward(self, inputs: Any, labels: Tensor | None = None, *, scale: float = 1.0) -> Losses:
+    def forward(
+        self,
+        inputs: Any,
+        labels: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        teacher: Activations | None = None,
+    ) -> Losses:
         """The loss of one batch.
 
         labels: what task_loss takes, (B,) class numbers by default; None leaves the task's term out.
         scale: multiplies the whole loss, 1/accumulation steps for instance. It is folded into every term's
             weight, so that `loss.backward()` reaches the kernels with a gradient of exactly 1.
+        teacher: what `teacher_activations` gave for these inputs, to use instead of running the teacher.
+
+        Raises RuntimeError if a network modifies its inputs in place, or after `remove_taps`; TapError for a
+        layer that gives no usable activation; ValueError for activations of another batch or other layers.
         """
-        batch = self._run(inputs, labels)
+        if self._removed:
+            raise RuntimeError(
+                "the Distiller's taps were removed by remove_taps(), so it cannot be called; make a new one"
+            )
+        batch = self._run(inputs, labels, teacher)
         terms: dict[str, Tensor] = {}
         if labels is not None:
             terms["task"] = self.task_loss(batch.student.logits, labels) * (self.task_weight * scale)
@@ -139,6 +162,26 @@ class Distiller(nn.Module):
             raise ValueError("nothing to learn from: no labels were given and there are no terms")
         loss = sum(list(terms.values())[1:], next(iter(terms.values())))
         return Losses(loss, batch.student.logits, {name: term.detach() for name, term in terms.items()})
+
+    @torch.no_grad()
+    def teacher_activations(self, inputs: Any) -> Activations:
+        """What the teacher gives for a batch: its tapped layers and logits, to keep and to hand to
+        `forward(..., teacher=...)`. That is right only if the inputs will be the same ones: a student that sees
+        augmented images needs the teacher's activations on the images augmented likewise.
+
+        Raises ValueError if there is no teacher.
+        """
+        if self.teacher is None:
+            raise ValueError("there is no teacher")
+        # Somebody may have called teacher.train(); batch statistics of the student's data would leak in.
+        if any(module.training for module in self.teacher.modules()):
+            self.teacher.eval()
+        if self.teacher_dtype is None:
+            return self._activations(self.teacher, self._teacher_taps, inputs, "teacher")
+        cast, dtype = [t for t in _tensors_of(inputs) if t.is_floating_point()], self.teacher_dtype
+        device = next((t.device.type for t in cast), "cpu")
+        with torch.autocast(device, enabled=False):
+            return self._activations(self.teacher, self._teacher_taps, _cast(inputs, dtype), "teacher")
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Every trainable parameter, once, as groups for a torch optimizer.
@@ -169,6 +212,7 @@ class Distiller(nn.Module):
 
     def remove_taps(self) -> None:
         """Take the hooks off both networks, when done; the Distiller cannot be called afterwards."""
+        self._removed = True
         self._student_taps.remove()
         if self._teacher_taps is not None:
             self._teacher_taps.remove()
@@ -185,24 +229,41 @@ class Distiller(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher is not None:
             self.teacher._apply(fn)  # type: ignore[no-untyped-call]
+            if self.teacher_dtype is not None:
+                self.teacher.to(self.teacher_dtype)
         return self
 
     @property
     def _networks(self) -> list[nn.Module]:
         return [self.student] if self.teacher is None else [self.student, self.teacher]
 
-    def _run(self, inputs: Any, labels: Tensor | None) -> Batch:
-        teacher = None
-        if self.teacher is not None and self.terms:
-            # Somebody may have called teacher.train(); batch statistics of the student's data would leak in.
-            if any(module.training for module in self.teacher.modules()):
-                self.teacher.eval()
-            with torch.no_grad():
-                teacher = self._activations(self.teacher, self._teacher_taps, inputs)
-        return Batch(inputs, labels, self._activations(self.student, self._student_taps, inputs), teacher)
+    def _run(self, inputs: Any, labels: Tensor | None, teacher: Activations | None = None) -> Batch:
+        if teacher is not None:
+            teacher = self._given(teacher)
+        elif self.teacher is not None and self.terms:
+            teacher = self.teacher_activations(inputs)
+        student = self._activations(self.student, self._student_taps, inputs, "student")
+        if teacher is not None and len(teacher.logits) != len(student.logits):
+            raise ValueError(
+                f"wanted the teacher's activations of this batch of {len(student.logits)}, got those of "
+                f"{len(teacher.logits)}"
+            )
+        return Batch(inputs, labels, student, teacher)
 
-    def _activations(self, network: nn.Module, taps: Taps | None, inputs: Any) -> Activations:
+    def _given(self, teacher: Activations) -> Activations:
+        """Activations that the caller kept: complete, and without gradients."""
+        wanted = () if self._teacher_taps is None else self._teacher_taps.layers
+        missing = [layer for layer in wanted if layer not in teacher.taps]
+        if missing:
+            raise ValueError(f"the teacher's activations lack {', '.join(map(repr, missing))}")
+        return Activations({layer: teacher.taps[layer].detach() for layer in wanted}, teacher.logits.detach())
+
+    def _activations(self, network: nn.Module, taps: Taps | None, inputs: Any, role: str) -> Activations:
         assert taps is not None
+        # The other network and the terms get the same inputs. Without terms nobody reads them again.
+        # torch.compile cannot trace versions: there the probe has looked. Inference tensors have none.
+        watched = self.terms and not torch.compiler.is_compiling()
+        before = [(t, t._version) for t in _tensors_of(inputs) if not t.is_inference()] if watched else []
         with taps.recording() as activations:
             if isinstance(inputs, Mapping):
                 output = network(**inputs)
@@ -210,12 +271,25 @@ class Distiller(nn.Module):
                 output = network(*inputs)
             else:
                 output = network(inputs)
+            if any(tensor._version != version for tensor, version in before):
+                raise RuntimeError(
+                    f"the {role} ({type(network).__name__}) modified its inputs in place (as an in-place ReLU at "
+                    "its start does), and the other network and the terms need them: give it a network that "
+                    "copies its inputs first"
+                )
             return Activations(activations(), self.pick_logits(output))
 
     def _probe(self, example: Any) -> Batch:
         """Both networks' activations on `example`, leaving no trace in them or in the random state."""
         devices = {p.device.index for p in self.parameters() if p.device.type == "cuda"}
-        with _eval_mode(self.student), torch.no_grad(), torch.random.fork_rng(sorted(devices)):
+        # Uncompiled, if somebody compiled a network: once is not worth it, and a tap sees more in eager mode.
+        compiled = any(
+            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+            for network in self._networks
+            for module in network.modules()
+        )
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with _eval_mode(self.student), torch.no_grad(), torch.random.fork_rng(sorted(devices)), eager:
             return self._run(example, None)
 
     def _named(self, terms: Sequence[Method]) -> dict[str, nn.Module]:
@@ -223,6 +297,8 @@ class Distiller(nn.Module):
         for term in terms:
             if not isinstance(term, Method):
                 raise TypeError(f"wanted Method objects as terms, got {type(term).__name__}")
+            if term.built:
+                raise ValueError(f"the term {term.name!r} belongs to another Distiller; make one for each")
             if term.needs_teacher and self.teacher is None:
                 raise ValueError(f"the term {term.name!r} needs a teacher, and there is none")
             if term.name in named or term.name == "task":
@@ -248,6 +324,22 @@ class Distiller(nn.Module):
             times = grouped[id(parameter)] if parameter.requires_grad else 1
             if times != 1:
                 raise RuntimeError(f"parameter {name!r} is in {times} parameter groups, wanted exactly one")
+
+
+def _tensors_of(inputs: Any) -> list[Tensor]:
+    """The tensors among a network's inputs: itself, or those of a tuple, list or mapping."""
+    if isinstance(inputs, Mapping):
+        inputs = list(inputs.values())
+    return [t for t in (inputs if isinstance(inputs, (tuple, list)) else [inputs]) if isinstance(t, Tensor)]
+
+
+def _cast(inputs: Any, dtype: torch.dtype) -> Any:
+    """The same inputs with floating-point tensors in another type."""
+    if isinstance(inputs, Mapping):
+        return {name: _cast(value, dtype) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return [_cast(value, dtype) for value in inputs]
+    return inputs.to(dtype) if isinstance(inputs, Tensor) and inputs.is_floating_point() else inputs
 
 
 @contextmanager

@@ -43,6 +43,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def remove_leftovers(folder: Path, names: Sequence[str]) -> None:
+    """Remove what a killed process left of files that it was writing with `replacing`."""
+    for name in names:
+        for path in folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, as UTF-8."""
     with replacing(path) as file:

@@ -1,12 +1,25 @@
-"""The order of the training images, and a random state for every step, as functions of the seed alone."""
+"""The order of the training images, and every random state, as functions of the seed and the step alone."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from numpy.random import SeedSequence
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
+
+
+class StepIndices(list[int]):
+    """One process's part of a step's batch: indices into the data, of the images `rank::world` of the batch."""
+
+    step: int
+    size: int
+    rank: int
+    world: int
 
 
 class StreamBatches(Sampler[list[int]]):
@@ -51,7 +64,30 @@ class StreamBatches(Sampler[list[int]]):
                         self.size, generator=generator_for(self.seed, "order", epoch)
                     ).tolist()
                 batch.append(order[position % self.size])
-            yield batch[self.rank :: self.world]
+            part = StepIndices(batch[self.rank :: self.world])
+            part.step, part.size, part.rank, part.world = step + 1, self.batch_size, self.rank, self.world
+            yield part
+
+
+class SeededItems(Dataset[Any]):
+    """A data set whose items are each read in a random state that follows from the seed, the step and the
+    image's place in the whole batch: whatever __getitem__ draws with random, numpy or torch is the same in
+    any worker, in any process and after a resumption.
+    """
+
+    def __init__(self, data: Dataset[Any], seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+    def __getitems__(self, indices: StepIndices) -> list[Any]:
+        mixed = SeedSequence((self.seed, *b"item", indices.step)).generate_state(indices.size)
+        items = []
+        for index, seed in zip(indices, mixed[indices.rank :: indices.world].tolist(), strict=True):
+            seed_everything(seed)
+            items.append(self.data[index])
+        return items
 
 
 def seed_for(seed: int, purpose: str, step: int, rank: int = 0) -> int:
@@ -62,3 +98,22 @@ def seed_for(seed: int, purpose: str, step: int, rank: int = 0) -> int:
 
 def generator_for(seed: int, purpose: str, step: int, rank: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(seed, purpose, step, rank))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of random, numpy and torch (of every device), with 32 bits."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Restore the random state of random, numpy and torch (of every device) after the block."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)

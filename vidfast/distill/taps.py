@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .registry import UnknownNameError, near_matches
@@ -27,11 +28,12 @@ class _Tap:
         self.layer = layer
         self.clone = clone
         self.recording = False
+        self.with_grad = False
         self.clear()
 
     def clear(self) -> None:
         self.output: Tensor | None = None
-        self.version = 0
+        self.version: int | None = None
         self.calls = 0
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -48,13 +50,21 @@ class _Tap:
                 f"layer {self.layer!r} ({type(module).__name__}) returned {_describe(output)}, wanted one Tensor; "
                 "tap a layer inside it that returns one"
             )
-        if output.is_inference():
+        # torch.compile cannot trace is_inference() and versions; a Distiller's probe has looked in eager mode.
+        tracing = torch.compiler.is_compiling()
+        if not tracing and output.is_inference():
             raise TapError(
                 f"layer {self.layer!r} made its output under torch.inference_mode(), which autograd cannot "
                 "save; run the network under torch.no_grad() instead"
             )
+        if self.with_grad and not torch.is_grad_enabled():
+            raise TapError(
+                f"layer {self.layer!r} ({type(module).__name__}) ran without gradients inside a network that runs "
+                "with them, so the loss could not reach its parameters (as in torch.utils.checkpoint with "
+                "use_reentrant=True); use use_reentrant=False, or tap a layer outside"
+            )
         self.output = output.clone() if self.clone else output
-        self.version = self.output._version
+        self.version = None if tracing else self.output._version
 
 
 def _describe(output: object) -> str:
@@ -74,7 +84,8 @@ class Taps:
 
     `layers` are names as in `network.named_modules()`. With `clone=True` every activation is copied as it is
     recorded, which lets a layer be tapped whose output is modified in place afterwards (an in-place ReLU
-    behind a convolution or a BatchNorm, as in torchvision's VGG and ResNet).
+    behind a convolution or a BatchNorm, as in torchvision's VGG and ResNet). A network wrapped by
+    `torch.compile(network)` is tapped by the names that its layers had before.
 
     Raises UnknownNameError (a ValueError) for a layer that is not there, listing near matches.
     """
@@ -83,6 +94,8 @@ class Taps:
         self, network: nn.Module, layers: Iterable[str], *, clone: bool = False, role: str = "network"
     ) -> None:
         names = list(dict.fromkeys(layers))
+        # What torch.compile returns is a module around the network, whose layers keep their names this way.
+        network = getattr(network, "_orig_mod", network)
         # Shared modules have several names; every one of them is a valid name here.
         modules = dict(network.named_modules(remove_duplicate=False))
         for name in names:
@@ -92,6 +105,7 @@ class Taps:
                 )
         self._taps = [_Tap(name, clone) for name in names]
         self._handles = [modules[tap.layer].register_forward_hook(tap) for tap in self._taps]
+        self._removed = False
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -99,10 +113,16 @@ class Taps:
 
     @contextmanager
     def recording(self) -> Iterator[Callable[[], dict[str, Tensor]]]:
-        """Record during the block; yields a function that checks and returns what was recorded."""
+        """Record during the block; yields a function that checks and returns what was recorded.
+
+        Raises TapError after `remove`.
+        """
+        if self._removed:
+            raise TapError("the taps were removed from the network; make new ones")
         for tap in self._taps:
             tap.clear()
             tap.recording = True
+            tap.with_grad = torch.is_grad_enabled()
         try:
             yield self._collect
         finally:
@@ -117,7 +137,7 @@ class Taps:
         for tap in self._taps:
             if tap.output is None:
                 raise TapError(f"layer {tap.layer!r} was not called in the forward pass")
-            if tap.output._version != tap.version:
+            if tap.version is not None and tap.output._version != tap.version:
                 raise TapError(
                     f"the output of layer {tap.layer!r} was modified in place after the layer returned it (as an "
                     "in-place ReLU behind it does); tap the layer that modifies it, or ask for a copy with "
@@ -127,7 +147,8 @@ class Taps:
         return activations
 
     def remove(self) -> None:
-        """Take the hooks off the network."""
+        """Take the hooks off the network; nothing can be recorded afterwards."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._removed = True

@@ -6,157 +6,61 @@ not interrupted: the order of the images, their augmentation and dropout need no
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sized
+import importlib.util
+from collections.abc import Mapping, Sized
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .data.base import Augmentation
+from .data.augment import Augmentation
+from .data.base import LabelledImages
 from .distiller import Distiller
-from .files import CheckpointError, load_checkpoint, save_checkpoint, write_csv
-from .stream import StreamBatches, generator_for, seed_for
+from .files import CheckpointError, load_checkpoint, remove_leftovers, save_checkpoint, write_csv
+from .fingerprint import differences, fingerprint
+from .meter import Meter, NonFiniteLossError
+from .modes import compiled, frozen_parts, synchronise_batchnorm, train_mode
+from .options import SCHEDULES, TrainOptions
+from .stream import SeededItems, StreamBatches, generator_for, kept_random_state, seed_everything, seed_for
+
+__all__ = ["SCHEDULES", "NonFiniteLossError", "Progress", "Row", "TrainOptions", "Trainer"]
 
 Row = dict[str, Any]
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.csv"
+TENSORBOARD = "tensorboard"
 
 
-class NonFiniteLossError(FloatingPointError):
-    """The loss became inf or nan; the text names the terms and the step."""
+class Progress(Protocol):
+    """What a Trainer tells that steps are done: a tqdm, or anything else with such a method."""
 
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to train.
-
-    steps: optimizer steps. batch_size: images a step, over all processes (all images, if there are fewer).
-    optimizer: "sgd" (Nesterov momentum) or "adamw"; lr, momentum (of sgd alone), weight_decay. schedule:
-    "cosine" (to 0), "steps" (times 0.1 at 60, 80 and 90 % of the steps) or "constant"; warmup: steps of
-    linear increase before it. seed: of the order of the images, augmentation and dropout (not of the
-    weights). eval_every: steps between rows of the metrics, 0 for the last step alone. checkpoint_every:
-    steps between checkpoints, 0 for the last step alone. check_every: steps between looks at whether the loss
-    is finite. accumulation: parts that a batch is processed in. mixed_precision: "no", "bf16" or "fp16".
-    clip: the largest norm of the gradient, or None. channels_last: the layout of images and networks in
-    memory. device: "auto", "cpu" or "cuda". workers: of the loader.
-    """
-
-    steps: int = 300
-    batch_size: int = 64
-    optimizer: str = "sgd"
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    warmup: int = 0
-    seed: int = 0
-    eval_every: int = 0
-    checkpoint_every: int = 0
-    check_every: int = 10
-    accumulation: int = 1
-    mixed_precision: str = "no"
-    clip: float | None = None
-    channels_last: bool = False
-    device: str = "auto"
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "batch_size": 1, "accumulation": 1, "check_every": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"wanted {name} of {least} or more, got {getattr(self, name)}")
-        for name in (
-            "lr",
-            "momentum",
-            "weight_decay",
-            "warmup",
-            "eval_every",
-            "checkpoint_every",
-            "workers",
-            "seed",
-        ):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"wanted {name} of 0 or more, got {getattr(self, name)}")
-        for name, choices in {
-            "optimizer": ("sgd", "adamw"),
-            "schedule": tuple(SCHEDULES),
-            "mixed_precision": ("no", "bf16", "fp16"),
-            "device": ("auto", "cpu", "cuda"),
-        }.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"wanted {name} as one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("wanted device 'cuda', and torch sees no CUDA device")
-
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "steps": lambda done: 0.1 ** sum(done >= at for at in (0.6, 0.8, 0.9)),
-    "constant": lambda done: 1.0,
-}
-
-
-def _optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> torch.optim.Optimizer:
-    if options.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=options.lr)
-    return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0)
-
-
-class _Meter:
-    """The mean of every term since the last row, and the first step at which one was not finite.
-
-    Kept on the device: looking at a number on the host is a synchronisation, so it is done now and then.
-    """
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.sums = self.first_bad = torch.zeros(0)
-        self.count = 0
-
-    def add(self, terms: Mapping[str, Tensor], step: int, fresh: bool) -> None:
-        values = torch.stack([value.float() for value in terms.values()])
-        if not self.names:
-            self.names = list(terms)
-            self.sums = torch.zeros_like(values)
-            self.first_bad = torch.full_like(values, -1, dtype=torch.int64)
-        self.sums += values
-        self.first_bad.masked_fill_((self.first_bad < 0) & ~values.isfinite(), step)
-        self.count += fresh
-
-    def check(self) -> None:
-        bad = {name: at for name, at in zip(self.names, self.first_bad.tolist(), strict=True) if at >= 0}
-        if bad:
-            step = min(bad.values())
-            terms = ", ".join(repr(name) for name, at in bad.items() if at == step)
-            raise NonFiniteLossError(
-                f"the loss is not finite: the term {terms} became inf or nan in step {step}; lower the "
-                "learning rate or that term's weight"
-            )
-
-    def means(self) -> Row:
-        means = dict(zip(self.names, (self.sums / max(self.count, 1)).tolist(), strict=True))
-        self.sums.zero_()
-        self.count = 0
-        return {"loss": sum(means.values()), **{f"loss_{name}": value for name, value in means.items()}}
+    def update(self, n: int, /) -> object: ...
 
 
 class Trainer:
     """Trains a Distiller on a data set of (inputs, labels).
 
     evaluate: data sets by name, whose top-1 accuracy in percent becomes the column "<name>_accuracy".
-    augment: applied to every training batch, with a generator that follows from the seed and the step.
+    augment: applied to every training batch, with a generator that follows from the seed and the step. It
+        treats every image by itself, and sees as many as the whole batch has, over all processes.
     folder: where metrics.csv and checkpoint.pt go; None writes nothing.
-    progress: True for a bar of its own, a tqdm to advance that, False for none.
+    progress: True for a bar of its own, a `Progress` (such as a tqdm) to advance that, False for none.
+    tensorboard: also write the rows of the metrics under folder/tensorboard.
 
-    After `fit` the Distiller stands on the device that was trained on.
+    `fit` trains in whatever processes `torchrun` or `accelerate launch` started; all of them must make the
+    same networks and data, and only the first writes. After `fit` the Distiller stands on the device that was
+    trained on.
+
+    Raises TypeError or ValueError for arguments that do not fit, ModuleNotFoundError for tensorboard=True where
+    that package is not installed.
     """
 
     def __init__(
@@ -168,29 +72,62 @@ class Trainer:
         evaluate: Mapping[str, Dataset[tuple[Tensor, Tensor]]] | None = None,
         augment: Augmentation | None = None,
         folder: Path | str | None = None,
-        progress: bool | tqdm[Any] = True,
+        progress: bool | Progress = True,
+        tensorboard: bool = False,
     ) -> None:
         if not isinstance(train, Sized):
             raise TypeError(f"wanted a map-style data set with a length, got {type(train).__name__}")
-        self.distiller, self.train, self.options = distiller, train, options
+        if not isinstance(progress, bool) and not callable(getattr(progress, "update", None)):
+            raise TypeError(
+                f"wanted progress as a bool or with a method update(n), got {type(progress).__name__}"
+            )
+        self.distiller, self.train = distiller, train
+        self.size = len(train)
+        if self.size < 1:
+            raise ValueError("wanted at least one training image, got none")
+        self.options = options.of_data(self.size)
         self.evaluate, self.augment = dict(evaluate or {}), augment
         self.folder = None if folder is None else Path(folder)
-        self.progress = progress
+        self.progress, self.tensorboard = progress, tensorboard
+        if tensorboard and self.folder is None:
+            raise ValueError("tensorboard=True needs folder=, under which it writes")
+        if tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ModuleNotFoundError(
+                "tensorboard=True needs the package tensorboard: pip install tensorboard"
+            )
         _forget_precision(options.mixed_precision)
         self.accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=options.mixed_precision)
+        self._refuse_sums()
+        if (
+            options.sync_batchnorm
+            and self.accelerator.num_processes > 1
+            and self.accelerator.device.type == "cpu"
+        ):
+            raise ValueError("sync_batchnorm needs GPUs: torch's SyncBatchNorm does not run on the CPU")
         self.history: list[Row] = []
+        self._frozen: list[nn.Module] | None = None
 
     def fit(self, *, resume: bool = False) -> list[Row]:
         """Train to the last step and return the rows of the metrics, one every `eval_every` steps.
 
-        resume: continue from the folder's checkpoint if there is one, exactly.
+        Submodules of the student that you froze stay in eval mode: those in eval mode while the student is in
+        training mode, and, where all of it is in eval mode, those without a parameter that requires a gradient.
 
-        Raises NonFiniteLossError, CheckpointError for a damaged checkpoint or one of other options, OSError
+        resume: continue from the folder's checkpoint if there is one, exactly. Without it, fit begins anew,
+        with the weights as they are.
+
+        Raises NonFiniteLossError, CheckpointError for a damaged checkpoint or one of another run, OSError
         where the folder cannot be written.
         """
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            if self.accelerator.is_main_process:
+                remove_leftovers(self.folder, (CHECKPOINT, METRICS))
+        self.history = []
+        # A second fit finds all of the student in eval mode, as the first one left it.
+        if self._frozen is None or self.distiller.student.training:
+            self._frozen = frozen_parts(self.distiller.student)
+        with kept_random_state():
             return self._fit(resume)
 
     def _fit(self, resume: bool) -> list[Row]:
@@ -198,54 +135,62 @@ class Trainer:
         self.distiller.to(accelerator.device)
         if options.channels_last:
             self.distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        groups = self.distiller.parameter_groups(options.lr, options.weight_decay)
-        optimizer = _optimizer(groups, options)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        if options.sync_batchnorm and accelerator.num_processes > 1:
+            synchronise_batchnorm(self.distiller)
+        run = {} if self.folder is None else fingerprint(self.distiller, self.train, self.size)
+        optimizer = options.make_optimizer(self.distiller.parameter_groups(options.lr, options.weight_decay))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, options.lr_factor)
         model, prepared = accelerator.prepare(self.distiller, optimizer)
 
-        start = self._resume(optimizer, scheduler) if resume else 0
-        meter = _Meter()
+        frozen = self._frozen or []
+        meter = Meter(accelerator)
+        start = self._resume(optimizer, scheduler, meter, run) if resume else 0
         bar, owned = self._bar(start)
+        writer = self._writer(start)
         try:
-            model.train()
-            for step, (inputs, labels) in enumerate(self._loader(start), start=start + 1):
-                torch.manual_seed(seed_for(options.seed, "step", step, accelerator.process_index))
-                self._step(model, prepared, inputs, labels, meter, step)
-                scheduler.step()
-                if bar is not None:
-                    bar.update()
-                last = step == options.steps
-                row = last or (options.eval_every and step % options.eval_every == 0)
-                save = last or (options.checkpoint_every and step % options.checkpoint_every == 0)
-                if row or save or step % options.check_every == 0:
-                    meter.check()
-                if row:
-                    self._row(step, optimizer.param_groups[0]["lr"], meter, bar)
-                    model.train()
-                if save:
-                    self._save(step, optimizer, scheduler)
+            with compiled(self.distiller, options.compile):
+                train_mode(model, frozen)
+                for step, (inputs, labels) in enumerate(self._loader(start), start=start + 1):
+                    seed_everything(seed_for(options.seed, "step", step, accelerator.process_index))
+                    self._step(model, prepared, inputs, labels, meter, step)
+                    scheduler.step()
+                    if bar is not None:
+                        bar.update(1)
+                    row = options.row_due(step, self.size)
+                    save = options.checkpoint_due(step, self.size)
+                    if row or save or step % options.check_every == 0:
+                        meter.check()
+                    if row:
+                        self._row(step, optimizer.param_groups[0]["lr"], meter, bar, writer)
+                        train_mode(model, frozen)
+                    if save:
+                        self._save(step, optimizer, scheduler, meter, run)
         finally:
-            if owned and bar is not None:
+            if owned and isinstance(bar, tqdm):
                 bar.close()
+            if writer is not None:
+                writer.close()
             # Mixed precision wraps the module's forward for the training only.
             accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             self.distiller.eval()
         return self.history
 
     def _step(
-        self, model: torch.nn.Module, optimizer: Any, inputs: Tensor, labels: Tensor, meter: _Meter, step: int
+        self, model: nn.Module, optimizer: Any, inputs: Tensor, labels: Tensor, meter: Meter, step: int
     ) -> None:
         accelerator, options = self.accelerator, self.options
+        world, whole = accelerator.num_processes, min(options.batch_size, self.size)
         if self.augment is not None:
-            generator = generator_for(options.seed, "augment", step, accelerator.process_index)
-            inputs = self.augment(inputs, generator)
+            inputs = self._augmented(self.augment, inputs, step, whole)
         inputs = self._placed(inputs)
         labels = labels.to(accelerator.device, non_blocking=True)
-        parts = list(zip(inputs.chunk(options.accumulation), labels.chunk(options.accumulation), strict=True))
+        count = min(options.accumulation, len(inputs))
+        parts = list(zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True))
         for i, (part, part_labels) in enumerate(parts):
             last = i == len(parts) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                losses = model(part, part_labels, scale=len(part) / len(inputs))
+                # Processes' gradients are averaged: with `world` a part counts by its share of the whole batch.
+                losses = model(part, part_labels, scale=len(part) * world / whole)
                 accelerator.backward(losses.loss)
             meter.add(losses.terms, step, fresh=last)
         if options.clip is not None:
@@ -253,8 +198,19 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad()
 
+    def _augmented(self, augment: Augmentation, inputs: Tensor, step: int, whole: int) -> Tensor:
+        """This process's images as they would be augmented if it had the whole batch."""
+        generator = generator_for(self.options.seed, "augment", step)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if world == 1:
+            return augment(inputs, generator)
+        # Every process makes the draws of the whole batch: the others' places hold nothing.
+        batch = inputs.new_zeros((whole, *inputs.shape[1:]))
+        batch[rank::world] = inputs
+        return augment(batch, generator)[rank::world]
+
     def accuracy(self, data: Dataset[tuple[Tensor, Tensor]], batch_size: int = 512) -> float:
-        """The student's top-1 accuracy on a data set, in percent, in eval mode."""
+        """The student's top-1 accuracy on a data set, in percent, in eval mode. Called in all processes."""
         accelerator, student = self.accelerator, self.distiller.student
         student.eval()
         correct = total = torch.zeros((), dtype=torch.int64, device=accelerator.device)
@@ -280,7 +236,7 @@ class Trainer:
     def _loader(self, start: int) -> DataLoader[tuple[Tensor, Tensor]]:
         options, accelerator = self.options, self.accelerator
         batches = StreamBatches(
-            len(self.train),
+            self.size,
             options.batch_size,
             options.steps,
             options.seed,
@@ -289,74 +245,146 @@ class Trainer:
             world=accelerator.num_processes,
         )
         pinned = accelerator.device.type == "cuda"
-        return DataLoader(self.train, batch_sampler=batches, num_workers=options.workers, pin_memory=pinned)
+        data = self.train if _draws_nothing(self.train) else SeededItems(self.train, options.seed)
+        return DataLoader(data, batch_sampler=batches, num_workers=options.workers, pin_memory=pinned)
 
-    def _lr_factor(self, step: int) -> float:
-        options = self.options
-        if step < options.warmup:
-            return (step + 1) / (options.warmup + 1)
-        return SCHEDULES[options.schedule]((step - options.warmup) / max(1, options.steps - options.warmup))
-
-    def _row(self, step: int, lr: float, meter: _Meter, bar: tqdm[Any] | None) -> None:
-        size = len(self.train)
-        row: Row = {"step": step, "epoch": step * min(self.options.batch_size, size) / size, "lr": lr}
+    def _row(self, step: int, lr: float, meter: Meter, bar: Progress | None, writer: Any) -> None:
+        row: Row = {
+            "step": step,
+            "epoch": step * min(self.options.batch_size, self.size) / self.size,
+            "lr": lr,
+        }
         row |= meter.means()
+        if self.accelerator.num_processes > 1:
+            # BatchNorm's statistics differ by process; the first one's are those that are saved.
+            for buffer in self.distiller.buffers():
+                torch.distributed.broadcast(buffer, 0)
         row |= {f"{name}_accuracy": self.accuracy(data) for name, data in self.evaluate.items()}
         self.history.append(row)
-        if bar is not None:
+        if isinstance(bar, tqdm):
             accuracies = {k: f"{v:.1f}" for k, v in row.items() if k.endswith("_accuracy")}
             bar.set_postfix({"loss": f"{row['loss']:.3f}", **accuracies})
         if self.folder is not None and self.accelerator.is_main_process:
             write_csv(self.folder / METRICS, self.history)
+        if writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    writer.add_scalar(name, value, step)
+            writer.flush()
 
     def _save(
-        self, step: int, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
+        meter: Meter,
+        run: Mapping[str, Any],
     ) -> None:
-        if self.folder is None or not self.accelerator.is_main_process:
+        if self.folder is None:
             return
         scaler = self.accelerator.scaler
         state = {
             "options": asdict(self.options),
+            "run": dict(run),
             "step": step,
             "distiller": self.distiller.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "meter": meter.state(),
             "history": self.history,
         }
-        save_checkpoint(self.folder / CHECKPOINT, state)
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.folder / CHECKPOINT, state)
 
-    def _resume(self, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR) -> int:
+    def _resume(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
+        meter: Meter,
+        run: Mapping[str, Any],
+    ) -> int:
         if self.folder is None or not (self.folder / CHECKPOINT).exists():
             return 0
         path = self.folder / CHECKPOINT
-        keys = ("options", "step", "distiller", "optimizer", "scheduler", "scaler", "history")
+        keys = ("options", "run", "step", "distiller", "optimizer", "scheduler", "scaler", "meter", "history")
         state = load_checkpoint(path, keys)
         now = asdict(self.options)
         # Where it runs and how often it reports do not change what is learned.
         free = ("device", "workers", "eval_every", "checkpoint_every", "check_every")
         other = [k for k in now if k not in free and state["options"].get(k) != now[k]]
-        if other:
-            differences = ", ".join(f"{k} {state['options'].get(k)!r} and not {now[k]!r}" for k in other)
-            raise CheckpointError(f"{path}: was trained with {differences}")
+        found = [f"{k} {state['options'].get(k)!r} and not {now[k]!r}" for k in other]
+        found += differences(state["run"], run)
+        if found:
+            raise CheckpointError(f"{path}: was trained with {', '.join(found)}")
         try:
             self.distiller.load_state_dict(state["distiller"])
-            optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path}: is of another model ({str(error).splitlines()[0]})") from error
-        scheduler.load_state_dict(state["scheduler"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.history = list(state["history"])
-        return int(state["step"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+            _check_optimizer(optimizer)
+            scheduler.load_state_dict(state["scheduler"])
+            if self.accelerator.scaler is not None and state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            meter.load(state["meter"])
+            self.history, step = [dict(row) for row in state["history"]], int(state["step"])
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise CheckpointError(
+                f"{path}: its state of the training does not fit this run ({type(error).__name__}: {reason})"
+            ) from error
+        return step
 
-    def _bar(self, start: int) -> tuple[tqdm[Any] | None, bool]:
+    def _bar(self, start: int) -> tuple[Progress | None, bool]:
+        if not self.accelerator.is_main_process or self.progress is False:
+            return None, False
         if isinstance(self.progress, bool):
-            if not self.progress or not self.accelerator.is_main_process:
-                return None, False
             return tqdm(total=self.options.steps, initial=start, unit="step", dynamic_ncols=True), True
         self.progress.update(start)
         return self.progress, False
+
+    def _writer(self, start: int) -> Any:
+        """A SummaryWriter, whose rows after the step that is continued from are dropped, or None."""
+        if not self.tensorboard or not self.accelerator.is_main_process:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        assert self.folder is not None
+        return SummaryWriter(str(self.folder / TENSORBOARD), purge_step=start + 1)
+
+    def _refuse_sums(self) -> None:
+        """A sum over the batch is not the mean of its parts' sums: it would depend on how the batch is cut."""
+        cut = [
+            f"{what} of {count}"
+            for what, count in (
+                ("accumulation", self.options.accumulation),
+                ("a number of processes", self.accelerator.num_processes),
+            )
+            if count > 1
+        ]
+        parts: dict[str, Any] = {**self.distiller.terms, "task": self.distiller.task_loss}
+        for name, part in parts.items():
+            modules = part.modules() if isinstance(part, nn.Module) else ()
+            if cut and any(getattr(module, "reduction", None) == "sum" for module in modules):
+                raise ValueError(
+                    f"the term {name!r} has reduction='sum', which does not go with {' or '.join(cut)}: sums "
+                    "of parts are not averaged; take 'mean' or 'batchmean'"
+                )
+
+
+def _draws_nothing(data: Dataset[Any]) -> bool:
+    """Whether reading an item is known to draw no random numbers, so that no seeding is needed."""
+    of_class = isinstance(data, LabelledImages) and type(data).__getitem__ is LabelledImages.__getitem__
+    return of_class or type(data) is torch.utils.data.TensorDataset
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """torch takes any tensors as an optimizer's state, and fails or broadcasts in the next step."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)} for a parameter {tuple(parameter.shape)}")
 
 
 def _forget_precision(wanted: str) -> None:

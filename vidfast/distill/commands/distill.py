@@ -8,12 +8,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..registry import near_matches
 
 if TYPE_CHECKING:
     from ..data import ImageData
@@ -24,6 +24,7 @@ HELP = "train a teacher, a student alone and a student with VID-I, and compare t
 NEEDS = {
     "accelerate": "accelerate",
     "matplotlib": "matplotlib",
+    "PIL": "Pillow",
     "safetensors": "safetensors",
     "sklearn": "scikit-learn",
     "tqdm": "tqdm",
@@ -57,7 +58,13 @@ AMOUNT = _number(float, 0.0, "a number of 0 or more")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--data", default="digits", help="data set")
+    what.add_argument(
+        "--data",
+        default="digits",
+        metavar="NAME",
+        help="data set: digits, digits32, cifar10, cifar100 or folder",
+    )
+    what.add_argument("--root", type=Path, metavar="DIR", help="where the data set's files are")
     what.add_argument("--teacher", default="wrn-16-2", metavar="NAME", help="teacher network")
     what.add_argument("--student", default="wrn-10-1", metavar="NAME", help="student network")
     what.add_argument(
@@ -125,14 +132,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require_extras()
-    from ..data import DATA_SETS
+    from ..processes import one_voice
+
+    with one_voice(cpu=arguments.device == "cpu"):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ..data import DataError, load
+    from ..processes import from_main
+    from ..registry import UnknownNameError
 
     config = _config(arguments)
-    if config.data not in DATA_SETS:
-        raise UserError(f"unknown data set {config.data!r}: {near_matches(config.data, DATA_SETS)}")
-    data = DATA_SETS[config.data]()
+    try:
+        data = load(config.data, root=arguments.root)
+    except (UnknownNameError, DataError) as error:
+        raise UserError(str(error)) from error
+    # Two folders are two data sets; the name tells them apart.
+    config = replace(config, data=data.name)
     _check(config, data, arguments.device)
-    folder = _run_folder(arguments, config)
+    folder = from_main(lambda: _run_folder(arguments, config))
     try:
         _compare(arguments, config, data, folder)
     except KeyboardInterrupt:
@@ -149,6 +168,7 @@ def _compare(arguments: argparse.Namespace, config: Config, data: ImageData, fol
     from ..experiments.teacher import default_cache, trained_teacher
     from ..files import write_text
     from ..plots import accuracy_curves
+    from ..processes import is_main
     from ..report import as_text, markdown, table
 
     started = time.monotonic()
@@ -167,7 +187,8 @@ def _compare(arguments: argparse.Namespace, config: Config, data: ImageData, fol
     )
     accuracy = metrics["test_accuracy"]
     say(f"teacher {config.teacher}: test accuracy {accuracy:.1f} %{' (cached)' if cached else ''}")
-    compare.save_network(folder / "checkpoints" / "teacher.safetensors", teacher, config.teacher, data)
+    if is_main():
+        compare.save_network(folder / "checkpoints" / "teacher.safetensors", teacher, config.teacher, data)
 
     labels = {arm.name: arm.label for arm in compare.arms(config)}
 
@@ -179,7 +200,9 @@ def _compare(arguments: argparse.Namespace, config: Config, data: ImageData, fol
     with tqdm(
         total=count * arguments.steps,
         unit="step",
-        disable=True if arguments.quiet else None,  # None: no bar where stderr is no terminal
+        disable=True
+        if arguments.quiet or not is_main()
+        else None,  # None: no bar where stderr is no terminal
         dynamic_ncols=True,
         smoothing=0.05,
     ) as bar:
@@ -187,6 +210,8 @@ def _compare(arguments: argparse.Namespace, config: Config, data: ImageData, fol
             config, data, teacher, folder, resume=arguments.resume, progress=bar, each=each
         )
 
+    if not is_main():
+        return
     rows = table(compare.summaries(runs), labels, baseline="alone")
     title = f"{config.data}: {config.student} taught by {config.teacher}"
     accuracy_curves(folder / "curves.png", runs, labels, title=title, teacher_accuracy=accuracy)
@@ -201,6 +226,7 @@ def _compare(arguments: argparse.Namespace, config: Config, data: ImageData, fol
 
 def _config(arguments: argparse.Namespace) -> Config:
     from ..experiments.compare import Config, VIDOptions, tuned
+    from ..processes import process_count
     from ..trainer import TrainOptions
 
     if arguments.lr is not None and arguments.optimizer is None:
@@ -211,6 +237,12 @@ def _config(arguments: argparse.Namespace) -> Config:
         )
     if arguments.reduction == "sum" and arguments.accumulation > 1:
         raise UserError("--reduction sum does not go with --accumulation: sums of parts are not averaged")
+    if arguments.reduction == "sum" and process_count() > 1:
+        raise UserError("--reduction sum does not go with several processes: sums of parts are not averaged")
+    if arguments.batch_size < process_count():
+        raise UserError(
+            f"--batch-size {arguments.batch_size} leaves some of {process_count()} processes without images"
+        )
     every = max(1, arguments.steps // 15)
     try:
         options = TrainOptions(
@@ -219,7 +251,7 @@ def _config(arguments: argparse.Namespace) -> Config:
             weight_decay=arguments.weight_decay,
             schedule=arguments.schedule,
             eval_every=every,
-            checkpoint_every=3 * every,  # on a row of the metrics, so that a resumed run has the same rows
+            checkpoint_every=3 * every,
             accumulation=arguments.accumulation,
             mixed_precision=arguments.mixed_precision,
             channels_last=arguments.channels_last,
@@ -259,14 +291,21 @@ def _check(config: Config, data: ImageData, wanted: str) -> None:
     from ..distiller import Distiller
     from ..models import build
 
-    images = data.train.images[:2]
+    images = data.train.example()
     device = "cpu" if wanted == "cpu" or not torch.cuda.is_available() else "cuda"
     try:
         for samples in config.samples_per_class:
             samples_per_class(data.train, samples, seed=0)
         with torch.random.fork_rng():
-            shape = {"in_channels": data.in_channels, "num_classes": data.num_classes}
-            student, teacher = build(config.student, **shape), build(config.teacher, **shape)
+            student, teacher = (
+                build(
+                    name,
+                    in_channels=data.in_channels,
+                    num_classes=data.num_classes,
+                    image_size=data.image_size,
+                )
+                for name in (config.student, config.teacher)
+            )
             distiller = Distiller(student, teacher, config.vid.terms(student, teacher), example=images)
             distiller.to(device)(images.to(device), data.train.labels[:2].to(device))
     except (ValueError, RuntimeError) as error:
@@ -293,12 +332,16 @@ def _run_folder(arguments: argparse.Namespace, config: Config) -> Path:
             raise UserError(
                 f"{folder}: holds a run with other options ({', '.join(different)}); choose another --out"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    # A process killed while it wrote config.json leaves a part of it under another name.
+    elif folder.exists() and any(not path.name.startswith(".config.json.") for path in folder.iterdir()):
         raise UserError(
-            f"{folder}: is not empty; choose another --out, or --resume to continue the run in it"
+            f"{folder}: holds no run to continue (there is no config.json); choose another --out"
+            if arguments.resume
+            else f"{folder}: is not empty; choose another --out, or --resume to continue the run in it"
         )
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(written, json.dumps(config.as_json(), indent=2) + "\n")
+    (folder / "checkpoints").mkdir(exist_ok=True)
     return folder
 
 

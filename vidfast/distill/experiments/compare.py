@@ -14,13 +14,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.base import ImageData, Images, samples_per_class
+from ..data.base import ImageData, LabelledImages
+from ..data.sampling import samples_per_class
 from ..distiller import Distiller
 from ..files import replacing, write_csv
 from ..methods.base import Method
 from ..methods.vid import VID
 from ..models.base import TappedNetwork, build
-from ..trainer import Row, Trainer, TrainOptions
+from ..processes import is_main
+from ..trainer import Progress, Row, Trainer, TrainOptions
 
 Terms = Callable[[TappedNetwork, TappedNetwork], list[Method]]
 
@@ -121,11 +123,11 @@ def train_student(
     samples: int,
     seed: int,
     options: TrainOptions,
-    evaluate: Mapping[str, Images],
+    evaluate: Mapping[str, LabelledImages],
     *,
     folder: Path | None = None,
     resume: bool = False,
-    progress: bool | tqdm[Any] = False,
+    progress: bool | Progress = False,
 ) -> tuple[nn.Module, Run]:
     """Train one student. The seed sets the labelled images, the initial weights and the order.
 
@@ -134,11 +136,16 @@ def train_student(
     labelled = samples_per_class(data.train, samples, seed)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        student = build(network, in_channels=data.in_channels, num_classes=data.num_classes)
+        student = build(
+            network,
+            in_channels=data.in_channels,
+            num_classes=data.num_classes,
+            image_size=data.image_size,
+        )
         terms = [] if arm.terms is None else arm.terms(student, teacher)
         # On the CPU, where the student is: a teacher used by the arm before stands where that was trained.
         distiller = Distiller(
-            student, teacher.cpu() if terms else None, terms, example=labelled.images[:2] if terms else None
+            student, teacher.cpu() if terms else None, terms, example=labelled.example() if terms else None
         )
     trainer = Trainer(
         distiller,
@@ -186,7 +193,7 @@ def compare(
     folder: Path,
     *,
     resume: bool = False,
-    progress: bool | tqdm[Any] = False,
+    progress: bool | Progress = False,
     each: Callable[[Run], None] = lambda run: None,
 ) -> list[Run]:
     """Train every arm, M and seed; write metrics.csv and checkpoints/ in the folder.
@@ -214,9 +221,10 @@ def compare(
                     resume=resume,
                     progress=progress,
                 )
-                save_network(of_run / "student.safetensors", student, config.student, data)
                 runs.append(run)
-                write_csv(folder / "metrics.csv", [row for run in runs for row in run.rows()])
+                if is_main():
+                    save_network(of_run / "student.safetensors", student, config.student, data)
+                    write_csv(folder / "metrics.csv", [row for run in runs for row in run.rows()])
                 each(run)
     return runs
 
@@ -232,6 +240,7 @@ def save_network(path: Path, network: nn.Module, name: str, data: ImageData) -> 
         "network": name,
         "in_channels": data.in_channels,
         "num_classes": data.num_classes,
+        "image_size": data.image_size,
         "data": data.name,
     }
     # One entry, because safetensors writes several in random order, and equal runs should give equal files.

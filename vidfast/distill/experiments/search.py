@@ -22,7 +22,7 @@ from statistics import mean
 import torch
 from tqdm.auto import tqdm
 
-from ..data.base import DATA_SETS
+from ..data import load
 from ..files import write_csv
 from ..trainer import NonFiniteLossError, Row, TrainOptions
 from .compare import Arm, VIDOptions, train_student
@@ -96,7 +96,7 @@ class Search:
         self, out: Path, teacher_network: str, student_network: str, options: TrainOptions, steps_teacher: int
     ):
         self.out, self.student_network, self.options = out, student_network, options
-        self.data = DATA_SETS["digits"]()
+        self.data = load("digits")
         self.teacher, _, _ = trained_teacher(
             teacher_network,
             self.data,

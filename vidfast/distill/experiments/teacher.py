@@ -8,16 +8,15 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from ..data.base import ImageData
 from ..distiller import Distiller
 from ..files import CheckpointError, load_checkpoint, save_checkpoint
 from ..models.base import TappedNetwork, build
-from ..trainer import Row, Trainer, TrainOptions
+from ..processes import is_main
+from ..trainer import Progress, Row, Trainer, TrainOptions
 
 # Raise it when a change makes a teacher trained before differ from one trained now.
 CACHE_FORMAT = 1
@@ -53,7 +52,7 @@ def trained_teacher(
     options: TrainOptions,
     *,
     cache: Path | None,
-    progress: bool | tqdm[Any] = False,
+    progress: bool | Progress = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[TappedNetwork, Row, bool]:
     """The teacher, its last row of metrics (with test_accuracy), and whether it came from the cache.
@@ -61,17 +60,26 @@ def trained_teacher(
     Its weights start from options.seed. A damaged file in the cache is said so and replaced; a cache that
     cannot be written is said so and done without.
     """
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(options.seed)
-        teacher = build(network, in_channels=data.in_channels, num_classes=data.num_classes)
+
+    def initial() -> TappedNetwork:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(options.seed)
+            return build(
+                network,
+                in_channels=data.in_channels,
+                num_classes=data.num_classes,
+                image_size=data.image_size,
+            )
+
+    teacher = initial()
     path = None if cache is None else cache_path(cache, network, data, options)
     if path is not None and path.exists():
         try:
-            state = load_checkpoint(path, ("network", "metrics"))
-            teacher.load_state_dict(state["network"])
-            return teacher.eval(), dict(state["metrics"]), True
-        except (CheckpointError, RuntimeError) as error:
+            return _cached(path, teacher)
+        except (CheckpointError, RuntimeError, TypeError, AttributeError) as error:
             say(f"training the teacher anew, the cached one cannot be used: {str(error).splitlines()[0]}")
+            # Some of its weights may be the damaged file's.
+            teacher = initial()
     trainer = Trainer(
         Distiller(teacher),
         data.train,
@@ -82,10 +90,20 @@ def trained_teacher(
     )
     metrics = trainer.fit()[-1]
     teacher.cpu().eval()
-    if path is not None:
+    if path is not None and is_main():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_checkpoint(path, {"network": teacher.state_dict(), "metrics": metrics})
         except OSError as error:
             say(f"the teacher is not cached: {error}")
     return teacher, metrics, False
+
+
+def _cached(path: Path, teacher: TappedNetwork) -> tuple[TappedNetwork, Row, bool]:
+    """The teacher with the weights of a cached file, as `trained_teacher` returns it."""
+    state = load_checkpoint(path, ("network", "metrics"))
+    metrics = state["metrics"]
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("test_accuracy"), float):
+        raise CheckpointError(f"{path}: its metrics lack test_accuracy")
+    teacher.load_state_dict(state["network"])
+    return teacher.eval(), dict(metrics), True

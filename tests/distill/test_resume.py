@@ -1,0 +1,235 @@
+"""Checkpoints: a run killed anywhere and resumed is the uninterrupted one, and those of other runs are refused."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_networks import PAIRS, SmallNet
+from test_trainer import QUICK, assert_same, made, train
+from torch import Tensor, nn
+
+from vidfast.distill import VID, Distiller
+from vidfast.distill.data import Images
+from vidfast.distill.files import CheckpointError, load_checkpoint, save_checkpoint
+from vidfast.distill.trainer import Trainer, TrainOptions
+
+ADAMW = replace(QUICK, optimizer="adamw", lr=0.01, schedule="steps", warmup=3)
+
+
+def train_until_killed(images: Images, options: TrainOptions, folder: Path, at: int) -> None:
+    """In a process of its own, which kills itself at the `at`-th of its steps and operations on files."""
+    torch.set_num_threads(1)
+    done = 0
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return count
+
+    for module, name in ((os, "fsync"), (os, "replace"), (os, "chmod"), (Trainer, "_step"), (torch, "save")):
+        setattr(module, name, counted(getattr(module, name)))
+    train(images, options, folder, resume=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [QUICK, replace(ADAMW, checkpoint_every=3), replace(QUICK, checkpoint_every="epoch", workers=1)],
+    ids=["sgd", "off the rows", "epochs"],
+)
+def test_a_run_killed_anywhere_and_resumed_is_the_uninterrupted_one(
+    small_data: Images, tmp_path: Path, options: TrainOptions
+) -> None:
+    whole = train(small_data, options, tmp_path / "whole")
+    context, folder, killed = multiprocessing.get_context("fork"), tmp_path / "killed", 0
+    # Again and again, each process a little further: before a write, half way and after it.
+    for at in (2, 5, 6, 7, 8, 9, 10, 11, 13):
+        process = context.Process(target=train_until_killed, args=(small_data, options, folder, at))
+        process.start()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed >= 5
+    resumed = train(small_data, options, folder, resume=True)
+    assert resumed[0] == whole[0]
+    assert_same(resumed[1], whole[1])
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.pt", "metrics.csv"]
+    assert (folder / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+
+
+def test_what_is_finished_is_only_loaded(
+    small_data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(small_data, QUICK, tmp_path)
+    monkeypatch.setattr(Trainer, "_step", None)
+    finished = train(small_data, QUICK, tmp_path, resume=True)
+    assert finished[0] == whole[0]
+    assert_same(finished[1], whole[1])
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 3, 5, 7])
+def test_rows_are_the_same_wherever_the_checkpoint_was(
+    small_data: Images, tmp_path: Path, checkpoint_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part of a row's means that was gathered before the checkpoint is in it."""
+    whole = train(small_data, QUICK)
+    options = replace(QUICK, checkpoint_every=checkpoint_every)
+    original, done = Trainer._step, []
+
+    def step(self: Trainer, *args: Any) -> None:
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(1)
+        original(self, *args)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_data, options, tmp_path)
+    monkeypatch.setattr(Trainer, "_step", original)
+    rows, weights = train(small_data, options, tmp_path, resume=True)
+    assert rows == whole[0]
+    assert_same(weights, whole[1])
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == [row["loss"] for row in whole[0]]
+
+
+def test_checkpoints_of_another_run_are_refused(small_data: Images, tmp_path: Path) -> None:
+    train(small_data, QUICK, tmp_path)
+
+    def refused(reason: str, **more: Any) -> None:
+        before = (tmp_path / "checkpoint.pt").read_bytes()
+        with pytest.raises(CheckpointError, match=rf"checkpoint.pt: was trained with {reason}"):
+            train(more.pop("data", small_data), more.pop("options", QUICK), tmp_path, resume=True, **more)
+        assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+    refused("lr 0.05 and not 0.1", options=replace(QUICK, lr=0.1))
+    refused("the term 'vid' with other options", regressor="linear")
+    refused("the term 'vid' with other options", weight=3.0)
+    refused(r"the terms \['vid'\] and not \['mine'\]", name="mine")
+    refused("30 images and not 27", data=small_data.subset(torch.arange(27)))
+    refused("other images", data=Images(small_data.images + 1, small_data.labels))
+    refused("other images", data=Images(small_data.images, small_data.labels.flip(0)))
+
+
+def test_checkpoints_of_another_student_are_refused(small_data: Images, tmp_path: Path) -> None:
+    class Wider(SmallNet):
+        pass
+
+    train(small_data, QUICK, tmp_path)
+    more_classes = SmallNet(4)
+    more_classes.fc = nn.Linear(8, 4)
+    for student, reason in (
+        (Wider(4), r"student .*SmallNet and not .*Wider"),
+        (more_classes, "of another model"),
+    ):
+        distiller = Distiller(student, SmallNet(6), [VID(PAIRS)], example=small_data.images[:2])
+        with pytest.raises(CheckpointError, match=reason):
+            Trainer(distiller, small_data, QUICK, folder=tmp_path, progress=False).fit(resume=True)
+
+
+def test_where_and_how_often_may_differ(small_data: Images, tmp_path: Path) -> None:
+    whole = train(small_data, QUICK, tmp_path)
+    other = replace(QUICK, workers=1, checkpoint_every=2, check_every=3)
+    assert train(small_data, other, tmp_path, resume=True)[0] == whole[0]
+
+
+def _without_momentum(state: dict[str, Any]) -> None:
+    del state["optimizer"]["state"]
+
+
+def _other_shapes(state: dict[str, Any]) -> None:
+    state["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
+
+
+def _fewer_groups(state: dict[str, Any]) -> None:
+    state["optimizer"]["param_groups"].pop()
+
+
+def _no_optimizer(state: dict[str, Any]) -> None:
+    state["optimizer"] = 5
+
+
+def _no_scheduler(state: dict[str, Any]) -> None:
+    state["scheduler"] = None
+
+
+def _no_meter(state: dict[str, Any]) -> None:
+    state["meter"] = {"names": ["task"], "sums": torch.zeros(3), "count": 0}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_without_momentum, _other_shapes, _fewer_groups, _no_optimizer, _no_scheduler, _no_meter],
+)
+def test_a_damaged_state_of_the_training_is_a_checkpoint_error(
+    small_data: Images, tmp_path: Path, damage: Callable[[dict[str, Any]], None]
+) -> None:
+    train(small_data, QUICK, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    state = load_checkpoint(path)
+    damage(state)
+    save_checkpoint(path, state)
+    with pytest.raises(CheckpointError, match="state of the training does not fit") as caught:
+        train(small_data, QUICK, tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_file_is_named(small_data: Images, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 nonsense")
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt: damaged"):
+        train(small_data, QUICK, tmp_path, resume=True)
+    save_checkpoint(tmp_path / "checkpoint.pt", {"step": 3})
+    with pytest.raises(CheckpointError, match=r"lacks 'options', 'run'"):
+        train(small_data, QUICK, tmp_path, resume=True)
+
+
+def test_data_that_differs_at_every_reading_is_resumed(small_data: Images, tmp_path: Path) -> None:
+    """Nothing can be told of such images but their number."""
+
+    class Counting(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+        read = 0
+
+        def __len__(self) -> int:
+            return len(small_data)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            self.read += 1
+            image, label = small_data[index]
+            return image + 0.01 * self.read, label
+
+    for _ in range(2):
+        trainer = Trainer(made(small_data), Counting(), QUICK, folder=tmp_path, progress=False)
+        assert len(trainer.fit(resume=True)) == 3
+
+
+def test_terms_that_show_an_address_are_recognised(small_data: Images, tmp_path: Path) -> None:
+    class Shown(nn.Module):
+        def extra_repr(self) -> str:
+            return f"f={object()!r}"
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    def distiller() -> Distiller:
+        torch.manual_seed(3)
+
+        def regressor(s: torch.Size, t: torch.Size) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(s[1], t[1], 1), Shown())
+
+        terms = [VID(PAIRS, regressor=regressor)]
+        return Distiller(SmallNet(4), SmallNet(6), terms, example=small_data.images[:2])
+
+    for _ in range(2):
+        Trainer(distiller(), small_data, QUICK, folder=tmp_path, progress=False).fit(resume=True)

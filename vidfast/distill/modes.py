@@ -1,0 +1,68 @@
+"""What training does to the networks besides their weights: training mode, torch.compile, SyncBatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from .distiller import Distiller
+
+
+def train_mode(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
+    """Training mode for all but the frozen modules."""
+    model.train()
+    for module in frozen:
+        module.training = False
+
+
+@contextmanager
+def compiled(distiller: Distiller, how: bool | str) -> Iterator[None]:
+    """Both networks run by torch.compile during the block. how: False for not, True, or a backend's name.
+
+    The losses stay eager: there they need fewer passes over memory than in a compiled graph.
+    """
+    if not how:
+        yield
+        return
+    networks = [n for n in (distiller.student, distiller.teacher) if n is not None]
+    before = [network._compiled_call_impl for network in networks]
+    try:
+        for network in networks:
+            network.compile(backend=how if isinstance(how, str) else "inductor")
+        yield
+    finally:
+        for network, call in zip(networks, before, strict=True):
+            network._compiled_call_impl = call
+
+
+def synchronise_batchnorm(distiller: Distiller) -> None:
+    """Make the student's BatchNorm layers torch's SyncBatchNorm: statistics over the batch of all processes.
+
+    The parameters and the names in checkpoints stay the same. Raises ValueError if a term taps such a layer, or if
+    the student is one: the new layer would not have the tap.
+    """
+    student = distiller.student
+    for name, module in student.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module._forward_hooks or not name):
+            raise ValueError(
+                f"the BatchNorm layer {name!r} is tapped and would be replaced; use "
+                "torch.nn.SyncBatchNorm.convert_sync_batchnorm(student) before you make the Distiller"
+            )
+    modes = {name: module.training for name, module in student.named_modules()}
+    nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
+    for name, module in student.named_modules():
+        module.training = modes[name]
+
+
+def frozen_parts(student: nn.Module) -> list[nn.Module]:
+    """The submodules that `fit` leaves in eval mode; its text has the rule."""
+    in_eval = [module for module in student.modules() if not module.training]
+    if student.training:
+        return in_eval
+    return [
+        module
+        for module in in_eval
+        if list(module.parameters()) and not any(p.requires_grad for p in module.parameters())
+    ]
