@@ -9,7 +9,8 @@ import torch
 from bench.cases import Case
 
 # Elements of fp64 held at once: the oracle of a 51-million-element case would otherwise need gigabytes.
-CHUNK_ELEMENTS = 1 << 22
+# Temporaries of 8 MiB are also reused by malloc, where those of 32 MiB and more are fresh pages each time.
+CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)

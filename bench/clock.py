@@ -45,8 +45,8 @@ class DeviceClock:
     name = "torch.cuda.Event"
 
     def __init__(self) -> None:
-        self.start = torch.cuda.Event(enable_timing=True)
-        self.end = torch.cuda.Event(enable_timing=True)
+        self.start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
     def time(self, calls: Sequence[Call]) -> Sample:
         torch.cuda.synchronize()

@@ -66,9 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     full = config.getoption("--bench-selection") == "full"
     seconds = config.getoption("--bench-seconds")
-    budget = Budget(
-        seconds if seconds is not None else (3.0 if full else 1.5), fewest=5, most=60 if full else 30
-    )
+    budget = Budget(seconds if seconds is not None else 1.0, fewest=5, most=60 if full else 30)
     if config.getoption("--benchmark-disable"):
         budget = Budget(0.0, fewest=1, most=1, warm_ups=1)
     config.stash[MEASUREMENTS] = Measurements(budget, config.getoption("--bench-contended") == "refuse")

@@ -20,6 +20,8 @@ from vidfast.report.noise import takes_part
 # stay cold, but the code does not: after another provider's turn the first call also pays for the instruction cache.
 SHORTEST_SAMPLE = 1e-3
 MOST_CALLS = 32
+# Whole networks, and eager code over the largest maps: fewer samples, enough for quartiles and for pairs.
+SLOW_SECONDS, FEWEST_SLOW = 0.1, 3
 
 
 class Contender(Protocol):
@@ -83,7 +85,8 @@ def interleave(
     wanted, timings = [], {}
     for contender, estimate in zip(contenders, estimates, strict=True):
         calls = min(max(math.ceil(SHORTEST_SAMPLE / max(estimate, 1e-9)), 1), MOST_CALLS, most_calls)
-        wanted.append(min(max(int(share / max(estimate * calls, 1e-9)), budget.fewest), budget.most))
+        fewest = budget.fewest if estimate < SLOW_SECONDS else min(budget.fewest, FEWEST_SLOW)
+        wanted.append(min(max(int(share / max(estimate * calls, 1e-9)), fewest), budget.most))
         timings[contender.name] = Timings(calls)
     rounds = max(wanted, default=0)
     for timing in timings.values():

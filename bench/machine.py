@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 
 # A neighbour that takes more than this share of one core makes a run contended; so does a hypervisor that steals it.

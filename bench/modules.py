@@ -1,4 +1,4 @@
-"""Whole modules on the clock: VIDLoss with its regressor, and a full distillation training step.
+"""Whole modules on the clock: VIDLoss with its regressor, and full distillation training steps.
 
 The loss is a part of what a user waits for. These suites keep everything else the same and exchange only the loss, so
 that their differences are what vidfast saves end to end.
@@ -6,33 +6,47 @@ that their differences are what vidfast saves end to end.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from bench import traffic
+from bench.accuracy import Errors
 from bench.buffers import EPS, INIT_VARIANCE, Pool
 from bench.cases import Case
 from bench.clock import Call
-from bench.providers import COMPILE, DEFAULT, EAGER, LossFunction, Provider, eager_formula, save_and_return
+from bench.providers import (
+    COMPILE,
+    DEFAULT,
+    EAGER,
+    LossFunction,
+    Provider,
+    eager_formula,
+    row_name,
+)
 from bench.record import Measurable
 
-FREE_LOSS = "free loss"
-# A training step: the teacher, the student, the layers tapped in both, the images' side.
-CIFAR_STEP = ("wrn-40-2", "wrn-16-1", ("stem", "group1", "group2", "group3"), 32)
+COMPILED_DEFAULT = "vidfast compiled"
+FAMILIES = {EAGER: "eager", COMPILE: "compile", DEFAULT: "vidfast", COMPILED_DEFAULT: "vidfast"}
+Exact = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class EagerVIDLoss(nn.Module):
-    """The regressor of `vidfast.VIDLoss`, and then the eager formula."""
+    """The VIDLoss of the public repositories: three 1x1 convolutions with ReLU between, and then the eager formula."""
 
     def __init__(self, case: Case, student_channels: int) -> None:
         super().__init__()
         import vidfast
 
-        whole = vidfast.VIDLoss(student_channels, 2 * case.channels, case.channels, INIT_VARIANCE, EPS)
+        whole = vidfast.VIDLoss(
+            student_channels, 2 * case.channels, case.channels, INIT_VARIANCE, EPS, inplace=False
+        )
         self.regressor, self.log_scale = whole.regressor, whole.log_scale
         self.formula = eager_formula(case)
 
@@ -41,36 +55,77 @@ class EagerVIDLoss(nn.Module):
 
 
 class ModuleContender:
-    """A module's forward and backward to all of its parameters. `step` is made ready by whoever builds it."""
+    """A module's forward and backward to all of its parameters. `step` is made ready by whoever builds it.
 
-    incoming = 1.0
+    `outputs`, where given, are what a step left behind beside its loss: d student and d alpha, for the comparison with
+    `exact`, the same numbers from fp64.
+    """
 
-    def __init__(self, name: str, module: nn.Module, step: Callable[[], torch.Tensor]) -> None:
-        self.name, self.module, self.step = name, module, step
-        family = {EAGER: "eager", COMPILE: "compile", DEFAULT: "vidfast"}.get(name, "floor")
-        self.provider = Provider(name, family, eager_formula, compared=False)
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        step: Callable[[], torch.Tensor],
+        incoming: float,
+        outputs: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        exact: Callable[[], Exact] | None = None,
+        watch: LossWatch | None = None,
+    ) -> None:
+        self.watch, self.loss_seconds = watch, list[float]()
+        self.module, self.step, self.incoming = module, step, incoming
+        self.outputs, self.exact = outputs, exact
+        self.provider = Provider(name, FAMILIES.get(name, "floor"), eager_formula, compared=False)
+        self.name = row_name(self.provider, incoming)
 
     def prepare(self) -> Call:
         self.module.zero_grad(set_to_none=True)
-        step = self.step
+        step, incoming = self.step, self.incoming
 
         def run() -> object:
             loss = step()
-            loss.backward()  # type: ignore[no-untyped-call]
-            return None
+            gradient = None if incoming == 1.0 else torch.full_like(loss, incoming)
+            loss.backward(gradient)  # type: ignore[no-untyped-call]
+            if self.watch is not None:
+                self.loss_seconds.append(self.watch.seconds)
+            return loss.detach()
 
         return run
 
     def finish(self) -> None:
         """Parameters get no update, so there is nothing to undo."""
 
+    def part_seconds(self, samples: int) -> float | None:
+        """The median of what the losses took in the last `samples` steps."""
+        return statistics.median(self.loss_seconds[-samples:]) if self.loss_seconds else None
+
     def traffic(self) -> traffic.Traffic | None:
         """Convolutions reuse what they read: a count of bytes would say nothing."""
         return None
 
+    def errors(self) -> Errors | None:
+        """Of the loss, of d student (as grad_mean) and d alpha, each over the largest of its exact values."""
+        if self.outputs is None or self.exact is None:
+            return None
+        loss = self.prepare()()
+        assert isinstance(loss, torch.Tensor)
+
+        def against(found: torch.Tensor, exact: torch.Tensor, factor: float) -> float:
+            wanted = factor * exact
+            return float((found.double() - wanted).abs().max() / wanted.abs().max())
+
+        student, alpha = self.outputs()
+        exact_loss, exact_student, exact_alpha = self.exact()
+        return Errors(
+            against(loss, exact_loss, 1.0),
+            against(student, exact_student, self.incoming),
+            against(alpha, exact_alpha, self.incoming),
+        )
+
 
 class Built(Protocol):
-    def __call__(self, case: Case, pool: Pool) -> ModuleContender: ...
+    """Makes a module for a case; what comes back puts it on the clock at an incoming gradient."""
+
+    def __call__(self, case: Case, pool: Pool) -> Callable[[float], ModuleContender]: ...
 
 
 @dataclass(frozen=True)
@@ -87,35 +142,71 @@ class ModuleSuite:
         return self.cases(self.name, self.full, self.device)
 
     def names(self, case: Case) -> list[str]:
-        return [name for name in self.builders if name not in case.skip]
+        rows = (name for name in self.builders if name not in case.skip)
+        return [row_of(name, incoming) for name in rows for incoming in case.gradients]
 
     def contenders(
         self, case: Case, pool: Pool, names: list[str]
     ) -> Iterator[tuple[str, Measurable | Exception]]:
-        for name in names:
+        for name, built in self.builders.items():
+            wanted = [incoming for incoming in case.gradients if row_of(name, incoming) in names]
+            if not wanted:
+                continue
             try:
-                yield name, self.builders[name](case, pool)
+                made = built(case, pool)
             except Exception as failure:
-                yield name, failure
+                yield from ((row_of(name, incoming), failure) for incoming in wanted)
+                continue
+            for incoming in wanted:
+                yield row_of(name, incoming), made(incoming)
+
+
+def row_of(name: str, incoming: float) -> str:
+    return row_name(Provider(name, "", eager_formula), incoming)
+
+
+def student_of(case: Case) -> torch.Tensor:
+    """The student's feature that goes with the case's tensor, the teacher's."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (case.shape[0], int(str(case.extra["student_channels"])), *case.shape[2:])
+    return torch.randn(shape, generator=generator).to(case.device, case.dtype)
+
+
+def vid_loss_of(case: Case, name: str) -> nn.Module:
+    """The module of a row. All have the same weights."""
+    import vidfast
+
+    torch.manual_seed(0)
+    channels = int(str(case.extra["student_channels"]))
+    if name in (EAGER, COMPILE):
+        module: nn.Module = EagerVIDLoss(case, channels)
+    else:
+        module = vidfast.VIDLoss(channels, 2 * case.channels, case.channels, INIT_VARIANCE, EPS)
+    return module.to(case.device, case.dtype)
+
+
+@lru_cache(maxsize=1)
+def exact_vid_loss(case: Case, target: torch.Tensor) -> Exact:
+    """Loss, d student and d alpha of the case in fp64."""
+    module = vid_loss_of(case, EAGER).double()
+    student = student_of(case).double().requires_grad_()
+    loss = module(student, target.double())
+    loss.backward()
+    assert student.grad is not None
+    alpha = module.log_scale
+    assert isinstance(alpha, nn.Parameter)
+    assert alpha.grad is not None
+    return loss.detach(), student.grad, alpha.grad
 
 
 def vid_loss(name: str) -> Built:
     """VIDLoss of one layer pair: the gradient reaches the student's feature and the regressor."""
 
-    def build(case: Case, pool: Pool) -> ModuleContender:
-        import vidfast
-
-        torch.manual_seed(0)
-        channels = int(str(case.extra["student_channels"]))
-        shape = (case.shape[0], channels, *case.shape[2:])
-        student = torch.randn(shape, device=case.device).to(case.dtype).requires_grad_()
-        module: nn.Module = EagerVIDLoss(case, channels)
-        if name == DEFAULT:
-            module = vidfast.VIDLoss(channels, 2 * case.channels, case.channels, INIT_VARIANCE, EPS)
-        module = module.to(case.device, case.dtype)
+    def build(case: Case, pool: Pool) -> Callable[[float], ModuleContender]:
+        module = vid_loss_of(case, name)
+        student = student_of(case).requires_grad_()
         called: Any = module
-        if name == COMPILE:
-            torch.compiler.reset()
+        if name in (COMPILE, COMPILED_DEFAULT):
             called = torch.compile(module, dynamic=False, fullgraph=True)
 
         def step() -> torch.Tensor:
@@ -123,52 +214,122 @@ def vid_loss(name: str) -> Built:
             loss: torch.Tensor = called(student, pool.take().target)
             return loss
 
-        return ModuleContender(name, module, step)
+        def outputs() -> tuple[torch.Tensor, torch.Tensor]:
+            alpha = module.log_scale
+            assert isinstance(alpha, nn.Parameter)
+            assert student.grad is not None
+            assert alpha.grad is not None
+            return student.grad, alpha.grad
+
+        def exact() -> Exact:
+            return exact_vid_loss(case, pool.slots[0].target)
+
+        return lambda incoming: ModuleContender(name, module, step, incoming, outputs, exact)
 
     return build
 
 
-def exchange_losses(distiller: nn.Module, formula: Callable[[Case], LossFunction]) -> None:
-    """Put another loss in the place of every GaussianNLL of a Distiller, with the same alpha."""
+class LossWatch:
+    """Seconds that the likelihoods of a step take, forward and backward, measured inside of the step.
+
+    The difference between two whole steps would drown in their spread. Autograd runs the nodes made last first, so all
+    that runs in backward between a loss and its mean is that loss's own.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self.started = 0.0
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.seconds += time.perf_counter() - self.started
+
+
+class StopsInBackward(torch.autograd.Function):
+    """The mean on its way into a loss: in backward its gradient is the loss's last result."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: torch.Tensor, watch: LossWatch) -> torch.Tensor:
+        ctx.watch = watch
+        return mean.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.watch.stop()
+        return grads[0], None
+
+
+class StartsInBackward(torch.autograd.Function):
+    """The loss on its way out."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, watch: LossWatch) -> torch.Tensor:
+        ctx.watch = watch
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.watch.start()
+        return grads[0], None
+
+
+def watch_losses(distiller: nn.Module, formula: Callable[[Case], LossFunction] | None) -> LossWatch:
+    """Time every GaussianNLL of a Distiller, after putting another formula in its place where one is given."""
     import vidfast
 
+    watch = LossWatch()
     for module in distiller.modules():
         if isinstance(module, vidfast.GaussianNLL):
 
-            def forward(mean: torch.Tensor, target: torch.Tensor, own: Any = module) -> torch.Tensor:
-                case = Case("", tuple(mean.shape), mean.dtype, device=str(mean.device))
-                loss: torch.Tensor = own.weight * formula(case)(mean, target, own.alpha)
-                return loss
+            def forward(
+                mean: torch.Tensor, target: torch.Tensor, own: Any = module, ours: Any = module.forward
+            ) -> torch.Tensor:
+                mean = StopsInBackward.apply(mean, watch)  # type: ignore[no-untyped-call]
+                watch.start()
+                if formula is None:
+                    loss = ours(mean, target)
+                else:
+                    case = Case("", tuple(mean.shape), mean.dtype, device=str(mean.device))
+                    loss = own.weight * formula(case)(mean, target, own.alpha)
+                watch.stop()
+                whole: torch.Tensor = StartsInBackward.apply(loss, watch)  # type: ignore[no-untyped-call]
+                return whole
 
             module.forward = forward  # type: ignore[method-assign]
+    return watch
 
 
 def training_step(name: str) -> Built:
     """Teacher, student, taps, regressors, losses and backward; no optimizer, which is the same for all."""
 
-    def build(case: Case, pool: Pool) -> ModuleContender:
+    def build(case: Case, pool: Pool) -> Callable[[float], ModuleContender]:
         from vidfast.distill.distiller import Distiller
         from vidfast.distill.methods.vid import VID
-        from vidfast.distill.models.wrn import wrn
+        from vidfast.distill.models import build as network
 
         torch.manual_seed(0)
-        teacher_name, student_name, taps, side = CIFAR_STEP
-        teacher, student = (wrn(size.removeprefix("wrn-"), 3, 10) for size in (teacher_name, student_name))
+        facts = case.extra
+        side, classes = int(str(facts["side"])), int(str(facts["classes"]))
+        teacher, student = (
+            network(str(facts[role]), in_channels=3, num_classes=classes, image_size=(side, side))
+            for role in ("teacher", "student")
+        )
         images = torch.randn(case.shape[0], 3, side, side, device=case.device)
-        labels = torch.randint(0, 10, (case.shape[0],), device=case.device)
-        terms = [VID(pairs={tap: tap for tap in taps}, weight=1.0)]
+        labels = torch.randint(0, classes, (case.shape[0],), device=case.device)
+        terms = [VID(pairs={tap: tap for tap in student.taps}, regressor=str(facts["regressor"]), weight=1.0)]
         distiller = Distiller(student, teacher, terms=terms, example=images[:2]).to(case.device).train()
-        if name != DEFAULT:
-            exchange_losses(distiller, eager_formula if name == EAGER else save_and_return)
+        watch = watch_losses(distiller, eager_formula if name == EAGER else None)
 
         def step() -> torch.Tensor:
+            watch.seconds = 0.0
             loss: torch.Tensor = distiller(images, labels).loss
             return loss
 
-        return ModuleContender(name, distiller, step)
+        return lambda incoming: ModuleContender(name, distiller, step, incoming, watch=watch)
 
     return build
 
 
-VID_LOSS = {name: vid_loss(name) for name in (EAGER, COMPILE, DEFAULT)}
-TRAINING_STEP = {name: training_step(name) for name in (FREE_LOSS, EAGER, DEFAULT)}
+VID_LOSS = {name: vid_loss(name) for name in (EAGER, COMPILE, DEFAULT, COMPILED_DEFAULT)}
+TRAINING_STEP = {name: training_step(name) for name in (EAGER, DEFAULT)}

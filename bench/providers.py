@@ -67,8 +67,6 @@ def torch_loss(case: Case) -> LossFunction:
 
 def compiled(mode: str | None) -> Callable[[Case], LossFunction]:
     def build(case: Case) -> LossFunction:
-        # One graph a case: past eight recompilations of the same code dynamo would quietly fall back to eager.
-        torch.compiler.reset()
         loss: LossFunction = torch.compile(eager_formula(case), dynamic=False, fullgraph=True, mode=mode)
         return loss
 
@@ -115,7 +113,7 @@ def save_and_return(case: Case) -> LossFunction:
     del case
 
     def loss(mean: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = SaveAndReturn.apply(mean, target, alpha)
+        result: torch.Tensor = SaveAndReturn.apply(mean, target, alpha)  # type: ignore[no-untyped-call]
         return result
 
     return loss
@@ -159,12 +157,12 @@ class StepContender:
         slot = self.pool.take()
         if self.provider.writes_mean:
             self.used.append(slot)
-        mean: torch.Tensor = Produce.apply(self.anchor, slot.mean)
+        mean: torch.Tensor = Produce.apply(self.anchor, slot.mean)  # type: ignore[no-untyped-call]
         target, alpha, function = slot.target, self.pool.alpha, self.function
         if self.incoming != 1.0 and self.gradient is None:
             loss = function(mean, target, alpha)
             self.gradient = torch.full_like(loss.detach(), self.incoming)
-            mean = Produce.apply(self.anchor, slot.mean)
+            mean = Produce.apply(self.anchor, slot.mean)  # type: ignore[no-untyped-call]
             if self.provider.writes_mean:
                 self.pool.restore(slot)
         gradient = self.gradient
@@ -249,7 +247,7 @@ class ReplayContender:
             inner.provider.build,
             inner.provider.strategy,
         )
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):

@@ -12,12 +12,12 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from bench import memory, traffic
-from bench.accuracy import Oracle
+from bench.accuracy import Errors, Oracle
 from bench.buffers import EPS, Pool
 from bench.cases import DTYPE_NAMES, Case
 from bench.clock import clock_for
@@ -47,6 +47,15 @@ class Measurable(Contender, Protocol):
     incoming: float
 
     def traffic(self) -> traffic.Traffic | None: ...
+
+
+@runtime_checkable
+class WholeModule(Protocol):
+    """A contender that knows its own exact answer, and which part of its time the loss took."""
+
+    def errors(self) -> Errors | None: ...
+
+    def part_seconds(self, samples: int) -> float | None: ...
 
 
 @dataclass
@@ -81,6 +90,9 @@ def thread_count(threads: int | None) -> Iterator[None]:
 
 def measure(case: Case, suite: Opener, names: list[str], budget: Budget) -> dict[str, Row]:
     """Measure the named contenders of a case, interleaved. A contender that raises has its exception in its row."""
+    # One graph a case: past eight recompilations of the same code dynamo would quietly fall back to eager.
+    if any("compile" in name for name in names):
+        torch.compiler.reset()
     with thread_count(case.threads):
         pool = Pool(case)
         clock = clock_for(case.device)
@@ -110,6 +122,8 @@ def measure(case: Case, suite: Opener, names: list[str], budget: Budget) -> dict
             assert row.info is not None
             row.info |= {"load": window.load.as_dict(), "slots": len(pool.slots), "cold": pool.cold}
             row.info["timer"] = clock.name
+            if isinstance(contender, WholeModule):
+                row.info["loss_seconds"] = contender.part_seconds(len(row.timings.samples))
         add_rates(case, rows)
     return rows
 
@@ -118,8 +132,16 @@ def beside_the_time(case: Case, contender: Measurable, oracle: Oracle) -> dict[s
     """Everything of a row that is not its time: traffic, memory, error."""
     moved = contender.traffic()
     contender.finish()
-    peak = memory.peak_extra_bytes(contender.prepare(), case.device)
+    call, results = contender.prepare(), list[Any]()
+    peak = memory.peak_extra_bytes(lambda: results.append(call()), case.device)
+    error: Errors | None = None
+    if contender.provider.compared:
+        loss, grads = results.pop()
+        error = oracle.errors(loss, grads, contender.incoming)
+        del loss, grads
     contender.finish()
+    if isinstance(contender, WholeModule):
+        error = contender.errors()
     info: dict[str, Any] = {
         "suite": case.suite,
         "case": case.title,
@@ -142,18 +164,9 @@ def beside_the_time(case: Case, contender: Measurable, oracle: Oracle) -> dict[s
     if torch.device(case.device).type == "cuda":
         info["launches"] = memory.kernel_launches(contender.prepare())
         contender.finish()
-    if contender.provider.compared:
-        info["error"] = error_of(contender, oracle)
+    if error is not None:
+        info["error"] = error.as_dict()
     return info
-
-
-def error_of(contender: Measurable, oracle: Oracle) -> dict[str, float | None]:
-    """Run a contender once more and compare its loss and gradients with the oracle."""
-    result: Any = contender.prepare()()
-    loss, grads = result
-    errors = oracle.errors(loss, grads, contender.incoming).as_dict()
-    contender.finish()
-    return errors
 
 
 def add_rates(case: Case, rows: dict[str, Row]) -> None:
@@ -174,8 +187,9 @@ def add_rates(case: Case, rows: dict[str, Row]) -> None:
         if copy_rate is not None and gb_per_s is not None:
             info["copy_gb_per_s"] = copy_rate
             info["share_of_copy"] = gb_per_s / copy_rate
-        if torch.device(case.device).type == "cuda":
-            info["host_seconds"] = statistics.median(sample.host_seconds for sample in row.timings.samples)
+        # On the CPU the host computes: all of the time is its own, and nothing is launched.
+        info.setdefault("launches", 0)
+        info["host_seconds"] = statistics.median(sample.host_seconds for sample in row.timings.samples)
         for key, baseline in (("times_eager", EAGER), ("times_compile", COMPILE)):
             # The same incoming gradient: a step with g = 1 is held against an eager step with g = 1.
             against = find_baseline(done, baseline, info["incoming_gradient"])

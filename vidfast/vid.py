@@ -45,6 +45,31 @@ def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return pooled(student), pooled(teacher)
 
 
+# From this size of its widest activation on, a stack of 1x1 convolutions is faster in channels_last on the CPU: oneDNN
+# need not reorder it, and reordering takes fresh memory (docs/kernel-notes.md, "Regressors").
+_LARGE_ACTIVATION = 16 << 20
+
+
+def lay_out_for(regressor: nn.Module, student: Tensor) -> Tensor:
+    """`student` in the memory format in which a stack of 1x1 convolutions runs faster; its values are the same.
+
+    That is channels_last for large fp32 maps on the CPU; anything else is handed back as it came. The gradient
+    arrives in the format that the regressor was given, which autograd accepts from anybody.
+
+    :param regressor: what will be applied to it; the widest convolution directly inside decides.
+    :param student: (B, C, H, W), or any other tensor, which is handed back.
+    """
+    if student.dim() != 4 or not student.is_cpu or student.dtype != torch.float32:
+        return student
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return student
+    widths = [part.out_channels for part in regressor.children() if type(part) is nn.Conv2d]
+    positions = student.shape[0] * student.shape[2] * student.shape[3]
+    if len(widths) < 2 or 4 * positions * max(widths) < _LARGE_ACTIVATION:
+        return student
+    return student.contiguous(memory_format=torch.channels_last)
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody's forward hook sees, and may keep, what the module or a part of it returns."""
     return any(part._forward_hooks for part in module.modules())
@@ -63,8 +88,9 @@ class VIDLoss(nn.Module):
     :param init_pred_var: the initial variance of every channel.
     :param weight: a factor of the loss; in here it costs nothing.
     :param reduction: "mean", "sum" or "batchmean", as in :func:`vidfast.gaussian_nll`.
-    :param inplace: the gradient is written over the regressor's output, which nothing is allocated for. Whoever
-        keeps that output would find a gradient in it; a regressor with forward hooks is therefore left alone.
+    :param inplace: the gradient is written over the regressor's output, and its ReLUs over their inputs, which
+        nothing is allocated for. Whoever keeps such a tensor would find other values in it; a regressor with
+        forward hooks is therefore left alone.
     :raises ValueError: init_pred_var <= eps, or an unknown name.
     """
 
@@ -97,11 +123,12 @@ class VIDLoss(nn.Module):
         dispatch.check_name(backend)
         self.regressor = nn.Sequential(
             nn.Conv2d(num_input_channels, num_mid_channel, 1, bias=False),
-            nn.ReLU(),
+            nn.ReLU(inplace),
             nn.Conv2d(num_mid_channel, num_mid_channel, 1, bias=False),
-            nn.ReLU(),
+            nn.ReLU(inplace),
             nn.Conv2d(num_mid_channel, num_target_channels, 1, bias=False),
         )
+        self._rectifiers = tuple(part for part in self.regressor if isinstance(part, nn.ReLU))
         alpha = check_initial_variance("init_pred_var", init_pred_var, eps)
         self.log_scale = nn.Parameter(torch.full((num_target_channels,), alpha, dtype=torch.float32))
         self.num_input_channels = num_input_channels
@@ -143,7 +170,11 @@ class VIDLoss(nn.Module):
         if student.dim() != 4:  # a 1x1 convolution does not mind how positions are arranged
             student = student.flatten(2).unsqueeze(-1) if student.dim() > 2 else student[:, :, None, None]
             teacher = teacher.flatten(2).unsqueeze(-1) if teacher.dim() > 2 else teacher[:, :, None, None]
-        mean = self.regressor(student)
+        inplace = self.inplace and not is_watched(self.regressor)
+        for rectifier in self._rectifiers:
+            if rectifier.inplace != inplace:
+                rectifier.inplace = inplace
+        mean = self.regressor(lay_out_for(self.regressor, student))
         return gaussian_nll(
             mean,
             teacher,
@@ -152,7 +183,7 @@ class VIDLoss(nn.Module):
             reduction=self.reduction,
             weight=self.weight,
             # mean is the output of our own convolution, which does not read it in backward
-            inplace=self.inplace and not is_watched(self.regressor),
+            inplace=inplace,
             backend=self.backend,
         )
 

@@ -38,11 +38,13 @@ void store_scalar(void* base, DType t, int64_t i, double x) {
 
 // Exponentials and logarithms of this many channels pay for a task of their own.
 constexpr int64_t kChannelsPerTask = 128;
+// What one thread does while another wakes up.
+constexpr int64_t kChannelsAsleep = 2048;
 
 template <class F>
 void for_channels(int64_t channels, int threads, const F& f) {
   const int64_t tasks = (channels + kChannelsPerTask - 1) / kChannelsPerTask;
-  parallel_for(tasks, threads, [&](int64_t task) {
+  parallel_for(tasks, worth_waking(threads, channels, kChannelsAsleep), [&](int64_t task) {
     const int64_t end = std::min(channels, (task + 1) * kChannelsPerTask);
     for (int64_t c = task * kChannelsPerTask; c < end; ++c) f(c);
   });
@@ -159,10 +161,11 @@ void scale(const void* g, DType g_dtype, int64_t outer, int64_t row, const View&
     outer = 1;
   }
   constexpr int64_t kPiece = 16384;
+  constexpr int64_t kScaledAsleep = 300000;  // what one thread scales while another wakes up
   const int64_t pieces = (row + kPiece - 1) / kPiece;
   const auto kernel = active_kernels().scale[static_cast<int>(src.dtype)];
   const int64_t size = size_of(src.dtype);
-  if (outer * row < 32768) threads = 1;
+  threads = outer * row < 32768 ? 1 : worth_waking(threads, outer * row, kScaledAsleep);
   parallel_for(outer * pieces, threads, [&](int64_t task) {
     const int64_t begin = task % pieces * kPiece;
     const auto at = [&](const View& v) {

@@ -21,6 +21,8 @@ constexpr int64_t kNarrowRow = 256;
 constexpr int64_t kStreamRun = 4096;
 // Below this size a second thread costs more than it brings.
 constexpr int64_t kSerial = 32768;
+// What one thread sweeps while another wakes up.
+constexpr int64_t kAsleep = 200000;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -165,7 +167,8 @@ void sweep(const Problem& whole, const Sweep& s, int threads) {
     p.inner *= p.outer;
     p.outer = 1;
   }
-  if (p.outer * p.channels * p.inner < kSerial) threads = 1;
+  const int64_t elements = p.outer * p.channels * p.inner;
+  threads = elements < kSerial ? 1 : worth_waking(threads, elements, kAsleep);
   const Kernels& kernels = active_kernels().pair[static_cast<int>(p.mean.dtype)][static_cast<int>(p.target.dtype)];
   if (p.inner >= kSmallPlane || p.channels == 1) {
     sweep_planes(p, s, kernels, threads);

@@ -4,10 +4,12 @@
 #include "threads.h"
 
 #include <dlfcn.h>
+#include <strings.h>
 #ifdef __linux__
 #include <link.h>
 #endif
 
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <string>
@@ -86,6 +88,15 @@ void enter(void* data) {
 }
 
 }  // namespace
+
+bool threads_sleep() {
+  // read once, as the OpenMP runtime does
+  static const bool sleep = [] {
+    const char* policy = std::getenv("OMP_WAIT_POLICY");
+    return policy != nullptr && strcasecmp(policy, "passive") == 0;
+  }();
+  return sleep;
+}
 
 const char* openmp_runtime() { return runtime().name.c_str(); }
 

@@ -7,6 +7,16 @@ namespace vidfast::cpu {
 
 const char* openmp_runtime();
 
+// Whether threads sleep while they wait (OMP_WAIT_POLICY=passive): waking one then takes some 80 us.
+bool threads_sleep();
+
+// How many threads a region deserves: one where the others would not be awake before it was done. `work` and `asleep`
+// are in elements: what the region has, and what one thread does while another wakes. Of T threads the break-even
+// is at asleep * T / (T - 1).
+inline int worth_waking(int threads, int64_t work, int64_t asleep) {
+  return threads > 1 && threads_sleep() && work * (threads - 1) < asleep * threads ? 1 : threads;
+}
+
 namespace detail {
 void run(void (*body)(void*, int, int), void* context, int threads);
 }

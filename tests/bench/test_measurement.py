@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,18 @@ from bench.clock import ProcessorClock
 from bench.interleave import Budget, interleave
 from bench.kernels import INTO_BUFFER, PASSES_OF, KernelContender, extents
 from bench.memory import peak_extra_bytes
-from bench.providers import CopyContender, StepContender, baselines, vidfast_providers
-from vidfast import gaussian_nll
+from bench.modules import VID_LOSS, student_of, watch_losses
+from bench.providers import (
+    DEFAULT,
+    EAGER,
+    CopyContender,
+    LossFunction,
+    StepContender,
+    baselines,
+    eager_formula,
+    vidfast_providers,
+)
+from vidfast import GaussianNLL, gaussian_nll
 
 SMALL = Case("test", (6, 5, 4, 3), cold=False)
 LAYOUTS = [
@@ -54,7 +65,9 @@ def test_a_slow_contender_sits_out_rounds_evenly() -> None:
     budget = Budget(2.0, fewest=5, most=20)
     timings = interleave(contenders, ProcessorClock(), budget, [10.0, 0.01], 1)
     assert len(timings["fast"].samples) == 20
-    assert timings["slow"].rounds == [3, 7, 11, 15, 19]
+    assert timings["slow"].rounds == [6, 13, 19], "three of a call of seconds, five of a quicker one"
+    quicker = interleave(contenders, ProcessorClock(), Budget(0.02, fewest=5, most=20), [0.09, 1e-3], 1)
+    assert quicker["slow"].rounds == [1, 3, 5, 7, 9]
 
 
 def test_a_sample_never_has_more_calls_than_buffers() -> None:
@@ -152,6 +165,57 @@ def test_the_kernels_alone_compute_the_loss(case: Case, name: str) -> None:
     assert all(torch.equal(slot.mean, pool.pristine) for slot in pool.slots)
     if name == INTO_BUFFER:
         assert result[1][0].data_ptr() not in {slot.mean.data_ptr() for slot in pool.slots}
+
+
+@pytest.mark.parametrize("name", [EAGER, DEFAULT])
+@pytest.mark.parametrize("incoming", [1.0, 0.37])
+def test_vid_loss_rows_know_their_error(name: str, incoming: float) -> None:
+    case = Case("test", (2, 6, 5, 4), cold=False, note="from 3", extra={"student_channels": 3})
+    contender = VID_LOSS[name](case, Pool(case))(incoming)
+    errors = contender.errors()
+    assert errors is not None
+    assert max(errors.loss, errors.grad_mean or 0, errors.grad_alpha or 0) < 1e-5
+    contender.incoming = 2 * incoming
+    contender.step = lambda: 2 * contender.module(student_of(case), Pool(case).slots[0].target)
+    wrong = contender.errors()
+    assert wrong is not None
+    assert wrong.loss > 0.5, "the comparison can fail"
+
+
+def test_the_losses_of_a_step_are_clocked_forward_and_backward() -> None:
+    """One likelihood sleeps in both directions, behind one that does not; nothing else of the step is counted."""
+
+    class Sleep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.02)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.03)
+            return grads[0]
+
+    def sleepy(case: Case) -> LossFunction:
+        slow = case.channels == 3
+        formula = eager_formula(case)
+
+        def loss(mean: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+            return formula(Sleep.apply(mean) if slow else mean, target, alpha)  # type: ignore[no-untyped-call]
+
+        return loss
+
+    likelihoods = torch.nn.ModuleList([GaussianNLL(3), GaussianNLL(4)])
+    plain = [torch.randn(2, n, 5, requires_grad=True) for n in (3, 4)]
+    watch = watch_losses(likelihoods, sleepy)
+    total = sum(
+        nll(Sleep.apply(x), torch.randn(x.shape))  # type: ignore[no-untyped-call]
+        for nll, x in zip(likelihoods, plain, strict=True)
+    )
+    assert isinstance(total, torch.Tensor)
+    total.backward()  # type: ignore[no-untyped-call]
+    assert 0.05 <= watch.seconds < 0.1, "the producers' own sleep, another 0.1 s, is not the losses'"
+    assert all(x.grad is not None for x in plain)
 
 
 def test_the_copy_is_undone() -> None:

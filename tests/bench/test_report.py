@@ -50,7 +50,7 @@ def test_a_page_has_machine_ratios_and_figures(store: Store, tmp_path: Path) -> 
     assert [cell.strip() for cell in line.split("|")][-5:-1] == ["9.00x", "3.00x", "18.0x", "6.00x"]
     assert "Nowhere, beyond the noise." in text
     html = (out / "report.html").read_text()
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == 4
     assert not re.search(r'(src|href)="?https?://', html), "a page that needs nothing else"
     for name in re.findall(r"\]\((.*?\.svg)\)", text):
         assert (out / name).read_text().startswith("<svg")
@@ -146,6 +146,32 @@ def test_readme_names_the_gpu_instead_of_calling_it_pending(store: Store) -> Non
     run = load(store("gpu", step(), gpu={"name": "GPU Y", "memory_bytes": 1 << 34, "capability": "9.0"}))
     assert "**GPU Y**" in readme.block([run])
     assert "pending" not in readme.block([run])
+
+
+def test_readme_says_what_sleeping_threads_cost_instead_of_a_second_table(store: Store) -> None:
+    spinning = load(store("spinning", step(ours=1e-3)))
+    stored = store("sleeping", step(ours=1.5e-3))
+    text = stored.read_text().replace(
+        '"torch_threads": 2', '"environment": {"OMP_WAIT_POLICY": "PASSIVE"}, "torch_threads": 2'
+    )
+    stored.write_text(text)
+    block = readme.block([spinning, load(stored)])
+    assert "take 1.50 to 1.50 times as long (median 1.50, 1 shapes)" in block
+    assert block.count("| eager |") == 1
+    assert readme.block([load(stored)]).count("| eager |") == 1, "alone it gets its table"
+
+
+def test_a_training_step_shows_what_of_it_the_losses_take(store: Store, tmp_path: Path) -> None:
+    rows = [
+        stored_row("eager", samples(2.0), suite="training step", loss_seconds=0.5),
+        stored_row("vidfast default", samples(1.6), suite="training step", loss_seconds=0.016),
+    ]
+    assert main([str(store("run", rows)), "--output", str(tmp_path)]) == 0
+    lines = [line for line in page_of(tmp_path).splitlines() if line.startswith("| 8x4x2x2 float32 |")]
+    assert [[cell.strip() for cell in line.split("|")][6:9] for line in lines] == [
+        ["500 ms", "25.0%", ""],
+        ["16.0 ms", "1.0%", "1.25x"],
+    ]
 
 
 @pytest.mark.parametrize(

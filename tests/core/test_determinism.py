@@ -19,14 +19,16 @@ from torch import Tensor
 
 import vidfast
 
+# Large enough to wake other threads for, even where these sleep while they wait.
 PROBLEMS = (
-    Case("planes", "many tasks of planes", (9, 33, 41, 17)),
-    Case("one plane", "many pieces of one plane", (1, 1, 300_007)),
-    Case("rows", "many row blocks and column tiles", (301, 1027)),
-    Case("narrow rows", "joined rows and a tail", (40_003, 12)),
-    Case("small planes", "rows of small planes", (160, 64, 3, 3)),
-    Case("channels_last", "a long column reduction", (4, 48, 40, 40), mean_layout="channels_last"),
-    Case("slice", "rows that are not back to back", (501, 130), mean_layout="batch_slice"),
+    Case("planes", "many tasks of planes", (27, 33, 41, 17)),
+    Case("one plane", "many pieces of one plane", (1, 1, 600_011)),
+    Case("rows", "many row blocks and column tiles", (601, 1027)),
+    Case("many channels", "channels enough for threads of their own", (130, 5003)),
+    Case("narrow rows", "joined rows and a tail", (50_003, 12)),
+    Case("small planes", "rows of small planes", (900, 64, 3, 3)),
+    Case("channels_last", "a long column reduction", (8, 48, 40, 40), mean_layout="channels_last"),
+    Case("slice", "rows that are not back to back", (4001, 130), mean_layout="batch_slice"),
 )
 
 

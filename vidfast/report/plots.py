@@ -138,21 +138,25 @@ def line(axes: Any, rows: list[Row], rates: Iterable[float | None], **style: Any
     axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1.2, markersize=5, **style)
 
 
-def ratios(run: Run, plt: Any) -> Figure | None:
-    """How many times faster than eager each provider is, case by case, with quartiles."""
-    cases = [case for case in run.cases(STEP) if run.find(STEP, case, EAGER)]
-    providers = [
-        name
-        for name in (TORCH_LOSS, COMPILE, *strategies(run))
-        if any(run.find(STEP, c, name) for c in cases)
-    ]
+def against_eager(run: Run, plt: Any) -> Figure | None:
+    return ratios(run, plt, EAGER, "eager", (TORCH_LOSS, COMPILE, *strategies(run)))
+
+
+def against_compile(run: Run, plt: Any) -> Figure | None:
+    return ratios(run, plt, COMPILE, "compile", strategies(run))
+
+
+def ratios(run: Run, plt: Any, baseline: str, name: str, others: Iterable[str]) -> Figure | None:
+    """How many times faster than the baseline each of the others is, case by case, with quartiles."""
+    cases = [case for case in run.cases(STEP) if run.find(STEP, case, baseline)]
+    providers = [name for name in others if any(run.find(STEP, c, name) for c in cases)]
     if not cases or not providers:
         return None
     figure, axes = plt.subplots(figsize=(7.2, 0.9 + 0.42 * len(cases)))
     for provider in providers:
         for index, case in enumerate(cases):
             row = run.find(STEP, case, provider, 1.0) or run.find(STEP, case, provider)
-            ratio = None if row is None else run.ratio(row, EAGER)
+            ratio = None if row is None else run.ratio(row, baseline)
             if ratio is None:
                 continue
             label = short(provider) if index == 0 else None
@@ -169,14 +173,14 @@ def ratios(run: Run, plt: Any) -> Figure | None:
                 linewidth=1.2,
             )
             axes.plot([ratio.value], [index], linestyle="", **spot)
-    axes.axvline(1.0, color=COLOURS[EAGER], linewidth=1.5)
-    axes.set(xscale="log", xlabel="times faster than eager (1 = eager; bars are quartiles)")
+    axes.axvline(1.0, color=COLOURS[baseline], linewidth=1.5)
+    axes.set(xscale="log", xlabel=f"times faster than {baseline} (1 = {baseline}; bars are quartiles)")
     axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_yticks(range(len(cases)), cases)
     axes.invert_yaxis()
-    axes.set_title("Forward + backward against eager (g = 1; fp16: the scaler's factor)")
+    axes.set_title(f"Forward + backward against {baseline} (g = 1; fp16: the scaler's factor)")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    drawn = draw(figure, "ratios", "Times faster than the eager formula, paired by round.")
+    drawn = draw(figure, f"against-{name}", f"Times faster than {baseline}, paired by round.")
     plt.close(figure)
     return drawn
 
@@ -231,7 +235,7 @@ def scaling(run: Run, plt: Any) -> Figure | None:
     figure, grid = plt.subplots(1, len(axes_names), figsize=(3.0 * len(axes_names), 3.0), squeeze=False)
     providers = [EAGER, COMPILE, *strategies(run)]
     for axes, name in zip(grid[0], axes_names, strict=True):
-        rows = [row for row in run.of(SCALING) if row.facts.get("axis") == name]
+        rows = [row for row in run.of(SCALING) if row.facts.get("axis") == name and row.incoming == 1.0]
         for provider in providers:
             points = sorted((extent(row, name), row.seconds) for row in rows if row.provider == provider)
             if not points:
@@ -274,5 +278,5 @@ def all_figures(run: Run) -> Iterable[Figure]:
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE):
-        drawn = [plot(run, plt) for plot in (roofline, ratios, memory, scaling)]
+        drawn = [plot(run, plt) for plot in (roofline, against_eager, against_compile, memory, scaling)]
     return [figure for figure in drawn if figure is not None]

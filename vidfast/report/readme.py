@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,10 +41,40 @@ def table(run: Run) -> Table:
     return Table(header, rows)
 
 
+def sleeping(run: Run) -> bool:
+    """Whether the run was made with OpenMP threads that sleep while they wait."""
+    environment = run.machine.get("vidfast", {}).get("environment", {})
+    return str(environment.get("OMP_WAIT_POLICY", "")).lower() == "passive"
+
+
+def cost_of_sleeping(run: Run, others: Sequence[Run]) -> str | None:
+    """One sentence: the time of the default's steps with sleeping threads over that with spinning ones."""
+    for other in others:
+        if other.device != run.device:
+            continue
+        ratios = [
+            (run.find(STEP, case, tables.DEFAULT, 1.0), other.find(STEP, case, tables.DEFAULT, 1.0))
+            for case in run.cases(STEP)
+        ]
+        found = [a.seconds.middle / b.seconds.middle for a, b in ratios if a is not None and b is not None]
+        if found:
+            return (
+                f"With `OMP_WAIT_POLICY=passive` on the same machine, alone on it, vidfast's steps take "
+                f"{figures.digits(min(found))} to {figures.digits(max(found))} times as long "
+                f"(median {figures.digits(statistics.median(found))}, {len(found)} shapes)."
+            )
+    return None
+
+
 def block(runs: Sequence[Run]) -> str:
-    """What stands between the markers."""
-    parts = []
+    """What stands between the markers: a table a run, and a sentence on runs with sleeping threads."""
+    parts: list[str] = []
+    spinning = [run for run in runs if not sleeping(run)]
     for run in runs:
+        sentence = cost_of_sleeping(run, spinning) if sleeping(run) else None
+        if sentence is not None:
+            parts.append(sentence)
+            continue
         torch = run.machine.get("vidfast", {}).get("torch", "?")
         busy, cases = contended_share(run.rows)
         load = f"; {busy} of {cases} cases beside other work" if busy else ""

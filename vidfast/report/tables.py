@@ -23,6 +23,7 @@ KERNEL_SHARE = 0.90
 # The least that a custom loss in Python costs, and how many times that a step on nothing may take.
 FLOOR = "autograd.Function that saves and returns"
 HOST_MULTIPLE = 2.0
+ERRORS = ("loss", "grad_mean", "grad_alpha")
 
 
 def strategies(run: Run) -> list[str]:
@@ -67,7 +68,7 @@ def mark(case: str, rows: list[Row]) -> str:
 
 def detail(run: Run, suite: str, case: str) -> Table:
     """Every row of a case with everything that it carries."""
-    on_device = any("launches" in row.facts for row in run.rows)
+    on_device = any(row.facts.get("launches") for row in run.rows)
     header = [
         "provider",
         "g",
@@ -105,7 +106,7 @@ def detail(run: Run, suite: str, case: str) -> Table:
             figures.times(run.ratio(row, EAGER)) if row.family != "copy" else "",
             figures.times(run.ratio(row, COMPILE)) if row.family != "copy" else "",
             figures.nbytes(row.facts["peak_extra_bytes"]),
-            *(figures.error(error.get(name)) for name in ("loss", "grad_mean", "grad_alpha")),
+            *(figures.error(error.get(name)) for name in ERRORS),
         ]
         if on_device:
             host = row.facts.get("host_seconds")
@@ -157,18 +158,29 @@ def overhead(run: Run, case: str) -> Table:
 
 
 def modules(run: Run, suite: str) -> Table:
-    """Whole modules and steps: time, and times faster than the same with the eager loss."""
+    """Whole modules and steps: time, what of it the losses take, and times faster than the same with the eager loss."""
+    parts = any(row.facts.get("loss_seconds") is not None for row in run.of(suite))
     rows = []
     for row in run.of(suite):
         cells = [
             mark(row.case, [row]),
             row.provider,
+            f"{row.incoming:g}",
             figures.time(row.seconds.middle),
             figures.spread(row.seconds),
         ]
+        if parts:
+            part = row.facts.get("loss_seconds")
+            cells += (
+                ["", ""] if part is None else [figures.time(part), f"{100 * part / row.seconds.middle:.1f}%"]
+            )
         gains = [figures.times(run.ratio(row, base)) for base in (EAGER, COMPILE)]
-        rows.append([*cells, *gains, figures.nbytes(row.facts["peak_extra_bytes"])])
-    return Table(["case", "loss", "median", "spread", "vs eager", "vs compile", "extra memory"], rows, left=2)
+        error = row.facts.get("error") or {}
+        cells += [*gains, figures.nbytes(row.facts["peak_extra_bytes"])]
+        rows.append(cells if parts else [*cells, *(figures.error(error.get(name)) for name in ERRORS)])
+    header = ["case", "loss", "g", "median", "spread", *(["of it the loss", "share"] if parts else [])]
+    header += ["vs eager", "vs compile", "extra memory"]
+    return Table([*header, *([] if parts else ["error: loss", "d student", "d alpha"])], rows, left=2)
 
 
 def shortfalls(run: Run) -> list[str]:
