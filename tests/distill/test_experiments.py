@@ -63,13 +63,24 @@ def a_job(folder: Path, **changes: object) -> Job:
 def test_a_combination_takes_its_parts_terms_and_rates() -> None:
     kd = Setting("sgd", 0.1, (Term("kd", 0.9),), task_weight=0.1)
     vid = Setting("adamw", 0.02, (VID,))
-    assert combination("KD", "VID-I").candidates({"KD": kd, "VID-I": vid}) == (
+    assert combination("KD", "VID-I").candidates({"KD": kd, "VID-I": vid}, {}) == (
         Setting("sgd", 0.1, (Term("kd", 0.9), VID), 0.1),
         Setting("adamw", 0.02, (Term("kd", 0.9), VID), 0.1),
     )
+    # A rate with which a part alone diverged is left out, unless none is left.
+    unstable = {"VID-I": [replace(vid, optimizer="sgd", lr=0.1)]}
+    assert combination("KD", "VID-I").candidates({"KD": kd, "VID-I": vid}, unstable) == (
+        Setting("adamw", 0.02, (Term("kd", 0.9), VID), 0.1),
+    )
+    heavier = {"VID-I": [Setting("sgd", 0.1, (replace(VID, weight=30.0),))]}
+    assert len(combination("KD", "VID-I").candidates({"KD": kd, "VID-I": vid}, heavier)) == 2
     # One rate for both is tried once.
     assert (
-        len(combination("KD", "VID-I").candidates({"KD": kd, "VID-I": replace(vid, optimizer="sgd", lr=0.1)}))
+        len(
+            combination("KD", "VID-I").candidates(
+                {"KD": kd, "VID-I": replace(vid, optimizer="sgd", lr=0.1)}, {}
+            )
+        )
         == 1
     )
 
@@ -268,6 +279,12 @@ def test_the_table_marks_the_best_and_shows_the_papers() -> None:
     ]
 
 
+def test_a_row_of_which_runs_diverged_is_never_marked_best() -> None:
+    plan, outcome = an_outcome(Student=(80.0, 82.0), VID=(99.0, None))
+    table = rows(plan, outcome, plan.panels[0], bold=True)
+    assert [row[1] for row in table[1:]] == ["**81.0 ± 1.4**", "99.0 (1 of 2 diverged)"]
+
+
 def test_findings_say_who_leads_and_do_not_make_noise_a_lead() -> None:
     panel = an_outcome(VID=(1.0,))[0].panels[0]
     plan, outcome = an_outcome(Student=(80.0, 82.0), AT=(85.0, 87.0), NST=(70.0, 71.0), VID=(90.0, 92.0))
@@ -329,17 +346,21 @@ def test_a_table_from_the_command_line(
     with (out / "search.csv").open(newline="") as file:
         searched = list(csv.DictReader(file))
     # The search never looks at the test images, and every candidate is recorded.
-    expected = len(presets.RATES) + 2 * len(presets.RATES)
+    expected = len(presets.RATES) + 3 * len(presets.RATES)
     assert len([row for row in searched if row["row"] != "KD + VID-I"]) == expected
     jobs = [json.loads(path.read_text()) for path in out.glob("runs/*/job.json")]
     assert {job["evaluate"] for job in jobs if job["seed"] >= 1000} == {"validation"}
     assert {job["evaluate"] for job in jobs if job["seed"] < 1000} == {"test"}
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
+    assert len(json.loads((out / "calls.json").read_text())) == 1
+
     # Again: nothing is trained, and the table is the same.
     monkeypatch.setattr("vidfast.distill.experiments.pool.execute", None)
     assert main(call) == 0
     assert capsys.readouterr().out == printed
+    assert len(json.loads((out / "calls.json").read_text())) == 2
+    assert " s in 2 calls with 1 process" in (out / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -361,6 +382,24 @@ def test_wrong_use_is_one_line_before_anything_is_trained(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["experiment", "table1", "--out", str(tmp_path / "out")]) == 2
+    assert "without torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_budgets_report_runs_that_train_on_the_validation_images(tmp_path: Path) -> None:
+    plan = table4.plan(Options(folder=tmp_path, budget="full"))
+    digits = plan.target.load()
+    assert len(plan.reported.load().train) == len(digits.train) + len(digits.validation)
+    assert len(plan.reported.load().test) == len(digits.test)
+    quick = table4.plan(Options(folder=tmp_path))
+    assert quick.reported == quick.target
 
 
 def test_a_term_gets_the_networks_layers() -> None:

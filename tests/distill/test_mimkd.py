@@ -164,6 +164,17 @@ def test_under_autocast_the_loss_is_fp32() -> None:
         assert_finite_gradients(method, loss, *student.values())
 
 
+@pytest.mark.parametrize("critic", ["separable", "concat"])
+def test_a_teacher_in_lower_precision(critic: str) -> None:
+    student, teacher, images = SmallNet(4), SmallNet(6), torch.randn(4, 1, 8, 8)
+    term = MIMKD(PAIRS, critic=critic, hidden=8)
+    distiller = Distiller(student, teacher, [term], example=images, teacher_dtype=torch.bfloat16)
+    loss = distiller(images).loss
+    assert loss.dtype is torch.float32
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in term.parameters())
+
+
 def test_through_a_distiller() -> None:
     teacher = SmallNet(6)
     distiller = Distiller(

@@ -29,7 +29,9 @@ from vidfast.distill.trainer import NonFiniteLossError, Trainer, TrainOptions
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-5
 
-PLAIN = TrainOptions(steps=12, batch_size=8, lr=0.05, eval_every=5, device="cpu")
+# As by default where there is no GPU: Accelerate joins processes on the CPU only if it is told that they are there.
+DEVICE = "cpu" if torch.cuda.is_available() else "auto"
+PLAIN = TrainOptions(steps=12, batch_size=8, lr=0.05, eval_every=5, device=DEVICE)
 # A last part that is uneven: 7 images are 4 and 3, and these are cut into 3 parts.
 UNEVEN = replace(PLAIN, batch_size=7, accumulation=3, clip=0.5, optimizer="adamw", lr=0.01)
 
@@ -213,7 +215,7 @@ DISTILL = [
     "--teacher-steps=4",
     "--samples-per-class=2",
     "--seeds=1",
-    "--device=cpu",
+    f"--device={DEVICE}",
 ]
 
 

@@ -67,6 +67,13 @@ def test_bad_options_are_refused(options: dict[str, float]) -> None:
         PointwiseStack(**options)  # type: ignore[arg-type]
 
 
+def test_a_stack_is_laid_out_for_the_methods_channels() -> None:
+    """As many channels on both sides would hide a stack that runs over the positions of a (B, L, D)."""
+    made = resolve(PointwiseStack(depth=2, width=1.0), -1)((2, 10, 6), (2, 10, 6))
+    assert [type(layer) for layer in made.children()] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert resolve(PointwiseStack(channel_dim=-1)) == PointwiseStack()
+
+
 def test_resolve_takes_names_and_functions() -> None:
     assert resolve("conv2") is REGRESSORS["conv2"]
     assert resolve("conv2", -1) == PointwiseStack(2, 0.5, -1)

@@ -7,11 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
 def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def on_cpu(device: str) -> bool:
+    """Whether to tell Accelerate that it is on the CPU: without a GPU it joins several processes only if told so."""
+    return device == "cpu" or (process_count() > 1 and not torch.cuda.is_available())
 
 
 def is_main() -> bool:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from torch import nn
@@ -212,7 +212,7 @@ REGRESSORS.register("upsampled")(UpsampledStack())
 
 
 def resolve(regressor: str | Regressor, channel_dim: int = 1) -> Regressor:
-    """A regressor by name or as given; a named one is laid out for `channel_dim`.
+    """A regressor by name or as given; a stack of 1x1 convolutions is laid out for `channel_dim`.
 
     Raises UnknownNameError for an unknown name, TypeError for what is neither a name nor a function.
     """
@@ -222,11 +222,9 @@ def resolve(regressor: str | Regressor, channel_dim: int = 1) -> Regressor:
             f"{'the module ' if isinstance(regressor, nn.Module) else ''}{type(regressor).__name__}; every "
             "pair of layers needs one of its own, so give a function that makes it"
         )
-    if not isinstance(regressor, str):
-        return regressor
-    found = REGRESSORS[regressor]
+    found = REGRESSORS[regressor] if isinstance(regressor, str) else regressor
     if isinstance(found, PointwiseStack) and found.channel_dim != channel_dim:
-        return PointwiseStack(found.depth, found.width, channel_dim)
+        return replace(found, channel_dim=channel_dim)
     return found
 
 

@@ -28,6 +28,7 @@ from .fingerprint import differences, fingerprint
 from .meter import Meter, NonFiniteLossError
 from .modes import compiled, frozen_parts, synchronise_batchnorm, train_mode
 from .options import SCHEDULES, TrainOptions
+from .processes import on_cpu
 from .stream import SeededItems, StreamBatches, generator_for, kept_random_state, seed_everything, seed_for
 
 __all__ = ["SCHEDULES", "NonFiniteLossError", "Progress", "Row", "TrainOptions", "Trainer"]
@@ -96,7 +97,7 @@ class Trainer:
                 "tensorboard=True needs the package tensorboard: pip install tensorboard"
             )
         _forget_precision(options.mixed_precision)
-        self.accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=options.mixed_precision)
+        self.accelerator = Accelerator(cpu=on_cpu(options.device), mixed_precision=options.mixed_precision)
         self._refuse_sums()
         if (
             options.sync_batchnorm

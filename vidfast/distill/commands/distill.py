@@ -132,9 +132,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require_extras()
-    from ..processes import one_voice
+    from ..processes import on_cpu, one_voice
 
-    with one_voice(cpu=arguments.device == "cpu"):
+    with one_voice(cpu=on_cpu(arguments.device)):
         return _run(arguments)
 
 

@@ -11,6 +11,7 @@ import importlib
 from pathlib import Path
 
 from ..errors import UserError
+from ..processes import process_count
 from .distill import COUNT, require_extras
 
 HELP = "run one of the VID paper's experiments: table1, table2, table3, table4 or figure2"
@@ -58,6 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ..experiments.teacher import default_cache
     from ..registry import UnknownNameError
 
+    if process_count() > 1:
+        raise UserError(
+            "an experiment starts processes of its own (--jobs): call it without torchrun or accelerate launch"
+        )
     name: str = arguments.name
     folder: Path = arguments.out or Path("runs") / f"{name}-{arguments.data}-{arguments.budget}"
     if folder.exists() and not folder.is_dir():

@@ -26,6 +26,10 @@ class Setting:
     def options(self, base: TrainOptions) -> TrainOptions:
         return replace(base, optimizer=self.optimizer, lr=self.lr, clip=self.clip)
 
+    def at_rate_of(self, other: Setting) -> Setting:
+        """This one with the other's optimizer, learning rate and clipping."""
+        return replace(self, optimizer=other.optimizer, lr=other.lr, clip=other.clip)
+
     def describe(self) -> dict[str, str]:
         """The setting as text, for a record."""
         return {
@@ -50,18 +54,29 @@ class Arm:
     parts: tuple[str, ...] = ()
     pretrained: bool = False
 
-    def candidates(self, best: Mapping[str, Setting]) -> tuple[Setting, ...]:
-        """The settings to try, given the best of the rows before.
+    def candidates(
+        self, best: Mapping[str, Setting], diverged: Mapping[str, Sequence[Setting]]
+    ) -> tuple[Setting, ...]:
+        """The settings to try, given the best of the rows before and those with which they diverged.
 
         A combination has the terms of its parts as they were found best, the smaller task weight, and each
-        part's own optimizer and learning rate to choose from.
+        part's own optimizer and learning rate to choose from, but for those with which a part alone, with these
+        terms, had diverged: what is unstable alone may only happen to be stable in the search.
         """
         if not self.parts:
             return self.settings
         parts = [best[label] for label in self.parts]
         terms = tuple(term for part in parts for term in part.terms)
         task = min(part.task_weight for part in parts)
-        combined = [replace(part, terms=terms, task_weight=task) for part in parts]
+        rates = [
+            rate
+            for rate in parts
+            if not any(
+                part.at_rate_of(rate) in diverged.get(label, ())
+                for label, part in zip(self.parts, parts, strict=True)
+            )
+        ]
+        combined = [replace(rate, terms=terms, task_weight=task) for rate in rates or parts]
         return tuple({(s.optimizer, s.lr, s.clip): s for s in combined}.values())
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from ..errors import UserError
 from ..trainer import TrainOptions
-from .arms import Arm, alone, chosen, transfer
+from .arms import Arm, Rate, alone, chosen, transfer
 from .base import Options
 from .runs import DataSpec
+
+Rates = Sequence[Rate]
 
 # Candidates of the quick budget. VID's and FitNet's losses at these weights diverge with the student's best SGD
 # rate, so every row may choose between the two optimizers.
@@ -66,39 +68,41 @@ def student(options: Options) -> Arm:
 
 
 def kd(options: Options) -> Arm:
-    return transfer("KD", "kd", rates(options), (0.9,), task_weight=0.1, options={"temperature": 4.0})
+    return transfer("KD", "kd", all_rates(options), (0.9,), task_weight=0.1, options={"temperature": 4.0})
 
 
-def fitnet(options: Options, mean_function: str = "linear") -> Arm:
-    weights = (3.0, 30.0) if options.quick else (1.0, 10.0, 100.0)
-    return transfer("FitNet", "fitnet", rates(options), weights, options={"regressor": mean_function})
+def fitnet(options: Options, mean_function: str = "linear", *, rates: Rates | None = None) -> Arm:
+    weights = (1.0, 3.0, 30.0) if options.quick else (1.0, 10.0, 100.0)
+    return transfer(
+        "FitNet", "fitnet", rates or all_rates(options), weights, options={"regressor": mean_function}
+    )
 
 
-def at(options: Options, taps: tuple[int, ...] | None = None) -> Arm:
-    weights = (100.0, 1000.0) if options.quick else (100.0, 1000.0, 10000.0)
-    return transfer("AT", "at", rates(options), weights, taps=taps)
+def at(options: Options, taps: tuple[int, ...] | None = None, *, rates: Rates | None = None) -> Arm:
+    weights = (10.0, 100.0, 1000.0) if options.quick else (100.0, 1000.0, 10000.0)
+    return transfer("AT", "at", rates or all_rates(options), weights, taps=taps)
 
 
-def nst(options: Options, taps: tuple[int, ...] | None = None) -> Arm:
-    weights = (5.0, 50.0) if options.quick else (5.0, 50.0, 500.0)
-    return transfer("NST", "nst", rates(options), weights, taps=taps)
+def nst(options: Options, taps: tuple[int, ...] | None = None, *, rates: Rates | None = None) -> Arm:
+    weights = (5.0, 50.0, 500.0)
+    return transfer("NST", "nst", rates or all_rates(options), weights, taps=taps)
 
 
-def lwf(options: Options) -> Arm:
-    return transfer("LwF", "lwf", rates(options), (0.1, 1.0) if options.quick else (0.01, 0.1, 1.0))
+def lwf(options: Options, *, rates: Rates | None = None) -> Arm:
+    return transfer("LwF", "lwf", rates or all_rates(options), (0.01, 0.1, 1.0))
 
 
-def vid_lp(options: Options) -> Arm:
-    weights = (0.1, 1.0) if options.quick else (0.1, 1.0, 10.0)
-    return transfer("VID-LP", "vid_lp", rates(options), weights, options={"init_var": 1.0})
+def vid_lp(options: Options, *, rates: Rates | None = None) -> Arm:
+    weights = (0.1, 1.0, 10.0)
+    return transfer("VID-LP", "vid_lp", rates or all_rates(options), weights, options={"init_var": 1.0})
 
 
-def vid_i(options: Options, mean_function: dict[str, Any]) -> Arm:
-    weights = (3.0, 30.0) if options.quick else (1.0, 10.0, 100.0)
-    return transfer("VID-I", "vid", rates(options), weights, options=mean_function)
+def vid_i(options: Options, mean_function: dict[str, Any], *, rates: Rates | None = None) -> Arm:
+    weights = (1.0, 3.0, 30.0) if options.quick else (1.0, 10.0, 100.0)
+    return transfer("VID-I", "vid", rates or all_rates(options), weights, options=mean_function)
 
 
-def rates(options: Options) -> tuple[tuple[str, float], ...]:
+def all_rates(options: Options) -> Rates:
     return RATES if options.quick else FULL_RATES
 
 

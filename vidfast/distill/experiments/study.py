@@ -93,6 +93,11 @@ class Cell:
         return tuple(accuracy for accuracy in self.accuracies if accuracy is not None)
 
     @property
+    def complete(self) -> bool:
+        """Whether no run diverged."""
+        return len(self.reached) == len(self.accuracies)
+
+    @property
     def mean(self) -> float | None:
         return mean(self.reached) if self.reached else None
 
@@ -178,12 +183,13 @@ class _Study:
 
     def _tune(self, panel: Panel, source: ImageData) -> None:
         """Choose every row's setting. Rows that combine others come after them."""
+        diverged: dict[str, list[Setting]] = {}
         for combined in (False, True):
             arms = [arm for arm in self.plan.arms if bool(arm.parts) == combined]
             if not arms:
                 continue
             best = {label: setting for (title, label), setting in self.best.items() if title == panel.title}
-            tries = [(arm, setting) for arm in arms for setting in arm.candidates(best)]
+            tries = [(arm, setting) for arm in arms for setting in arm.candidates(best, diverged)]
             jobs = [
                 self._job(panel.tune, arm, setting, seed, "validation", source)
                 for arm, setting in tries
@@ -198,6 +204,8 @@ class _Study:
                 # A setting that diverges is never the best of a row.
                 score = mean(0.0 if accuracy is None else accuracy for accuracy in found)
                 scored.setdefault(arm.label, []).append((score, setting))
+                if None in found:
+                    diverged.setdefault(arm.label, []).append(setting)
                 self.search.append(
                     {
                         "panel": panel.title,

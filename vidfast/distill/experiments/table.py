@@ -6,7 +6,10 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
@@ -23,27 +26,42 @@ def run_table(plan: Plan, options: Options) -> None:
     Raises UserError for what cannot work, before anything is trained.
     """
     check(plan)
-    continued = (options.folder / "runs").exists()
     options.folder.mkdir(parents=True, exist_ok=True)
     write_text(options.folder / "plan.json", json.dumps(asdict(plan), indent=2, default=str) + "\n")
-    started = time.monotonic()
-    with tqdm(
-        total=1,
-        unit="step",
-        disable=True if options.quiet else None,  # None: no bar where stderr is no terminal
-        dynamic_ncols=True,
-        smoothing=0.02,
-        file=sys.stderr,
-    ) as bar:
+    with (
+        _timed(options.folder / "calls.json") as calls,
+        tqdm(
+            total=1,
+            unit="step",
+            disable=True if options.quiet else None,  # None: no bar where stderr is no terminal
+            dynamic_ncols=True,
+            smoothing=0.02,
+            file=sys.stderr,
+        ) as bar,
+    ):
         outcome = run_study(plan, options, bar)
-    seconds = time.monotonic() - started
     accuracy_over_columns(options.folder / "accuracy.png", plan, outcome)
-    took = f"{seconds:.0f} s" + (" for what an earlier call had left" if continued else "")
+    took = f"{sum(calls):.0f} s" + (f" in {len(calls)} calls" if len(calls) > 1 else "")
     page = report(plan, outcome, command=_command(plan, options), took=took, workers=options.workers)
     write_text(options.folder / "report.md", page)
     print(f"{plan.title}: test accuracy (%), mean ± standard deviation over {len(plan.seeds)} seeds\n")
     print(printed(plan, outcome))
     print(f"{options.folder / 'report.md'}\n{options.folder / 'accuracy.png'}")
+
+
+@contextmanager
+def _timed(path: Path) -> Iterator[list[float]]:
+    """The seconds of every call for this folder, interrupted ones included; at the block's end with this one's."""
+    try:
+        calls = [float(seconds) for seconds in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError):
+        calls = []
+    started = time.monotonic()
+    try:
+        yield calls
+    finally:
+        calls.append(time.monotonic() - started)
+        write_text(path, json.dumps(calls) + "\n")
 
 
 def _command(plan: Plan, options: Options) -> str:

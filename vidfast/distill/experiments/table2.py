@@ -57,7 +57,7 @@ def plan(options: Options) -> Plan:
         training=training,
         teacher_training=presets.teachers(options, 300 if quick else 78_000),
         seeds=presets.seeds(options, 2 if quick else 3),
-        search_seeds=presets.search_seeds(options),
+        search_seeds=(1000,) if quick else presets.search_seeds(options),
         validation_trains=not quick,
         paper=TABLE2,
         notes=NOTES.format(steps=training.steps, samples="all" if samples is None else samples),

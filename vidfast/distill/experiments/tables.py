@@ -26,13 +26,18 @@ def percent(cell: Cell) -> str:
 
 
 def rows(plan: Plan, outcome: Outcome, panel: Panel, *, bold: bool = False) -> list[list[str]]:
-    """Header and rows: this run's columns, then the paper's. bold: mark the best mean of each column."""
+    """Header and rows: this run's columns, then the paper's.
+
+    bold: mark the best mean of each column, of rows none of whose runs diverged.
+    """
     cells = {(cell.arm, cell.column): cell for cell in outcome.cells if cell.panel == panel.title}
     paper = plan.paper.get(panel.title, {})
     published = list(dict.fromkeys(column for row in paper.values() for column in row))
     table = [["", *(c.label for c in panel.columns), *(f"paper, {column}" for column in published)]]
     best = {
-        column.label: max((c.mean or 0.0 for c in cells.values() if c.column == column.label), default=0.0)
+        column.label: max(
+            (c.mean or 0.0 for c in cells.values() if c.column == column.label and c.complete), default=0.0
+        )
         for column in panel.columns
     }
     for arm in plan.arms:
@@ -40,7 +45,7 @@ def rows(plan: Plan, outcome: Outcome, panel: Panel, *, bold: bool = False) -> l
         for column in panel.columns:
             cell = cells[arm.label, column.label]
             text = percent(cell)
-            line.append(f"**{text}**" if bold and cell.mean == best[column.label] else text)
+            line.append(f"**{text}**" if bold and cell.complete and cell.mean == best[column.label] else text)
         line += [f"{paper[arm.label][c]:.2f}" if c in paper.get(arm.label, {}) else "" for c in published]
         table.append(line)
     return table

@@ -157,7 +157,9 @@ class MIMKD(PairedMethod):
         assert isinstance(critics, nn.ModuleDict)
         total = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
         for level, (t, s) in self.views(index, student, teacher).items():
-            total = total + factor * self.level_weights[level] * negative_bound(*critics[level](t, s))
+            # The critics are of the student's type; a teacher may run in another.
+            matched, mismatched = critics[level](t.to(s.dtype), s)
+            total = total + factor * self.level_weights[level] * negative_bound(matched, mismatched)
         return total
 
     def views(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
