@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_networks import PAIRS, SmallNet
@@ -386,3 +387,17 @@ def test_methods_of_users_register_like_ours() -> None:
     assert METHODS["test-only-hint"] is Hint
     with pytest.raises(ValueError, match="registered already"):
         METHODS.register("vid")(Hint)
+
+
+def test_empty_batches_losses_that_are_no_scalars_and_odd_scales(images: Tensor) -> None:
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    distiller = Distiller(SmallNet(4))
+    with pytest.raises(ValueError, match="the batch is empty"):
+        distiller(images[:0], labels[:0])
+    with pytest.raises(TypeError, match="scale as a number, got a Tensor"):
+        distiller(images, labels, scale=torch.tensor(0.5))
+    half = distiller(images, labels, scale=np.float32(0.5))
+    assert half.loss == 0.5 * distiller(images, labels).loss
+    unreduced = Distiller(SmallNet(4), task_loss=torch.nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(ValueError, match="task_loss that gives a scalar"):
+        unreduced(images, labels)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import multiprocessing
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
+import psutil
 import pytest
 import torch
 from tqdm.auto import tqdm
@@ -106,8 +110,7 @@ def test_chosen_rows_bring_their_parts() -> None:
 
 def test_a_jobs_name_follows_from_what_its_result_follows_from(folder: Path) -> None:
     job = a_job(folder)
-    same = replace(job, data=replace(DIGITS, root="/elsewhere"), options=replace(OPTIONS, device="auto"))
-    assert same.digest == job.digest
+    assert replace(job, options=replace(OPTIONS, device="auto")).digest == job.digest
     others = [
         a_job(folder, seed=1),
         a_job(folder, samples=3),
@@ -118,6 +121,18 @@ def test_a_jobs_name_follows_from_what_its_result_follows_from(folder: Path) -> 
         a_job(folder, data=replace(DIGITS, classes=(0, 1))),
     ]
     assert len({job.digest, *(other.digest for other in others)}) == len(others) + 1
+
+
+def test_data_of_one_name_in_two_places_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    for place, colour in (("a", 10), ("b", 200)):
+        for part in ("train", "validation", "test"):
+            for label in ("x", "y"):
+                (tmp_path / place / part / label).mkdir(parents=True)
+                for i in range(2):
+                    shade = (colour + 20 * i, 0, 0 if label == "x" else 99)
+                    PIL.Image.new("RGB", (32, 32), shade).save(tmp_path / place / part / label / f"{i}.png")
+    a, b = (a_job(folder, data=DataSpec("folder-32", str(tmp_path / place))).digest for place in ("a", "b"))
+    assert a != b
 
 
 def test_a_stopped_training_continues_to_the_same_result(folder: Path, tmp_path: Path) -> None:
@@ -160,8 +175,11 @@ def test_a_diverged_training_is_a_result(folder: Path) -> None:
 def test_a_damaged_result_is_computed_again(folder: Path) -> None:
     job = a_job(folder, seed=11)
     result = execute(job, folder)
-    (folder / "runs" / job.digest / "result.json").write_text('{"accur')
-    assert stored(job, folder) is None
+    path = folder / "runs" / job.digest / "result.json"
+    for damage in ('{"accur', '{"accuracy": "90", "failure": ""}', '{"accuracy": NaN, "failure": ""}'):
+        path.write_text(damage)
+        assert stored(job, folder) is None
+    (path.parent / "checkpoint.pt").write_bytes(b"PK nonsense")
     assert execute(job, folder) == result
 
 
@@ -187,6 +205,30 @@ def test_processes_give_what_one_gives(folder: Path, tmp_path: Path) -> None:
     assert found[0] == found[2]
     assert sorted(seen) == [20, 21]
     assert alone.n == 2 * OPTIONS.steps
+
+
+def test_workers_end_with_a_parent_that_is_killed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "networks").symlink_to(folder / "networks")
+    long = replace(OPTIONS, steps=100_000, checkpoint_every=0)
+    jobs = [a_job(folder, seed=seed, options=long) for seed in (40, 41)]
+    parent = multiprocessing.get_context("spawn").Process(target=_run_both, args=(jobs, tmp_path))
+    parent.start()
+    assert parent.pid is not None
+    us = psutil.Process(parent.pid)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("runs/*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = us.children(recursive=True)
+    assert len(workers) >= 2
+    parent.kill()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+def _run_both(jobs: list[Job], folder: Path) -> None:
+    run_all(jobs, folder, workers=2, bar=a_bar())
 
 
 def test_stored_results_are_not_done_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +335,11 @@ def test_findings_say_who_leads_and_do_not_make_noise_a_lead() -> None:
     assert "leads AT, the best feature-matching row (+5.0, standard error 1.4)" in line
     plan, outcome = an_outcome(AT=(89.0, 91.0), VID=(89.5, 91.5))
     assert "is level with AT" in findings(plan, outcome, panel)[0]
+    plan, outcome = an_outcome(AT=(99.0, None), VID=(89.5, 91.5))
+    assert (
+        "-8.5 against AT, the best feature-matching row (too few runs to judge)"
+        in findings(plan, outcome, panel)[0]
+    )
     plan, outcome = an_outcome(AT=(99.0, 99.0), VID=(89.5, 91.5))
     assert "is behind AT" in findings(plan, outcome, panel)[0]
 
@@ -371,6 +418,7 @@ def test_a_table_from_the_command_line(
         (["table2", "--samples", "2", "3"], "one number"),
         (["figure2", "--rows", "Student"], "has none"),
         (["table1", "--data", "digitz"], "did you mean 'digits'"),
+        (["table3", "--source-root", "somewhere"], "needs --source-data"),
         (["table1", "--samples", "1000"], "1000 images a class"),
     ],
 )

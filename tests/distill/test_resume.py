@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import multiprocessing
 import os
 import signal
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from test_trainer import QUICK, assert_same, made, train
 from torch import Tensor, nn
 
 from vidfast.distill import VID, Distiller
-from vidfast.distill.data import Images
+from vidfast.distill.data import Images, random_shift
 from vidfast.distill.files import CheckpointError, load_checkpoint, save_checkpoint
 from vidfast.distill.trainer import Trainer, TrainOptions
 
@@ -123,6 +125,34 @@ def test_checkpoints_of_another_run_are_refused(small_data: Images, tmp_path: Pa
     refused("other images", data=Images(small_data.images, small_data.labels.flip(0)))
 
 
+def test_checkpoints_of_another_teacher_task_or_augmentation_are_refused(
+    small_data: Images, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    teacher = SmallNet(6)
+
+    def trainer(
+        augment: Any = None, alpha_lr: float = 1.0, teacher: nn.Module = teacher, **more: Any
+    ) -> Trainer:
+        torch.manual_seed(1)
+        terms = [VID(PAIRS, alpha_lr=alpha_lr)]
+        distiller = Distiller(SmallNet(4), teacher, terms, example=small_data.images[:2], **more)
+        return Trainer(distiller, small_data, QUICK, folder=tmp_path, progress=False, augment=augment)
+
+    rows = trainer().fit()
+    assert trainer().fit(resume=True) == rows
+    for changed, reason in (
+        (trainer(task_weight=0.5), "the task 1 x cross_entropy and not 0.5 x cross_entropy"),
+        (trainer(task_loss=nn.MultiMarginLoss()), "the task 1 x cross_entropy and not 1 x MultiMarginLoss"),
+        (trainer(augment=random_shift(1)), "the augmentation none and not random_shift"),
+        (trainer(teacher=SmallNet(6)), "other teacher weights"),
+        (trainer(teacher=copy.deepcopy(teacher), teacher_dtype=torch.float64), "teacher_dtype None and not"),
+        (trainer(alpha_lr=2.0), "the term 'vid' with other options"),
+    ):
+        with pytest.raises(CheckpointError, match=reason):
+            changed.fit(resume=True)
+
+
 def test_checkpoints_of_another_student_are_refused(small_data: Images, tmp_path: Path) -> None:
     class Wider(SmallNet):
         pass
@@ -134,9 +164,12 @@ def test_checkpoints_of_another_student_are_refused(small_data: Images, tmp_path
         (Wider(4), r"student .*SmallNet and not .*Wider"),
         (more_classes, "of another model"),
     ):
-        distiller = Distiller(student, SmallNet(6), [VID(PAIRS)], example=small_data.images[:2])
+        teacher = made(small_data).teacher
+        distiller = Distiller(student, teacher, [VID(PAIRS)], example=small_data.images[:2])
         with pytest.raises(CheckpointError, match=reason):
-            Trainer(distiller, small_data, QUICK, folder=tmp_path, progress=False).fit(resume=True)
+            Trainer(
+                distiller, small_data, QUICK, folder=tmp_path, progress=False, augment=random_shift(1)
+            ).fit(resume=True)
 
 
 def test_where_and_how_often_may_differ(small_data: Images, tmp_path: Path) -> None:
@@ -189,6 +222,20 @@ def test_a_damaged_state_of_the_training_is_a_checkpoint_error(
 def test_a_damaged_file_is_named(small_data: Images, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 nonsense")
     with pytest.raises(CheckpointError, match=r"checkpoint.pt: damaged"):
+        train(small_data, QUICK, tmp_path, resume=True)
+    train(small_data, QUICK, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    whole = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    middle = whole.find(b"FB", largest.header_offset) + largest.file_size // 2
+    whole[middle : middle + 4] = bytes(255 - b for b in whole[middle : middle + 4])
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt: damaged"):
+        train(small_data, QUICK, tmp_path, resume=True)
+    state = dict.fromkeys(("run", "step", "optimizer", "scheduler", "scaler", "meter", "history"))
+    save_checkpoint(path, {**state, "options": 5, "distiller": []})
+    with pytest.raises(CheckpointError, match="options or weights are none"):
         train(small_data, QUICK, tmp_path, resume=True)
     save_checkpoint(tmp_path / "checkpoint.pt", {"step": 3})
     with pytest.raises(CheckpointError, match=r"lacks 'options', 'run'"):

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -423,3 +424,28 @@ def test_synchronised_batchnorm_keeps_parameters_and_taps(small_data: Images) ->
     tapped = Distiller(SmallNet(4), SmallNet(6), [VID({"first.1": "first"})], example=small_data.images[:2])
     with pytest.raises(ValueError, match=r"'first.1' is tapped"):
         synchronise_batchnorm(tapped)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"steps": 2.5}, "steps as a whole number, got 2.5"),
+        ({"eval_every": 1.5}, "eval_every as a whole number"),
+        ({"lr": "0.1"}, "lr as a number, got '0.1'"),
+        ({"steps": True}, "steps as a whole number, got True"),
+    ],
+)
+def test_options_of_other_types_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        TrainOptions(**options)
+
+
+def test_what_cannot_work_is_refused_before_training(small_data: Images) -> None:
+    distiller = Distiller(SmallNet(4), task_loss=partial(nn.functional.cross_entropy, reduction="sum"))
+    with pytest.raises(ValueError, match="'task' has reduction='sum'"):
+        Trainer(distiller, small_data, replace(QUICK, accumulation=2))
+    nothing = small_data.subset(torch.arange(0))
+    with pytest.raises(ValueError, match="'test' has none"):
+        Trainer(Distiller(SmallNet(4)), small_data, QUICK, evaluate={"test": nothing})
+    with pytest.raises(ValueError, match=r"fp16.*needs a GPU"):
+        Trainer(Distiller(SmallNet(4)), small_data, replace(QUICK, mixed_precision="fp16", device="cpu"))

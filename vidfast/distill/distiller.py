@@ -151,13 +151,25 @@ class Distiller(nn.Module):
             raise RuntimeError(
                 "the Distiller's taps were removed by remove_taps(), so it cannot be called; make a new one"
             )
+        if not isinstance(scale, float):
+            if isinstance(scale, Tensor):
+                raise TypeError(
+                    "wanted scale as a number, got a Tensor: it is folded into the terms' weights"
+                )
+            scale = float(scale)
         batch = self._run(inputs, labels, teacher)
+        if not batch.student.logits.numel():
+            raise ValueError(f"the batch is empty: the logits are {tuple(batch.student.logits.shape)}")
         terms: dict[str, Tensor] = {}
         if labels is not None:
             terms["task"] = self.task_loss(batch.student.logits, labels) * (self.task_weight * scale)
         for name, term in self.terms.items():
             assert isinstance(term, Method)
             terms[name] = term(batch, term.weight * scale)
+        if labels is not None and terms["task"].dim():
+            raise ValueError(
+                f"wanted a task_loss that gives a scalar, got {tuple(terms['task'].shape)} (reduction='none'?)"
+            )
         if not terms:
             raise ValueError("nothing to learn from: no labels were given and there are no terms")
         loss = sum(list(terms.values())[1:], next(iter(terms.values())))

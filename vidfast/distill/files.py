@@ -9,6 +9,7 @@ import pickle
 import struct
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,11 @@ def load_checkpoint(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
+        # torch reads tensors without looking at the archive's checksums.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise RuntimeError(f"the checksum of {damaged} is wrong")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
     except IsADirectoryError:
@@ -96,6 +102,7 @@ def load_checkpoint(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
         AttributeError,
         OSError,
         struct.error,
+        zipfile.BadZipFile,
     ) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(

@@ -18,16 +18,23 @@ _LOOKED_AT = 8
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def fingerprint(distiller: Distiller, data: Dataset[Any], size: int) -> dict[str, Any]:
+def fingerprint(
+    distiller: Distiller, data: Dataset[Any], size: int, augment: object = None
+) -> dict[str, Any]:
     """Plain values that are equal for two runs that learn the same thing from the same data.
 
-    The networks' classes, every term by name with its repr, the data's length and a digest of 8 of its items.
-    Items that are not the same when read twice in one random state are left out of the comparison.
+    The networks' classes, a digest of the teacher's weights, every term by name with its repr and its plain
+    attributes, the labels' loss and weight, the augmentation's name, the data's length and a digest of 8 of its
+    items. Items that are not the same when read twice in one random state are left out of the comparison.
     """
     return {
         "student": _class_of(distiller.student),
         "teacher": _class_of(distiller.teacher),
-        "terms": {name: _ADDRESS.sub("", repr(term)) for name, term in distiller.terms.items()},
+        "teacher weights": _digest_of_weights(distiller.teacher),
+        "teacher_dtype": str(distiller.teacher_dtype),
+        "task": f"{distiller.task_weight:g} x {_name_of(distiller.task_loss)}",
+        "augmentation": _name_of(augment),
+        "terms": {name: _described(term) for name, term in distiller.terms.items()},
         "images": size,
         "data": _digest(data, size),
     }
@@ -42,6 +49,11 @@ def differences(old: Any, new: Mapping[str, Any]) -> list[str]:
         for role in ("student", "teacher")
         if old.get(role) != new[role]
     ]
+    for what in ("teacher weights", "teacher_dtype", "task", "augmentation"):
+        if old.get(what) != new[what]:
+            # Digests tell a reader nothing.
+            told = "other teacher weights" if what == "teacher weights" else None
+            found.append(told or f"the {what} {old.get(what)} and not {new[what]}")
     before, now = old["terms"], new["terms"]
     if list(before) != list(now):
         found.append(f"the terms {list(before)} and not {list(now)}")
@@ -52,6 +64,33 @@ def differences(old: Any, new: Mapping[str, Any]) -> list[str]:
     elif None not in (old.get("data"), new["data"]) and old.get("data") != new["data"]:
         found.append("other images")
     return found
+
+
+def _name_of(thing: object) -> str:
+    """A function's or module's name; what it closes over is not seen."""
+    if thing is None or isinstance(thing, nn.Module):
+        return "none" if thing is None else _ADDRESS.sub("", repr(thing))
+    return str(getattr(thing, "__qualname__", None) or _ADDRESS.sub("", repr(thing)))
+
+
+def _described(term: nn.Module) -> str:
+    plain = {
+        name: value
+        for name, value in sorted(vars(term).items())
+        if not name.startswith("_")
+        and name not in ("training", "built")
+        and isinstance(value, (bool, int, float, str, tuple, type(None)))
+    }
+    return f"{_ADDRESS.sub('', repr(term))} {plain}"
+
+
+def _digest_of_weights(network: nn.Module | None) -> str:
+    digest = hashlib.sha256()
+    for name, value in ({} if network is None else network.state_dict()).items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            _add(digest, value)
+    return digest.hexdigest()[:16]
 
 
 def _class_of(network: nn.Module | None) -> str:

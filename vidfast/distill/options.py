@@ -61,6 +61,18 @@ class TrainOptions:
     sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in {
+            **dict.fromkeys(("steps", "batch_size", "accumulation", "check_every", "workers", "seed"), int),
+            **dict.fromkeys(("warmup", "epochs", "eval_every", "checkpoint_every"), int),
+            **dict.fromkeys(("lr", "momentum", "weight_decay", "clip"), float),
+        }.items():
+            value = getattr(self, name)
+            if isinstance(value, str) and name.endswith("_every"):
+                continue
+            fits = isinstance(value, int) if kind is int else isinstance(value, (int, float))
+            if value is not None and (isinstance(value, bool) or not fits):
+                number = "a whole number" if kind is int else "a number"
+                raise ValueError(f"wanted {name} as {number}, got {value!r}")
         for name in ("steps", "batch_size", "accumulation", "check_every", "epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -22,12 +22,18 @@ def table(summaries: Sequence[Summary], labels: Mapping[str, str], baseline: str
     for samples in sorted({s.samples_per_class for s in summaries}):
         cells = {s.arm: s for s in summaries if s.samples_per_class == samples}
         row = [str(samples)]
-        row += [f"{cells[arm].mean:.1f} ± {cells[arm].spread:.1f}" if arm in cells else "" for arm in arms]
+        row += [_cell(cells[arm]) if arm in cells else "" for arm in arms]
         for arm in others:
             both = arm in cells and baseline in cells
             row.append(f"{cells[arm].mean - cells[baseline].mean:+.1f}" if both else "")
         rows.append(row)
     return rows
+
+
+def _cell(summary: Summary) -> str:
+    """Mean ± spread; of a single run its value, which has no spread to tell."""
+    spread = f" ± {summary.spread:.1f}" if len(summary.accuracies) > 1 else ""
+    return f"{summary.mean:.1f}{spread}"
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Mapping, Sized
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,6 +87,9 @@ class Trainer:
         self.size = len(train)
         if self.size < 1:
             raise ValueError("wanted at least one training image, got none")
+        for name, data in (evaluate or {}).items():
+            if isinstance(data, Sized) and len(data) < 1:
+                raise ValueError(f"wanted at least one image to evaluate on, {name!r} has none")
         self.options = options.of_data(self.size)
         self.evaluate, self.augment = dict(evaluate or {}), augment
         self.folder = None if folder is None else Path(folder)
@@ -98,6 +102,8 @@ class Trainer:
             )
         _forget_precision(options.mixed_precision)
         self.accelerator = Accelerator(cpu=on_cpu(options.device), mixed_precision=options.mixed_precision)
+        if options.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise ValueError("mixed_precision='fp16' needs a GPU; on the CPU take 'bf16' or 'no'")
         self._refuse_sums()
         if (
             options.sync_batchnorm
@@ -138,7 +144,7 @@ class Trainer:
             self.distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.sync_batchnorm and accelerator.num_processes > 1:
             synchronise_batchnorm(self.distiller)
-        run = {} if self.folder is None else fingerprint(self.distiller, self.train, self.size)
+        run = {} if self.folder is None else fingerprint(self.distiller, self.train, self.size, self.augment)
         optimizer = options.make_optimizer(self.distiller.parameter_groups(options.lr, options.weight_decay))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, options.lr_factor)
         model, prepared = accelerator.prepare(self.distiller, optimizer)
@@ -311,6 +317,8 @@ class Trainer:
         keys = ("options", "run", "step", "distiller", "optimizer", "scheduler", "scaler", "meter", "history")
         state = load_checkpoint(path, keys)
         now = asdict(self.options)
+        if not isinstance(state["options"], Mapping) or not isinstance(state["distiller"], Mapping):
+            raise CheckpointError(f"{path}: not a checkpoint of this kind, its options or weights are none")
         # Where it runs and how often it reports do not change what is learned.
         free = ("device", "workers", "eval_every", "checkpoint_every", "check_every")
         other = [k for k in now if k not in free and state["options"].get(k) != now[k]]
@@ -367,7 +375,9 @@ class Trainer:
         parts: dict[str, Any] = {**self.distiller.terms, "task": self.distiller.task_loss}
         for name, part in parts.items():
             modules = part.modules() if isinstance(part, nn.Module) else ()
-            if cut and any(getattr(module, "reduction", None) == "sum" for module in modules):
+            given = part.keywords.get("reduction") if isinstance(part, partial) else None
+            found = {given, *(getattr(module, "reduction", None) for module in modules)}
+            if cut and "sum" in found:
                 raise ValueError(
                     f"the term {name!r} has reduction='sum', which does not go with {' or '.join(cut)}: sums "
                     "of parts are not averaged; take 'mean' or 'batchmean'"

@@ -23,10 +23,10 @@ from ..data import ImageData, load
 from ..data.sampling import samples_per_class
 from ..distiller import Distiller
 from ..errors import UserError
-from ..files import write_text
+from ..files import CheckpointError, load_checkpoint, write_text
 from ..methods.base import METHODS, Method
 from ..models.base import TappedNetwork, build
-from ..trainer import NonFiniteLossError, Progress, Trainer, TrainOptions
+from ..trainer import CHECKPOINT, NonFiniteLossError, Progress, Trainer, TrainOptions
 from .compare import save_network
 
 # Raise it when a change makes the same job give another result.
@@ -111,9 +111,11 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """A name that follows from all that the result follows from: where and how it is run does not count."""
-        made_by: dict[str, Any] = {"format": FORMAT, **asdict(self)}
-        del made_by["data"]["root"]
+        """A name that follows from all that the result follows from: where and how it is run does not count.
+
+        The data enter by their name, which follows from what the images are and not from where they lie.
+        """
+        made_by: dict[str, Any] = {"format": FORMAT, **asdict(self), "data": self.data.load().name}
         for name in ("device", "workers", "checkpoint_every", "check_every"):
             made_by["options"].pop(name, None)
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
@@ -131,15 +133,30 @@ def stored(job: Job, folder: Path) -> Result | None:
     """The result that an earlier run left in the experiment's folder, if there is one."""
     try:
         found = json.loads((folder / "runs" / job.digest / "result.json").read_text())
-        return Result(found["accuracy"], found["failure"])
+        accuracy, failure = found["accuracy"], str(found["failure"])
+        return Result(None if accuracy is None else _percent(accuracy), failure)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
+def _percent(value: object) -> float:
+    """Raises ValueError for what is no accuracy."""
+    if not isinstance(value, (int, float)) or not 0 <= value <= 100:
+        raise ValueError(f"wanted an accuracy in percent, got {value!r}")
+    return float(value)
+
+
 def execute(job: Job, folder: Path, progress: bool | Progress = False) -> Result:
-    """Do the training, from its last checkpoint if it was stopped, and store the result."""
+    """Do the training, from its last checkpoint if it was stopped, and store the result.
+
+    A damaged checkpoint is removed, and the training begins anew.
+    """
     here = folder / "runs" / job.digest
     here.mkdir(parents=True, exist_ok=True)
+    try:
+        load_checkpoint(here / CHECKPOINT)
+    except CheckpointError:
+        (here / CHECKPOINT).unlink(missing_ok=True)
     data = job.data.load()
     labelled = data.train if job.samples is None else samples_per_class(data.train, job.samples, job.seed)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -172,7 +189,7 @@ def execute(job: Job, folder: Path, progress: bool | Progress = False) -> Result
         distiller.remove_taps()
     write_text(here / "job.json", json.dumps(asdict(job), indent=2, default=str) + "\n")
     write_text(here / "result.json", json.dumps(asdict(result), indent=2) + "\n")
-    (here / "checkpoint.pt").unlink(missing_ok=True)
+    (here / CHECKPOINT).unlink(missing_ok=True)
     return result
 
 

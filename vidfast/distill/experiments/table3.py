@@ -96,6 +96,8 @@ def _tasks(options: Options) -> tuple[DataSpec, DataSpec]:
     """The teacher's data and the student's."""
     # VGG-9 halves its input five times.
     name = "digits32" if options.data == "digits" else options.data
+    if options.source_root is not None and options.source_data is None:
+        raise UserError("--source-root needs --source-data, the name of the teacher's data set")
     if options.source_data is not None:
         root = None if options.source_root is None else str(options.source_root)
         source, target = DataSpec(options.source_data, root), presets.data_spec(options, name)

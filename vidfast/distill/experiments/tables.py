@@ -67,10 +67,14 @@ def findings(plan: Plan, outcome: Outcome, panel: Panel) -> list[str]:
         against = []
         if student is not None and student.mean is not None:
             against.append(f"{vid.mean - student.mean:+.1f} against the student alone")
-        if others:
-            rival = max(others, key=lambda cell: cell.mean or 0.0)
-            assert rival.mean is not None
+        rival = max(others, key=lambda cell: cell.mean or 0.0, default=None)
+        if rival is not None and rival.mean is not None:
             gap = vid.mean - rival.mean
+        if rival is not None and min(len(vid.reached), len(rival.reached)) < 2:
+            against.append(
+                f"{gap:+.1f} against {rival.arm}, the best feature-matching row (too few runs to judge)"
+            )
+        elif rival is not None:
             # Standard errors of the two means; below them a difference says nothing.
             noise = (
                 vid.spread**2 / max(1, len(vid.reached)) + rival.spread**2 / max(1, len(rival.reached))

@@ -277,7 +277,7 @@ class MixtureVID(VariationalMethod):
         means = output.reshape(*output.shape[:across], components, channels, *output.shape[across + 1 :])
         residual = wide(teacher).unsqueeze(across) - means
         variance = scale.variance(residual)
-        constant = torch.log_softmax(scale.logits, 0) - 0.5 * variance.log()
+        constant = torch.log_softmax(scale.logits.to(residual.dtype), 0) - 0.5 * variance.log()
         constant, double_variance = (
             _along(x.to(residual.dtype), self.channel_dim, teacher.dim()) for x in (constant, 2 * variance)
         )
