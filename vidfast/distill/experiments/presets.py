@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..trainer import TrainOptions
-from .arms import Arm, Rate, alone, chosen, transfer
+from .arms import Arm, Rate, alone, chosen, combination, transfer
 from .base import Options
 from .runs import DataSpec
 
@@ -104,6 +104,21 @@ def vid_i(options: Options, mean_function: dict[str, Any], *, rates: Rates | Non
 
 def all_rates(options: Options) -> Rates:
     return RATES if options.quick else FULL_RATES
+
+
+def distillation_rows(options: Options) -> tuple[Arm, ...]:
+    """The rows of tables 1 and 2, those that were asked for."""
+    return rows(
+        options,
+        student(options),
+        kd(options),
+        fitnet(options),
+        at(options),
+        nst(options),
+        vid_i(options, regressor(options, "linear", "conv3")),
+        combination("KD", "AT"),
+        combination("KD", "VID-I"),
+    )
 
 
 def rows(options: Options, *arms: Arm) -> tuple[Arm, ...]:

@@ -7,7 +7,6 @@ gain there; `--data cifar100 --root DIR --budget full` has the paper's networks 
 from __future__ import annotations
 
 from . import presets
-from .arms import combination
 from .base import Options
 from .paper import TABLE2
 from .study import Column, Panel, Plan
@@ -43,17 +42,7 @@ def plan(options: Options) -> Plan:
         source=presets.data_spec(options),
         teacher="wrn-16-2" if quick else "wrn-40-2",
         panels=(Panel("WRN", columns, columns[0]),),
-        arms=presets.rows(
-            options,
-            presets.student(options),
-            presets.kd(options),
-            presets.fitnet(options),
-            presets.at(options),
-            presets.nst(options),
-            presets.vid_i(options, presets.regressor(options, "linear", "conv3")),
-            combination("KD", "AT"),
-            combination("KD", "VID-I"),
-        ),
+        arms=presets.distillation_rows(options),
         training=training,
         teacher_training=presets.teachers(options, 300 if quick else 78_000),
         seeds=presets.seeds(options, 2 if quick else 3),
