@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -177,8 +178,10 @@ void sweep(const Problem& whole, const Sweep& s, int threads) {
   const int64_t width = p.channels * p.inner;
   int64_t join = 1;
   if (contiguous && width < kNarrowRow) {
-    // A multiple of 16 keeps joined rows aligned; no more than there are rows.
-    join = 16 * ceil_div(kNarrowRow, 16 * width);
+    // Multiples of 16 columns keep joined rows aligned. No wider than that takes: a tile narrower than its row jumps
+    // from page to page, where the prefetcher does not follow. No more than there are rows.
+    const int64_t step = 16 / std::gcd<int64_t>(16, width);
+    join = step * ceil_div(kNarrowRow, step * width);
     if (join > p.outer) join = p.outer;
   }
   if (s.sum_sq != nullptr)
