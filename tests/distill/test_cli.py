@@ -324,13 +324,21 @@ def test_the_library_and_info_need_no_extras() -> None:
 
 def test_interrupting_the_process_leaves_one_line(tmp_path: Path) -> None:
     arguments = [*TINY, "--steps=100000", f"--out={tmp_path / 'run'}"]
-    process = python("-m", "vidfast", *arguments)
-    config = tmp_path / "run" / "config.json"
-    deadline = time.monotonic() + 60
-    while not config.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    # Who runs the tests in the background may have SIGINT ignored, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = python("-m", "vidfast", *arguments)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        config = tmp_path / "run" / "config.json"
+        deadline = time.monotonic() + 60
+        while not config.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("vidfast: interrupted")
