@@ -301,7 +301,7 @@ class Distiller(nn.Module):
             for module in network.modules()
         )
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with _eval_mode(self.student), torch.no_grad(), torch.random.fork_rng(sorted(devices)), eager:
+        with eval_mode(self.student), torch.no_grad(), torch.random.fork_rng(sorted(devices)), eager:
             return self._run(example, None)
 
     def _named(self, terms: Sequence[Method]) -> dict[str, nn.Module]:
@@ -355,7 +355,7 @@ def _cast(inputs: Any, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode for a block; afterwards every submodule has the mode it had, frozen ones included."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()

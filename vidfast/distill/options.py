@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "steps": lambda done: 0.1 ** sum(done >= at for at in (0.6, 0.8, 0.9)),
     "constant": lambda done: 1.0,
 }
+
+
+# These do not change what is learned.
+FREE = ("device", "workers", "eval_every", "checkpoint_every", "check_every")
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,10 @@ class TrainOptions:
                 raise ValueError(f"wanted {name} as one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("wanted device 'cuda', and torch sees no CUDA device")
+
+    def what_counts(self) -> dict[str, Any]:
+        """The options by name, without those that say where it runs and how often it reports."""
+        return {name: value for name, value in asdict(self).items() if name not in FREE}
 
     def of_data(self, size: int) -> TrainOptions:
         """The options with `steps` worked out for a data set of this size, if `epochs` was given."""

@@ -316,12 +316,10 @@ class Trainer:
         path = self.folder / CHECKPOINT
         keys = ("options", "run", "step", "distiller", "optimizer", "scheduler", "scaler", "meter", "history")
         state = load_checkpoint(path, keys)
-        now = asdict(self.options)
+        now = self.options.what_counts()
         if not isinstance(state["options"], Mapping) or not isinstance(state["distiller"], Mapping):
             raise CheckpointError(f"{path}: not a checkpoint of this kind, its options or weights are none")
-        # Where it runs and how often it reports do not change what is learned.
-        free = ("device", "workers", "eval_every", "checkpoint_every", "check_every")
-        other = [k for k in now if k not in free and state["options"].get(k) != now[k]]
+        other = [k for k in now if state["options"].get(k) != now[k]]
         found = [f"{k} {state['options'].get(k)!r} and not {now[k]!r}" for k in other]
         found += differences(state["run"], run)
         if found:

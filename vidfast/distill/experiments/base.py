@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,23 @@ class Options:
         if self.jobs is not None:
             return self.jobs
         return 1 if self.on_gpu else min(cores(), 8)
+
+    def command(self, name: str) -> str:
+        """The command of experiment `name` with these options, without what is this machine's own."""
+        parts = ["vidfast", "experiment", name, "--data", self.data]
+        parts += ["--root", "DIR"] if self.root is not None else []
+        parts += ["--source-data", self.source_data] if self.source_data is not None else []
+        parts += ["--source-root", "DIR"] if self.source_root is not None else []
+        parts += ["--budget", self.budget]
+        for option, value in (
+            ("--seeds", self.seeds),
+            ("--steps", self.steps),
+            ("--teacher-steps", self.teacher_steps),
+        ):
+            parts += [option, str(value)] if value is not None else []
+        parts += ["--samples", *map(str, self.samples)] if self.samples else []
+        parts += ["--rows", *self.arms] if self.arms else []
+        return shlex.join(parts)
 
 
 def cores() -> int:

@@ -136,7 +136,9 @@ def run(options: Options) -> None:
     took = f"{seconds:.0f} s" + (" for what an earlier call had left" if continued else "")
     write_csv(folder / "log_likelihood.csv", outcome.rows())
     names = pictures(folder, chosen, data, outcome)
-    write_text(folder / "report.md", page(chosen, data, outcome, command=_command(options), took=took))
+    write_text(
+        folder / "report.md", page(chosen, data, outcome, command=options.command("figure2"), took=took)
+    )
     print(printed(chosen, outcome))
     print("\n".join(str(folder / name) for name in ("report.md", *names, "log_likelihood.csv")))
 
@@ -312,9 +314,6 @@ class _Study:
     def _name(self, arm: str, seed: int, training: TrainOptions, frozen: dict[str, Tensor] | None) -> str:
         """A folder's name that follows from all that its readings follow from."""
         plan = self.plan
-        options = asdict(training)
-        for free in ("device", "workers", "checkpoint_every", "check_every"):
-            options.pop(free)
         made_by = {
             "format": FORMAT,
             "data": self.data.name,
@@ -323,7 +322,7 @@ class _Study:
             "samples": plan.samples,
             "shown": self.shown,
             "term": asdict(plan.term),
-            "training": options,
+            "training": training.what_counts(),
         }
         digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode())
         for key, value in (frozen or {}).items():
@@ -371,18 +370,3 @@ def _stage(path: Path) -> list[Reading]:
 
 def _stages(folder: Path, steps: Collection[int]) -> dict[int, list[Reading]]:
     return {step: _stage(folder / _file(step)) for step in steps}
-
-
-def _command(options: Options) -> str:
-    """The command that makes this page, without what is this machine's own."""
-    parts = ["vidfast experiment figure2 --data", options.data]
-    parts += ["--root DIR"] if options.root is not None else []
-    parts += ["--budget", options.budget]
-    for name, value in (
-        ("--seeds", options.seeds),
-        ("--steps", options.steps),
-        ("--teacher-steps", options.teacher_steps),
-        ("--samples", options.samples[0] if options.samples else None),
-    ):
-        parts += [name, str(value)] if value is not None else []
-    return " ".join(parts)

@@ -8,8 +8,7 @@ student: for one teacher's layer the difference between two students is the diff
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from vidfast.nll import GaussianNLL, log_likelihood_map
 
 from ..data.base import LabelledImages, Normalisation
-from ..distiller import Distiller
+from ..distiller import Distiller, eval_mode
 from ..methods.base import Activations, Batch
 from ..methods.vid import VID
 from ..taps import Taps
@@ -78,7 +77,7 @@ class VIDMaps:
     def __call__(self, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
         device = next(self.distiller.parameters()).device
         inputs = inputs.to(device)
-        with _evaluating(self.distiller), torch.no_grad():
+        with eval_mode(self.distiller), torch.no_grad():
             with self._student.recording() as of_student:
                 logits = self.distiller.pick_logits(self.distiller.student(inputs))
                 student = Activations(of_student(), logits)
@@ -222,15 +221,3 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 def _pieces(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-@contextmanager
-def _evaluating(distiller: Distiller) -> Iterator[None]:
-    # Module by module: a frozen student is in eval mode while the rest trains.
-    modes = [(module, module.training) for module in distiller.modules()]
-    distiller.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

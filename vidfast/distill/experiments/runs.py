@@ -115,9 +115,12 @@ class Job:
 
         The data enter by their name, which follows from what the images are and not from where they lie.
         """
-        made_by: dict[str, Any] = {"format": FORMAT, **asdict(self), "data": self.data.load().name}
-        for name in ("device", "workers", "checkpoint_every", "check_every"):
-            made_by["options"].pop(name, None)
+        made_by = {
+            "format": FORMAT,
+            **asdict(self),
+            "data": self.data.load().name,
+            "options": self.options.what_counts(),
+        }
         return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..data import ImageData
 from ..data.sampling import samples_per_class
 from ..distiller import Distiller
 from ..errors import UserError
@@ -174,14 +173,14 @@ class _Study:
         self.teacher = keep_network(self.folder, "teacher", teacher, plan.teacher, source)
         self.bar.total = _steps(plan)
         for panel in plan.panels:
-            self._tune(panel, source)
+            self._tune(panel)
         for panel in plan.panels:
-            self._report(panel, source)
+            self._report(panel)
         return Outcome(
             tuple(self.cells.values()), self.best, tuple(self.search), accuracy, source.num_classes
         )
 
-    def _tune(self, panel: Panel, source: ImageData) -> None:
+    def _tune(self, panel: Panel) -> None:
         """Choose every row's setting. Rows that combine others come after them."""
         diverged: dict[str, list[Setting]] = {}
         for combined in (False, True):
@@ -191,7 +190,7 @@ class _Study:
             best = {label: setting for (title, label), setting in self.best.items() if title == panel.title}
             tries = [(arm, setting) for arm in arms for setting in arm.candidates(best, diverged)]
             jobs = [
-                self._job(panel.tune, arm, setting, seed, "validation", source)
+                self._job(panel.tune, arm, setting, seed, "validation")
                 for arm, setting in tries
                 for seed in self.plan.search_seeds
             ]
@@ -222,14 +221,14 @@ class _Study:
                 self._say(f"{panel.title}: {label}: {score:.1f} % on validation with {described}")
             write_csv(self.folder / "search.csv", self.search)
 
-    def _report(self, panel: Panel, source: ImageData) -> None:
+    def _report(self, panel: Panel) -> None:
         """Train every row in every column with the reported seeds, and evaluate on the test images."""
         places = [(column, arm) for column in panel.columns for arm in self.plan.arms]
         jobs: dict[str, tuple[Column, Arm]] = {}
         flat: list[Job] = []
         for column, arm in places:
             for seed in self.plan.seeds:
-                job = self._job(column, arm, self.best[panel.title, arm.label], seed, "test", source)
+                job = self._job(column, arm, self.best[panel.title, arm.label], seed, "test")
                 jobs[job.digest] = (column, arm)
                 flat.append(job)
         self.bar.set_description(f"{panel.title}: runs")
@@ -261,10 +260,8 @@ class _Study:
             ],
         )
 
-    def _job(
-        self, column: Column, arm: Arm, setting: Setting, seed: int, evaluate: str, source: ImageData
-    ) -> Job:
-        start = self._pretrained(column.student, source) if arm.pretrained else None
+    def _job(self, column: Column, arm: Arm, setting: Setting, seed: int, evaluate: str) -> Job:
+        start = self._pretrained(column.student) if arm.pretrained else None
         return Job(
             column.student,
             self.plan.reported if evaluate == "test" else self.plan.target,
@@ -278,9 +275,10 @@ class _Study:
             start,
         )
 
-    def _pretrained(self, network: str, source: ImageData) -> str:
+    def _pretrained(self, network: str) -> str:
         """A student trained on the teacher's data, for the row that starts from it."""
         if network not in self.pretrained:
+            source = self.plan.source.load()
             trained, _, _ = trained_teacher(
                 network, source, self.plan.teacher_training, cache=self.folder / "pretrained", say=self._say
             )

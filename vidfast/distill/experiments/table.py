@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ def run_table(plan: Plan, options: Options) -> None:
         outcome = run_study(plan, options, bar)
     accuracy_over_columns(options.folder / "accuracy.png", plan, outcome)
     took = f"{sum(calls):.0f} s" + (f" in {len(calls)} calls" if len(calls) > 1 else "")
-    page = report(plan, outcome, command=_command(plan, options), took=took, workers=options.workers)
+    page = report(plan, outcome, command=options.command(plan.name), took=took, workers=options.workers)
     write_text(options.folder / "report.md", page)
     print(f"{plan.title}: test accuracy (%), mean ± standard deviation over {len(plan.seeds)} seeds\n")
     print(printed(plan, outcome))
@@ -62,21 +61,3 @@ def _timed(path: Path) -> Iterator[list[float]]:
     finally:
         calls.append(time.monotonic() - started)
         write_text(path, json.dumps(calls) + "\n")
-
-
-def _command(plan: Plan, options: Options) -> str:
-    """The command that makes this page, without what is this machine's own."""
-    parts = ["vidfast", "experiment", plan.name, "--data", options.data]
-    parts += ["--root", "DIR"] if options.root is not None else []
-    parts += ["--source-data", options.source_data] if options.source_data is not None else []
-    parts += ["--source-root", "DIR"] if options.source_root is not None else []
-    parts += ["--budget", options.budget]
-    for name, value in (
-        ("--seeds", options.seeds),
-        ("--steps", options.steps),
-        ("--teacher-steps", options.teacher_steps),
-    ):
-        parts += [name, str(value)] if value is not None else []
-    parts += ["--samples", *map(str, options.samples)] if options.samples else []
-    parts += ["--rows", *options.arms] if options.arms else []
-    return shlex.join(parts)

@@ -70,19 +70,18 @@ def findings(plan: Plan, outcome: Outcome, panel: Panel) -> list[str]:
         rival = max(others, key=lambda cell: cell.mean or 0.0, default=None)
         if rival is not None and rival.mean is not None:
             gap = vid.mean - rival.mean
-        if rival is not None and min(len(vid.reached), len(rival.reached)) < 2:
-            against.append(
-                f"{gap:+.1f} against {rival.arm}, the best feature-matching row (too few runs to judge)"
-            )
-        elif rival is not None:
-            # Standard errors of the two means; below them a difference says nothing.
-            noise = (
-                vid.spread**2 / max(1, len(vid.reached)) + rival.spread**2 / max(1, len(rival.reached))
-            ) ** 0.5
-            verdict = "leads" if gap > noise else "is behind" if gap < -noise else "is level with"
-            against.append(
-                f"{verdict} {rival.arm}, the best feature-matching row ({gap:+.1f}, standard error {noise:.1f})"
-            )
+            if min(len(vid.reached), len(rival.reached)) < 2:
+                against.append(
+                    f"{gap:+.1f} against {rival.arm}, the best feature-matching row (too few runs to judge)"
+                )
+            else:
+                # Standard errors of the two means; below them a difference says nothing.
+                noise = (vid.spread**2 / len(vid.reached) + rival.spread**2 / len(rival.reached)) ** 0.5
+                verdict = "leads" if gap > noise else "is behind" if gap < -noise else "is level with"
+                against.append(
+                    f"{verdict} {rival.arm}, the best feature-matching row "
+                    f"({gap:+.1f}, standard error {noise:.1f})"
+                )
         if against:
             lines.append(f"- {panel.title}, {column.label}: VID-I {', '.join(against)}.")
     return lines

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -37,13 +36,10 @@ def cache_path(cache: Path, network: str, data: ImageData, options: TrainOptions
         "network": network,
         "data": data.name,
         "images": len(data.train),
-        "options": {k: v for k, v in asdict(options).items() if not k.endswith("_every") and k not in FREE},
+        "options": options.what_counts(),
     }
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     return cache / f"teacher-{data.name}-{network}-{digest}.pt"
-
-
-FREE = ("device", "workers")
 
 
 def trained_teacher(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..regressors import PointwiseStack, Regressor, make, resolve
 from .base import METHODS, Batch
 from .pairs import PairedMethod, Pairs, place, wide
-from .variational import REDUCTIONS
+from .variational import check_reduction
 
 
 @METHODS.register("fitnet")
@@ -92,10 +92,3 @@ def half_squared_error(mean: Tensor, target: Tensor, reduction: str, factor: flo
     over = "mean" if reduction == "mean" else "sum"
     error = torch.nn.functional.mse_loss(mean.to(dtype), target.to(dtype), reduction=over)
     return error * (0.5 * factor)
-
-
-def check_reduction(reduction: str) -> str:
-    """Raises ValueError for a name that is not known."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"wanted reduction 'mean', 'batchmean' or 'sum', got {reduction!r}")
-    return reduction

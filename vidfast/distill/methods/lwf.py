@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from .base import METHODS, Batch, Method
-from .fitnet import check_reduction, half_squared_error
+from .fitnet import half_squared_error
 from .kd import check_temperature
 from .pairs import place, wide
+from .variational import check_reduction
 
 
 @METHODS.register("lwf")

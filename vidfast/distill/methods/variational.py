@@ -11,10 +11,16 @@ from .pairs import PairedMethod, Pairs, place
 REDUCTIONS = ("mean", "batchmean", "sum")
 
 
-def check_variational(reduction: str, init_var: float, eps: float, alpha_lr: float) -> None:
-    """The options of every Gaussian likelihood. Raises ValueError saying what was wanted and what came."""
+def check_reduction(reduction: str) -> str:
+    """Raises ValueError for a name that is not known."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"wanted reduction 'mean', 'batchmean' or 'sum', got {reduction!r}")
+    return reduction
+
+
+def check_variational(reduction: str, init_var: float, eps: float, alpha_lr: float) -> None:
+    """The options of every Gaussian likelihood. Raises ValueError saying what was wanted and what came."""
+    check_reduction(reduction)
     if not 0 <= alpha_lr < float("inf"):
         raise ValueError(f"wanted a finite alpha_lr of 0 or more, got {alpha_lr}")
     if not 0 < eps < init_var < float("inf"):
