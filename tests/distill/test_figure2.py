@@ -182,9 +182,11 @@ def test_the_experiment(
 
     monkeypatch.setattr(Trainer, "fit", refuse)
     monkeypatch.setattr(figure2, "pictures", lambda *_: [])
+    assert " calls on" not in report
     before = (folder / "log_likelihood.csv").read_bytes()
     figure2.run(options(folder, tiny, seeds=2))
     assert (folder / "log_likelihood.csv").read_bytes() == before
+    assert " s in 2 calls on" in (folder / "report.md").read_text()
 
 
 def test_an_interrupted_run_goes_on_to_the_same_numbers(
@@ -209,6 +211,21 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     figure2.run(options(tmp_path / "parts", tiny))
     found = [(tmp_path / name / "log_likelihood.csv").read_bytes() for name in ("whole", "parts")]
     assert found[0] == found[1]
+
+
+def test_damaged_files_are_made_again(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figure2, "pictures", lambda *_: [])
+    folder = tmp_path / "run"
+    figure2.run(options(folder, tiny))
+    before = (folder / "log_likelihood.csv").read_bytes()
+    for name in ("vid*/step-000003.pt", "vid*/marginal.pt", "no-transfer*/step-000008.pt"):
+        (path,) = (folder / "runs").glob(name)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        (path.parent / "checkpoint.pt").write_bytes(b"PK nonsense")
+    figure2.run(options(folder, tiny))
+    assert (folder / "log_likelihood.csv").read_bytes() == before
+    assert not list(folder.glob("runs/*/checkpoint.pt"))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from small_networks import PAIRS, SmallNet
-from test_trainer import QUICK, assert_same, made, train
 from torch import Tensor, nn
+from training_runs import QUICK, assert_same, made, train
 
 from vidfast.distill import VID, Distiller
 from vidfast.distill.data import Images, random_shift

@@ -1,9 +1,8 @@
-"""The trainer: it learns, repeats itself, continues exactly, and stops early on nonsense."""
+"""The trainer: it learns, repeats itself, says what it does, and stops early on nonsense."""
 
 from __future__ import annotations
 
 import csv
-import random
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,54 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from plain_network import plain_distiller
-from small_networks import PAIRS, SmallNet
+from small_networks import SmallNet
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from training_runs import QUICK, assert_same, made, train
 
 from vidfast.distill import VID, Distiller
-from vidfast.distill.data import Images, random_shift
+from vidfast.distill.data import Images
 from vidfast.distill.modes import synchronise_batchnorm
-from vidfast.distill.stream import StreamBatches, seed_for
-from vidfast.distill.trainer import NonFiniteLossError, Trainer, TrainOptions
-
-QUICK = TrainOptions(steps=12, batch_size=8, lr=0.05, eval_every=4, checkpoint_every=4, device="cpu")
-
-
-def made(images: Images, dropout: float = 0.3, **vid: Any) -> Distiller:
-    torch.manual_seed(3)
-    student, teacher = SmallNet(4, dropout), SmallNet(6)
-    return Distiller(student, teacher, [VID(PAIRS, **vid)], example=images.images[:2])
-
-
-def train(
-    images: Images,
-    options: TrainOptions = QUICK,
-    folder: Path | None = None,
-    resume: bool = False,
-    **more: Any,
-) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    distiller = made(images, **more)
-    trainer = Trainer(
-        distiller,
-        images,
-        options,
-        evaluate={"test": images},
-        augment=random_shift(1),
-        folder=folder,
-        progress=False,
-    )
-    history = trainer.fit(resume=resume)
-    return history, distiller.state_dict()
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert list(a) == list(b)
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
+from vidfast.distill.trainer import NonFiniteLossError, Trainer
 
 
 def test_it_learns_and_reports(small_data: Images, tmp_path: Path) -> None:
@@ -188,75 +150,6 @@ def test_a_loss_that_is_not_finite_stops_early_and_is_named(
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_every_image_comes_equally_often_and_no_batch_is_short() -> None:
-    batches = list(StreamBatches(10, 4, 15, seed=0))
-    assert len(batches) == 15
-    assert {len(batch) for batch in batches} == {4}
-    counts = torch.tensor(batches).flatten().bincount()
-    assert counts.tolist() == [6] * 10
-    assert [len(b) for b in StreamBatches(3, 64, 2, seed=0)] == [3, 3]
-
-
-def test_seeds_differ_where_torch_looks() -> None:
-    """Its CPU generator takes the lower 32 bits of a seed."""
-    seeds = {
-        seed_for(seed, purpose, step, rank) & 0xFFFFFFFF
-        for seed in range(10)
-        for purpose in ("order", "augment")
-        for step in range(20)
-        for rank in range(3)
-    }
-    assert len(seeds) == 10 * 2 * 20 * 3
-
-
-def test_batches_from_a_start_and_for_processes_are_parts_of_the_same_stream() -> None:
-    whole = list(StreamBatches(10, 4, 15, seed=5))
-    assert list(StreamBatches(10, 4, 15, seed=5, start=6)) == whole[6:]
-    parts = [list(StreamBatches(10, 4, 15, seed=5, rank=rank, world=3)) for rank in range(3)]
-    for i, batch in enumerate(whole):
-        assert sorted(index for part in parts for index in part[i]) == sorted(batch)
-    with pytest.raises(ValueError, match="one image a process"):
-        StreamBatches(10, 2, 15, seed=5, rank=0, world=3)
-    with pytest.raises(ValueError, match="at least one training image"):
-        StreamBatches(0, 2, 15, seed=5)
-
-
-def test_workers_do_not_change_what_is_learned(small_data: Images) -> None:
-    assert_same(train(small_data)[1], train(small_data, replace(QUICK, workers=1))[1])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"steps": 0}, "steps of 1 or more"),
-        ({"batch_size": 0}, "batch_size of 1"),
-        ({"lr": float("nan")}, "lr of 0 or more"),
-        ({"weight_decay": -1.0}, "weight_decay of 0"),
-        ({"seed": -1}, "seed of 0"),
-        ({"schedule": "linear"}, "one of cosine, steps, constant"),
-        ({"optimizer": "lion"}, "one of sgd, adamw"),
-        ({"mixed_precision": "int8"}, "one of no, bf16, fp16"),
-        ({"device": "tpu"}, "one of auto, cpu, cuda"),
-        ({"epochs": 0}, "epochs of 1 or more"),
-        ({"checkpoint_every": "hour"}, "checkpoint_every as a number of steps or 'epoch'"),
-        ({"clip": 0.0}, "clip above 0"),
-    ],
-)
-def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainOptions(**options)
-
-
-def test_schedules_and_clipping(small_data: Images) -> None:
-    lr = [row["lr"] for row in train(small_data, replace(QUICK, schedule="steps", eval_every=1, lr=1e-3))[0]]
-    # The rate for the step after the row: ten times less at 60, 80 and 90 % of 12 steps.
-    assert lr == pytest.approx([1e-3] * 7 + [1e-4] * 2 + [1e-5] + [1e-6] * 2)
-    clipped = train(small_data, replace(QUICK, clip=1e-9, weight_decay=0.0))[1]
-    for key, value in made(small_data).state_dict().items():
-        if "running" not in key and "num_batches" not in key:
-            torch.testing.assert_close(clipped[key], value, rtol=0, atol=1e-6)
-
-
 def test_a_folder_that_cannot_be_made_is_an_os_error(small_data: Images, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
@@ -295,62 +188,6 @@ def test_a_second_fit_begins_a_history_of_its_own(small_data: Images) -> None:
     trainer = Trainer(made(small_data), small_data, QUICK, progress=False)
     assert [row["step"] for row in trainer.fit()] == [4, 8, 12]
     assert [row["step"] for row in trainer.fit()] == [4, 8, 12]
-
-
-class Noisy(Dataset[tuple[Tensor, Tensor]]):
-    """A data set that draws random numbers from every generator when it is read."""
-
-    def __init__(self, images: Images, source: str) -> None:
-        self.images, self.source = images, source
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        drawn = {"random": random.random, "numpy": np.random.rand, "torch": lambda: float(torch.rand(()))}
-        image, label = self.images[index]
-        return image + drawn[self.source](), label
-
-
-@pytest.mark.parametrize("source", ["random", "numpy", "torch"])
-def test_what_a_data_set_draws_follows_from_the_seed(small_data: Images, source: str) -> None:
-    def trained(**options: Any) -> list[dict[str, Any]]:
-        data = Noisy(small_data, source)
-        options = {"eval_every": 1, **options}
-        trainer = Trainer(made(small_data), data, replace(QUICK, **options), progress=False)
-        states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        history = trainer.fit()
-        assert states == (
-            random.getstate(),
-            np.random.get_state()[1].tolist(),
-            torch.get_rng_state().tolist(),
-        )
-        return history
-
-    first = trained()
-    for generator in (random.random, np.random.rand, lambda: torch.rand(())):
-        generator()
-    assert trained() == first
-    assert trained(workers=2) == first
-    assert trained(seed=1) != first
-    # Every image of every batch has its own draw.
-    still = Trainer(made(small_data), small_data, replace(QUICK, eval_every=1), progress=False).fit()
-    assert still[0]["loss"] != first[0]["loss"]
-
-
-def test_epochs_and_checkpoints_at_their_ends(small_data: Images, tmp_path: Path) -> None:
-    options = replace(QUICK, epochs=3, eval_every="epoch", checkpoint_every="epoch")
-    trainer = Trainer(made(small_data), small_data, options, folder=tmp_path, progress=False)
-    # 30 images in batches of 8: the ends are in steps 4, 8 and 12 (3.75, 7.5 and 11.25).
-    assert [row["step"] for row in trainer.fit()] == [4, 8, 12]
-    due = [step for step in range(1, 13) if trainer.options.checkpoint_due(step, 30)]
-    assert due == [4, 8, 12]
-    # One step is a whole epoch: not a checkpoint a step.
-    tiny = TrainOptions(epochs=1000, batch_size=64, checkpoint_every="epoch").of_data(30)
-    assert tiny.steps == 1000
-    assert sum(tiny.checkpoint_due(step, 30) for step in range(1, 1001)) == 100
-    large = TrainOptions(epochs=2, batch_size=8, checkpoint_every="epoch").of_data(1000)
-    assert [step for step in range(1, 251) if large.checkpoint_due(step, 1000)] == [125, 250]
 
 
 def test_progress_may_be_anything_with_update(small_data: Images) -> None:
@@ -424,20 +261,6 @@ def test_synchronised_batchnorm_keeps_parameters_and_taps(small_data: Images) ->
     tapped = Distiller(SmallNet(4), SmallNet(6), [VID({"first.1": "first"})], example=small_data.images[:2])
     with pytest.raises(ValueError, match=r"'first.1' is tapped"):
         synchronise_batchnorm(tapped)
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"steps": 2.5}, "steps as a whole number, got 2.5"),
-        ({"eval_every": 1.5}, "eval_every as a whole number"),
-        ({"lr": "0.1"}, "lr as a number, got '0.1'"),
-        ({"steps": True}, "steps as a whole number, got True"),
-    ],
-)
-def test_options_of_other_types_are_refused(options: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        TrainOptions(**options)
 
 
 def test_what_cannot_work_is_refused_before_training(small_data: Images) -> None:

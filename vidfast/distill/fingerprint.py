@@ -86,11 +86,20 @@ def _described(term: nn.Module) -> str:
 
 def _digest_of_weights(network: nn.Module | None) -> str:
     digest = hashlib.sha256()
-    for name, value in ({} if network is None else network.state_dict()).items():
+    if network is not None:
+        add_weights(digest, network.state_dict(), kinds=True)
+    return digest.hexdigest()[:16]
+
+
+def add_weights(digest: Any, weights: Mapping[str, Any], *, kinds: bool = False) -> None:
+    """Feed a digest of hashlib a network's state: names and values, wherever the tensors are and however laid out.
+
+    kinds: dtypes and shapes too, for networks of which the digest's user knows nothing else.
+    """
+    for name, value in weights.items():
         digest.update(name.encode())
         if isinstance(value, Tensor):
-            _add(digest, value)
-    return digest.hexdigest()[:16]
+            _add_tensor(digest, value, kinds)
 
 
 def _class_of(network: nn.Module | None) -> str:
@@ -116,10 +125,15 @@ def _digest_of(data: Dataset[Any], indices: list[int]) -> str:
 
 def _add(digest: Any, item: Any) -> None:
     if isinstance(item, Tensor):
-        digest.update(f"{item.dtype}{tuple(item.shape)}".encode())
-        digest.update(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        _add_tensor(digest, item)
     elif isinstance(item, (tuple, list)):
         for part in item:
             _add(digest, part)
     else:
         digest.update(_ADDRESS.sub("", repr(item)).encode())
+
+
+def _add_tensor(digest: Any, tensor: Tensor, kind: bool = True) -> None:
+    if kind:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def table(summaries: Sequence[Summary], labels: Mapping[str, str], baseline: str
     for samples in sorted({s.samples_per_class for s in summaries}):
         cells = {s.arm: s for s in summaries if s.samples_per_class == samples}
         row = [str(samples)]
-        row += [_cell(cells[arm]) if arm in cells else "" for arm in arms]
+        row += [mean_and_spread(cells[arm].accuracies) if arm in cells else "" for arm in arms]
         for arm in others:
             both = arm in cells and baseline in cells
             row.append(f"{cells[arm].mean - cells[baseline].mean:+.1f}" if both else "")
@@ -30,10 +31,13 @@ def table(summaries: Sequence[Summary], labels: Mapping[str, str], baseline: str
     return rows
 
 
-def _cell(summary: Summary) -> str:
-    """Mean ± spread; of a single run its value, which has no spread to tell."""
-    spread = f" ± {summary.spread:.1f}" if len(summary.accuracies) > 1 else ""
-    return f"{summary.mean:.1f}{spread}"
+def mean_and_spread(values: Sequence[float], digits: int = 1, sign: str = "") -> str:
+    """Mean ± sample standard deviation; a single value alone, which has no spread to tell.
+
+    digits: after the point. sign: "+" for a mean that is a difference.
+    """
+    text = f"{mean(values):{sign}.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:

@@ -7,7 +7,8 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ..experiments.compare import Config
 
 HELP = "train a teacher, a student alone and a student with VID-I, and compare the students"
+
+CONFIG = "config.json"
 
 NEEDS = {
     "accelerate": "accelerate",
@@ -151,13 +154,14 @@ def _run(arguments: argparse.Namespace) -> int:
     # Two folders are two data sets; the name tells them apart.
     config = replace(config, data=data.name)
     _check(config, data, arguments.device)
-    folder = from_main(lambda: _run_folder(arguments, config))
-    try:
-        _compare(arguments, config, data, folder)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; continue with the same options, --out {folder} and --resume"
-        ) from None
+    with ExitStack() as stack:
+        folder = from_main(lambda: stack.enter_context(_run_folder(arguments, config)))
+        try:
+            _compare(arguments, config, data, folder)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; continue with the same options, --out {folder} and --resume"
+            ) from None
     return 0
 
 
@@ -165,6 +169,7 @@ def _compare(arguments: argparse.Namespace, config: Config, data: ImageData, fol
     from tqdm.auto import tqdm
 
     from ..experiments import compare
+    from ..experiments.progress import progress_bar
     from ..experiments.teacher import default_cache, trained_teacher
     from ..files import write_text
     from ..plots import accuracy_curves
@@ -197,15 +202,7 @@ def _compare(arguments: argparse.Namespace, config: Config, data: ImageData, fol
         say(f"M = {run.samples_per_class:<3} seed {run.seed}  {labels[run.arm]:<16} {reached:5.1f} %")
 
     count = len(labels) * len(config.seeds) * len(config.samples_per_class)
-    with tqdm(
-        total=count * arguments.steps,
-        unit="step",
-        disable=True
-        if arguments.quiet or not is_main()
-        else None,  # None: no bar where stderr is no terminal
-        dynamic_ncols=True,
-        smoothing=0.05,
-    ) as bar:
+    with progress_bar(count * arguments.steps, quiet=arguments.quiet or not is_main()) as bar:
         runs = compare.compare(
             config, data, teacher, folder, resume=arguments.resume, progress=bar, each=each
         )
@@ -312,17 +309,36 @@ def _check(config: Config, data: ImageData, wanted: str) -> None:
         raise UserError(str(error).splitlines()[0]) from error
 
 
-def _run_folder(arguments: argparse.Namespace, config: Config) -> Path:
-    """The run folder, made and with config.json, or one whose config is this one if the run is resumed."""
+@contextmanager
+def _run_folder(arguments: argparse.Namespace, config: Config) -> Iterator[Path]:
+    """The run folder, made and with config.json, or one whose config is this one if the run is resumed.
+
+    For the block no other call may have it.
+    """
+    from ..experiments.folder import LOCK, held
     from ..files import write_text
 
     if arguments.resume and arguments.out is None:
         raise UserError("--resume needs --out DIR, the folder of the run to continue")
     folder: Path = arguments.out or Path("runs") / datetime.now().strftime("distill-%Y%m%d-%H%M%S")
-    written = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: wanted a folder, this is a file")
-    if arguments.resume and written.exists():
+    if not (folder / LOCK).exists():
+        # Before a lock is written to a folder that may be of something else.
+        _check_folder(folder, config, arguments.resume)
+    with held(folder):
+        _check_folder(folder, config, arguments.resume)
+        write_text(folder / CONFIG, json.dumps(config.as_json(), indent=2) + "\n")
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        yield folder
+
+
+def _check_folder(folder: Path, config: Config, resume: bool) -> None:
+    """Raises UserError for a folder with something else in it than the run that is to be resumed."""
+    from ..experiments.folder import LOCK
+
+    written = folder / CONFIG
+    if resume and written.exists():
         try:
             other = json.loads(written.read_text())
         except ValueError:
@@ -333,16 +349,14 @@ def _run_folder(arguments: argparse.Namespace, config: Config) -> Path:
                 f"{folder}: holds a run with other options ({', '.join(different)}); choose another --out"
             )
     # A process killed while it wrote config.json leaves a part of it under another name.
-    elif folder.exists() and any(not path.name.startswith(".config.json.") for path in folder.iterdir()):
+    elif folder.exists() and any(
+        path.name != LOCK and not path.name.startswith(f".{CONFIG}.") for path in folder.iterdir()
+    ):
         raise UserError(
             f"{folder}: holds no run to continue (there is no config.json); choose another --out"
-            if arguments.resume
+            if resume
             else f"{folder}: is not empty; choose another --out, or --resume to continue the run in it"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(written, json.dumps(config.as_json(), indent=2) + "\n")
-    (folder / "checkpoints").mkdir(exist_ok=True)
-    return folder
 
 
 def _differences(old: Any, new: Any, at: str = "") -> list[str]:

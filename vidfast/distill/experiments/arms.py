@@ -15,20 +15,19 @@ Rate = tuple[str, float]
 
 @dataclass(frozen=True)
 class Setting:
-    """One choice of what a row trains with. clip: the largest norm of the gradient, or None."""
+    """One choice of what a row trains with."""
 
     optimizer: str
     lr: float
     terms: tuple[Term, ...] = ()
     task_weight: float = 1.0
-    clip: float | None = None
 
     def options(self, base: TrainOptions) -> TrainOptions:
-        return replace(base, optimizer=self.optimizer, lr=self.lr, clip=self.clip)
+        return replace(base, optimizer=self.optimizer, lr=self.lr)
 
     def at_rate_of(self, other: Setting) -> Setting:
-        """This one with the other's optimizer, learning rate and clipping."""
-        return replace(self, optimizer=other.optimizer, lr=other.lr, clip=other.clip)
+        """This one with the other's optimizer and learning rate."""
+        return replace(self, optimizer=other.optimizer, lr=other.lr)
 
     def describe(self) -> dict[str, str]:
         """The setting as text, for a record."""
@@ -37,7 +36,6 @@ class Setting:
             "lr": f"{self.lr:g}",
             "terms": "; ".join(map(str, self.terms)),
             "task_weight": f"{self.task_weight:g}",
-            "clip": "" if self.clip is None else f"{self.clip:g}",
         }
 
 
@@ -77,7 +75,7 @@ class Arm:
             )
         ]
         combined = [replace(rate, terms=terms, task_weight=task) for rate in rates or parts]
-        return tuple({(s.optimizer, s.lr, s.clip): s for s in combined}.values())
+        return tuple({(s.optimizer, s.lr): s for s in combined}.values())
 
 
 def alone(label: str, rates: Iterable[Rate], **arm: Any) -> Arm:

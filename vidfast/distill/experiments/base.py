@@ -19,7 +19,8 @@ class Options:
     "full" (the paper's sizes). seeds: how many, 0, 1, ... samples: the numbers M of labelled images a class.
     steps, teacher_steps: of every student's training, and the teacher's. arms: labels of the table's rows to
     run. folder: where everything goes; what it holds already is not done again. jobs: trainings at once, each
-    in a process of its own. cache: where trained teachers are kept, or None. device: "auto", "cpu" or "cuda".
+    in a process of its own. cache: where trained teachers are kept; None: in the folder. device: "auto", "cpu" or
+    "cuda".
     """
 
     folder: Path
@@ -52,6 +53,11 @@ class Options:
         if self.jobs is not None:
             return self.jobs
         return 1 if self.on_gpu else min(cores(), 8)
+
+    @property
+    def teachers(self) -> Path:
+        """Where trained teachers are kept, so that a call that was stopped goes on with the same one."""
+        return self.cache or self.folder / "teachers"
 
     def command(self, name: str) -> str:
         """The command of experiment `name` with these options, without what is this machine's own."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import safetensors.torch
@@ -163,7 +163,7 @@ def train_student(
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and sample standard deviation over seeds of the last step's test accuracy, in percent."""
+    """The last step's test accuracy, in percent, by seed."""
 
     arm: str
     samples_per_class: int
@@ -172,10 +172,6 @@ class Summary:
     @property
     def mean(self) -> float:
         return mean(self.accuracies)
-
-    @property
-    def spread(self) -> float:
-        return stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
 def summaries(runs: list[Run], column: str = "test_accuracy") -> list[Summary]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,19 +27,21 @@ from ..data import DataError, ImageData, LabelledImages, samples_per_class
 from ..distiller import Distiller
 from ..errors import UserError
 from ..files import CheckpointError, load_checkpoint, save_checkpoint, write_csv, write_text
+from ..fingerprint import add_weights
 from ..methods.vid import VID
 from ..models.base import TappedNetwork
 from ..registry import UnknownNameError
-from ..trainer import NonFiniteLossError, Trainer, TrainOptions
+from ..trainer import CHECKPOINT, NonFiniteLossError, Trainer, TrainOptions
 from . import presets
 from .base import Options
 from .compare import save_network
-from .figure2_report import Outcome, page, pictures, printed
+from .figure2_outcome import Outcome
+from .figure2_report import page, pictures, printed
+from .folder import held, timed, took
 from .likelihood import MarginalMaps, Reading, VIDMaps, read
-from .runs import DataSpec, Job, Term, execute, fresh, keep_network, restored, stored
+from .progress import progress_bar, skip
+from .runs import DataSpec, Job, Term, execute, fresh, keep_network, restored, sound, stored
 from .teacher import trained_teacher
-
-HELP = "figure 2: heat maps of log q(t|s) through training, with and without transfer"
 
 # Raise it when a change makes the same plan give another result.
 FORMAT = 1
@@ -110,7 +111,7 @@ def run(options: Options) -> None:
 
     It writes report.md, figure2.png, figure2-nats.png, figure2-log-likelihood.png and log_likelihood.csv.
 
-    Raises UserError for what cannot work, before anything is trained.
+    Raises UserError for what cannot work, and where another call works in the folder, before anything is written.
     """
     try:
         chosen = plan(options)
@@ -118,28 +119,21 @@ def run(options: Options) -> None:
     except (ValueError, DataError, UnknownNameError) as error:
         raise UserError(str(error)) from error
     _check(chosen, options, data)
+    with held(options.folder):
+        _run(chosen, options, data)
+
+
+def _run(plan: Plan, options: Options, data: ImageData) -> None:
     folder = options.folder
-    continued = (folder / "runs").exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "plan.json", json.dumps(asdict(chosen), indent=2, default=str) + "\n")
-    started = time.monotonic()
-    with tqdm(
-        total=chosen.teacher_training.steps + len(chosen.seeds) * 3 * chosen.vid.steps,
-        unit="step",
-        disable=True if options.quiet else None,  # None: no bar where stderr is no terminal
-        dynamic_ncols=True,
-        smoothing=0.02,
-        file=sys.stderr,
-    ) as bar:
-        outcome = _Study(chosen, data, options, bar).outcome()
-    seconds = time.monotonic() - started
-    took = f"{seconds:.0f} s" + (" for what an earlier call had left" if continued else "")
+    write_text(folder / "plan.json", json.dumps(asdict(plan), indent=2, default=str) + "\n")
+    steps = plan.teacher_training.steps + len(plan.seeds) * 3 * plan.vid.steps
+    with timed(folder) as calls, progress_bar(steps, quiet=options.quiet) as bar:
+        outcome = _Study(plan, data, options, bar).outcome()
     write_csv(folder / "log_likelihood.csv", outcome.rows())
-    names = pictures(folder, chosen, data, outcome)
-    write_text(
-        folder / "report.md", page(chosen, data, outcome, command=options.command("figure2"), took=took)
-    )
-    print(printed(chosen, outcome))
+    names = pictures(folder, plan, data, outcome)
+    command = options.command("figure2")
+    write_text(folder / "report.md", page(plan, data, outcome, command=command, took=took(calls)))
+    print(printed(plan, outcome))
     print("\n".join(str(folder / name) for name in ("report.md", *names, "log_likelihood.csv")))
 
 
@@ -199,8 +193,7 @@ class _Study:
             plan.teacher,
             self.data,
             plan.teacher_training,
-            # Without a cache the folder has one, so that a run that was stopped goes on with the same teacher.
-            cache=self.options.cache or self.folder / "teachers",
+            cache=self.options.teachers,
             progress=watch,
             say=self._say,
         )
@@ -250,15 +243,23 @@ class _Study:
         plan, data = self.plan, self.data
         training = replace(plan.vid, seed=seed)
         folder = self.folder / "runs" / self._name(arm, seed, training, frozen)
+        files = [folder / _file(step) for step in plan.at(CURVE)]
+        if frozen is None:
+            files.append(folder / "marginal.pt")
         watch = _Watch(self.bar)
         try:
             accuracy = float(json.loads((folder / "result.json").read_text())["accuracy"])
-            for step in plan.at(CURVE):
-                _stage(folder / _file(step))
+            for path in files:
+                _stage(path)
             watch.update(training.steps)
             return folder, accuracy
         except (OSError, ValueError, KeyError, TypeError, CheckpointError):
             folder.mkdir(parents=True, exist_ok=True)
+        files.append(folder / CHECKPOINT)
+        if any(path.exists() and not sound(path) for path in files):
+            # From the beginning, since a reading of an earlier step cannot be taken later.
+            for path in files:
+                path.unlink(missing_ok=True)
 
         teacher = restored(self.folder / "networks" / self.teacher)
         with torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -305,7 +306,7 @@ class _Study:
         distiller.remove_taps()
         save_network(folder / "student.safetensors", student.cpu(), plan.student, data)
         write_text(folder / "result.json", json.dumps({"accuracy": accuracy}) + "\n")
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
         return folder, accuracy
 
     def _read(self, maps: VIDMaps | MarginalMaps, vid: VID) -> list[Reading]:
@@ -325,8 +326,7 @@ class _Study:
             "training": training.what_counts(),
         }
         digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode())
-        for key, value in (frozen or {}).items():
-            digest.update(key.encode() + value.contiguous().numpy().tobytes())
+        add_weights(digest, frozen or {})
         return f"{arm.replace(' ', '-')}-seed{seed}-{digest.hexdigest()[:12]}"
 
     def _say(self, line: str) -> None:
@@ -347,11 +347,12 @@ class _Watch:
         self.step: int | None = None
 
     def update(self, n: int, /) -> None:
-        if self.step is None and not self.bar.disable:
-            # Done by an earlier call: the time left follows from this one's steps.
-            self.bar.initial += n
-        self.step = n if self.step is None else self.step + n
-        self.bar.update(n)
+        if self.step is None:
+            # What an earlier call has done.
+            skip(self.bar, n)
+        else:
+            self.bar.update(n)
+        self.step = n + (self.step or 0)
         if self.step in self.at:
             self.look(self.step)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,89 +14,16 @@ import vidfast
 
 from ..data import ImageData
 from ..data.base import as_pixels
-from ..report import as_markdown, as_text
-from ..trainer import Row
+from ..report import as_markdown, as_text, mean_and_spread
+from .figure2_outcome import ALONE, LABELS, MARGINAL, VID, Outcome
 from .heatmaps import Column, Curve, heat_maps, likelihood_curves
 from .likelihood import BACKGROUND, FOREGROUND, Reading
 
 if TYPE_CHECKING:
     from .figure2 import Plan
 
-VID, ALONE = "vid", "no transfer"
-LABELS = {VID: "VID training", ALONE: "no transfer, q alone optimised"}
-MARGINAL = "q without a student"
-
 # A difference in nats per position below which the text does not call one part of an image easier.
 CLEARLY = 0.1
-
-
-@dataclass
-class Outcome:
-    """What was measured.
-
-    shown: the test images that are drawn. readings: by arm, seed and step, one for each pair of layers. marginal: by
-    seed, of q without a student. accuracies: of the students, by arm and seed, in percent.
-    """
-
-    teacher_accuracy: float
-    shown: list[int]
-    readings: dict[str, dict[int, dict[int, list[Reading]]]] = field(default_factory=dict)
-    marginal: dict[int, list[Reading]] = field(default_factory=dict)
-    accuracies: dict[str, dict[int, float]] = field(default_factory=dict)
-
-    def add(self, arm: str, seed: int, stages: dict[int, list[Reading]], accuracy: float) -> None:
-        self.readings.setdefault(arm, {})[seed] = stages
-        self.accuracies.setdefault(arm, {})[seed] = accuracy
-
-    @property
-    def seeds(self) -> list[int]:
-        return list(self.marginal)
-
-    @property
-    def steps(self) -> list[int]:
-        return list(self.readings[VID][self.seeds[0]])
-
-    def of(self, arm: str, pair: int, step: int) -> list[Reading]:
-        """A pair's readings of all seeds."""
-        return [self.readings[arm][seed][step][pair] for seed in self.seeds]
-
-    def of_marginal(self, pair: int) -> list[Reading]:
-        return [self.marginal[seed][pair] for seed in self.seeds]
-
-    def rows(self) -> list[Row]:
-        """Every reading, for log_likelihood.csv. The step of q without a student is empty."""
-        found = [
-            (arm, seed, step, reading)
-            for arm, by_seed in self.readings.items()
-            for seed, by_step in by_seed.items()
-            for step, readings in by_step.items()
-            for reading in readings
-        ]
-        every: list[tuple[str, int, int | None, Reading]] = [
-            *found,
-            *(
-                (MARGINAL, seed, None, reading)
-                for seed, readings in self.marginal.items()
-                for reading in readings
-            ),
-        ]
-        return [
-            {
-                "student": arm,
-                "seed": seed,
-                "step": step,
-                "pair": reading.pair,
-                "channels": reading.channels,
-                "height": reading.height,
-                "width": reading.width,
-                "nats_per_position": reading.nats,
-                "nats_per_element": reading.per_element,
-                "nats_per_position_background": reading.background,
-                "nats_per_position_foreground": reading.foreground,
-                "correlation_with_magnitude": reading.magnitude,
-            }
-            for arm, seed, step, reading in every
-        ]
 
 
 def drawn_pair(plan: Plan, outcome: Outcome) -> int:
@@ -169,33 +95,21 @@ def pictures(folder: Path, plan: Plan, data: ImageData, outcome: Outcome) -> lis
     return ["figure2.png", "figure2-nats.png", "figure2-log-likelihood.png"]
 
 
-def _spread(values: Sequence[float], digits: int = 1, sign: str = "") -> str:
-    text = f"{mean(values):{sign}.{digits}f}"
-    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
-
-
-def _gaps(outcome: Outcome, pair: int) -> list[float]:
-    """VID's log-likelihood above the other's at the end, in nats per position, by seed."""
-    last = outcome.steps[-1]
-    both = zip(outcome.of(VID, pair, last), outcome.of(ALONE, pair, last), strict=True)
-    return [vid.nats - alone.nats for vid, alone in both]
-
-
 def table(outcome: Outcome) -> list[list[str]]:
     """For each pair of layers: the log-likelihood of both students at the end, and the gap."""
     last = outcome.steps[-1]
     rows = [["pair", "t", MARGINAL, "no transfer", "VID", "gap", "gap per element", "gap per image"]]
     for pair, shape in enumerate(outcome.marginal[outcome.seeds[0]]):
-        gaps = _gaps(outcome, pair)
+        gaps = outcome.gaps(pair)
         rows.append(
             [
                 shape.pair,
                 f"{shape.channels}x{shape.height}x{shape.width}",
-                _spread([r.nats for r in outcome.of_marginal(pair)]),
-                _spread([r.nats for r in outcome.of(ALONE, pair, last)]),
-                _spread([r.nats for r in outcome.of(VID, pair, last)]),
-                _spread(gaps, sign="+"),
-                _spread([gap / shape.channels for gap in gaps], 2, "+"),
+                mean_and_spread([r.nats for r in outcome.of_marginal(pair)]),
+                mean_and_spread([r.nats for r in outcome.of(ALONE, pair, last)]),
+                mean_and_spread([r.nats for r in outcome.of(VID, pair, last)]),
+                mean_and_spread(gaps, sign="+"),
+                mean_and_spread([gap / shape.channels for gap in gaps], 2, "+"),
                 f"{mean(gaps) * shape.positions:+.0f}",
             ]
         )
@@ -208,7 +122,10 @@ def stages_table(plan: Plan, outcome: Outcome) -> list[list[str]]:
     rows = [["step", *(LABELS[arm] for arm in (VID, ALONE))]]
     for step in outcome.steps:
         rows.append(
-            [str(step), *(_spread([r.nats for r in outcome.of(arm, pair, step)]) for arm in (VID, ALONE))]
+            [
+                str(step),
+                *(mean_and_spread([r.nats for r in outcome.of(arm, pair, step)]) for arm in (VID, ALONE)),
+            ]
         )
     return rows
 
@@ -230,10 +147,10 @@ def brightness_table(outcome: Outcome) -> list[list[str]]:
                 [
                     shape.pair,
                     label,
-                    _spread(dark) if dark else "",
-                    _spread(bright) if bright else "",
-                    _spread(difference, sign="+") if difference else "",
-                    _spread([r.magnitude for r in found], 2, "+"),
+                    mean_and_spread(dark) if dark else "",
+                    mean_and_spread(bright) if bright else "",
+                    mean_and_spread(difference, sign="+") if difference else "",
+                    mean_and_spread([r.magnitude for r in found], 2, "+"),
                 ]
             )
     return rows
@@ -255,15 +172,15 @@ def findings(plan: Plan, outcome: Outcome) -> list[str]:
     vid = [mean(r.nats for r in outcome.of(VID, drawn, step)) for step in (first, last)]
     best = max(outcome.steps, key=lambda step: mean(r.nats for r in outcome.of(VID, drawn, step)))
     name = outcome.marginal[outcome.seeds[0]][drawn].pair
-    gaps = _gaps(outcome, drawn)
+    gaps = outcome.gaps(drawn)
     lines = [
         f"- **Through training** (b, c, d): the log-likelihood of {name} goes from {vid[0]:.1f} to {vid[1]:.1f} nats "
         f"per position over the test images" + ("." if best == last else f"; it was highest at step {best}."),
         f"- **Without transfer** (e): q reaches {mean(r.nats for r in outcome.of(ALONE, drawn, last)):.1f} nats per "
         f"position there. The difference of the two bounds on I(t; s), VID's less the other's, is "
-        f"{_spread(gaps, sign='+')} nats per position. "
-        f"VID ends higher in every seed for {_which(outcome, lambda i: min(_gaps(outcome, i)) > 0)}, lower in every "
-        f"seed for {_which(outcome, lambda i: max(_gaps(outcome, i)) < 0)}.",
+        f"{mean_and_spread(gaps, sign='+')} nats per position. "
+        f"VID ends higher in every seed for {_which(outcome, lambda i: min(outcome.gaps(i)) > 0)}, lower in every "
+        f"seed for {_which(outcome, lambda i: max(outcome.gaps(i)) < 0)}.",
         f"- **Against q without a student**, which gives each channel its mean and variance whatever the image: "
         f"VID is above it for {_which(outcome, lambda i: _above(outcome, VID, i))}, no transfer for "
         f"{_which(outcome, lambda i: _above(outcome, ALONE, i))}.",
@@ -304,7 +221,8 @@ def printed(plan: Plan, outcome: Outcome) -> str:
     """For a terminal."""
     seeds = f"{len(outcome.seeds)} seed{'s' if len(outcome.seeds) != 1 else ''}"
     accuracies = ", ".join(
-        f"{LABELS[a].split(',')[0]} {_spread(list(v.values()))}" for a, v in outcome.accuracies.items()
+        f"{LABELS[a].split(',')[0]} {mean_and_spread(list(v.values()))}"
+        for a, v in outcome.accuracies.items()
     )
     return "\n".join(
         [
@@ -359,8 +277,9 @@ For {drawn.pair}, the pair that is drawn:
 
 {as_markdown(stages_table(plan, outcome))}
 
-The students' test accuracy is {_spread(list(accuracies[VID].values()))} % with VID-I and \
-{_spread(list(accuracies[ALONE].values()))} % without transfer; the teacher reaches {outcome.teacher_accuracy:.1f} %.
+The students' test accuracy is {mean_and_spread(list(accuracies[VID].values()))} % with VID-I and \
+{mean_and_spread(list(accuracies[ALONE].values()))} % without transfer; the teacher reaches \
+{outcome.teacher_accuracy:.1f} %.
 
 ## Background and foreground
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..errors import UserError
 from .base import cores
+from .progress import skip
 from .runs import Job, Result, execute, stored
 
 _steps: Any = None
@@ -51,7 +53,7 @@ def run_all(
     """The results in the order of the jobs; what is stored already is not done again.
 
     each: called in this process with every job as it ends. On an interrupt the workers stop, and what they have
-    done by their last checkpoints is continued by the next call.
+    done by their last checkpoints is continued by the next call. Raises UserError where a worker died.
     """
     results: dict[str, Result] = {}
     missing: dict[str, Job] = {}
@@ -65,7 +67,7 @@ def run_all(
         if result is None:
             missing[job.digest] = job
         elif job.digest not in results:
-            _skip(bar, job.options.steps)
+            skip(bar, job.options.steps)
             done(job, result)
 
     if workers == 1 or len(missing) == 1:
@@ -108,7 +110,7 @@ def _in_processes(
                 done(waiting.pop(future), future.result())
         executor.shutdown()
     except BrokenProcessPool:
-        raise RuntimeError(
+        raise UserError(
             "a process that was training died, for want of memory perhaps: give fewer --jobs; the same command "
             "continues where this one stopped"
         ) from None
@@ -145,10 +147,3 @@ def _work(job: Job, folder: Path) -> Result:
     result = execute(job, folder, counter)
     counter.flush()
     return result
-
-
-def _skip(bar: tqdm[Any], steps: int) -> None:
-    """Advance over work done earlier without taking it for speed: the time left follows from this run's steps."""
-    if not bar.disable:
-        bar.initial += steps
-        bar.update(steps)

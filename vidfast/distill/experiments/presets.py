@@ -133,6 +133,6 @@ def seeds(options: Options, default: int) -> tuple[int, ...]:
     return tuple(range(options.seeds if options.seeds is not None else default))
 
 
-def search_seeds(options: Options) -> tuple[int, ...]:
-    """Far from 0, 1, 2, ..., with which results are reported."""
-    return (1000, 1001) if options.steps is None or options.steps > 20 else (1000,)
+def search_seeds(options: Options, quick: int) -> tuple[int, ...]:
+    """Far from 0, 1, 2, ..., with which results are reported. quick: how many in that budget; the full one has two."""
+    return tuple(1000 + i for i in range(quick if options.quick else 2))

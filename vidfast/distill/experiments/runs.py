@@ -17,13 +17,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data import ImageData, load
 from ..data.sampling import samples_per_class
 from ..distiller import Distiller
 from ..errors import UserError
 from ..files import CheckpointError, load_checkpoint, write_text
+from ..fingerprint import add_weights
 from ..methods.base import METHODS, Method
 from ..models.base import TappedNetwork, build
 from ..trainer import CHECKPOINT, NonFiniteLossError, Progress, Trainer, TrainOptions
@@ -156,9 +157,7 @@ def execute(job: Job, folder: Path, progress: bool | Progress = False) -> Result
     """
     here = folder / "runs" / job.digest
     here.mkdir(parents=True, exist_ok=True)
-    try:
-        load_checkpoint(here / CHECKPOINT)
-    except CheckpointError:
+    if not sound(here / CHECKPOINT):
         (here / CHECKPOINT).unlink(missing_ok=True)
     data = job.data.load()
     labelled = data.train if job.samples is None else samples_per_class(data.train, job.samples, job.seed)
@@ -196,6 +195,15 @@ def execute(job: Job, folder: Path, progress: bool | Progress = False) -> Result
     return result
 
 
+def sound(path: Path) -> bool:
+    """Whether there is such a checkpoint, and it can be read."""
+    try:
+        load_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def fresh(network: str, data: ImageData) -> TappedNetwork:
     """A network for the data, with weights from torch's random state."""
     return build(
@@ -206,8 +214,7 @@ def fresh(network: str, data: ImageData) -> TappedNetwork:
 def keep_network(folder: Path, role: str, network: TappedNetwork, name: str, data: ImageData) -> str:
     """Write a network to the experiment's networks folder; the file's name says what it holds."""
     digest = hashlib.sha256()
-    for key, value in network.state_dict().items():
-        digest.update(key.encode() + value.contiguous().numpy().tobytes())
+    add_weights(digest, network.state_dict())
     file = f"{role}-{name}-{digest.hexdigest()[:12]}.safetensors"
     (folder / "networks").mkdir(parents=True, exist_ok=True)
     save_network(folder / "networks" / file, network, name, data)
@@ -215,9 +222,8 @@ def keep_network(folder: Path, role: str, network: TappedNetwork, name: str, dat
 
 
 def restored(path: Path) -> TappedNetwork:
-    """The network that `keep_network` wrote, in eval mode."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        made_by = json.loads(file.metadata()["vidfast"])
+    """The network that `keep_network` wrote, in eval mode. Raises CheckpointError for a damaged file."""
+    weights, made_by = _weights(path)
     with torch.random.fork_rng(devices=[]):
         network = build(
             made_by["network"],
@@ -225,13 +231,23 @@ def restored(path: Path) -> TappedNetwork:
             num_classes=made_by["num_classes"],
             image_size=tuple(made_by["image_size"]),
         )
-    network.load_state_dict(safetensors.torch.load_file(path))
+    network.load_state_dict(weights)
     return network.eval()
+
+
+def _weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights that `save_network` wrote, and what made their network."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            made_by = json.loads(file.metadata()["vidfast"])
+        return safetensors.torch.load_file(path), made_by
+    except (safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged, or not a network that was kept here ({error})") from error
 
 
 def begin_with(student: TappedNetwork, path: Path) -> None:
     """Load a pretrained student's weights, but not its classifier: the classes are others."""
     classifier = [name for name, module in student.named_modules() if isinstance(module, nn.Linear)][-1]
-    weights = safetensors.torch.load_file(path)
+    weights, _ = _weights(path)
     own = {k: v for k, v in student.state_dict().items() if k.startswith(f"{classifier}.")}
     student.load_state_dict(weights | own)

@@ -164,7 +164,7 @@ class _Study:
             plan.teacher,
             source,
             plan.teacher_training,
-            cache=self.options.cache,
+            cache=self.options.teachers,
             progress=False,
             say=self._say,
         )

@@ -12,8 +12,6 @@ from .paper import TABLE1
 from .study import Column, Panel, Plan
 from .table import run_table
 
-HELP = "table 1: a student with few labelled images, by method"
-
 NOTES = """
 - The quick budget has small networks, {steps} steps a student, and the few labelled images that make digits hard. The
   paper has CIFAR-10, WRN-40-2 to WRN-16-1 and M from 100 to 5000 (`--budget full`).
@@ -43,7 +41,7 @@ def plan(options: Options) -> Plan:
         training=training,
         teacher_training=presets.teachers(options, 300 if quick else 64_000),
         seeds=presets.seeds(options, 3),
-        search_seeds=presets.search_seeds(options),
+        search_seeds=presets.search_seeds(options, quick=2),
         validation_trains=not quick,
         paper=TABLE1,
         notes=NOTES.format(steps=training.steps),

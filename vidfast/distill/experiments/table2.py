@@ -12,8 +12,6 @@ from .paper import TABLE2
 from .study import Column, Panel, Plan
 from .table import run_table
 
-HELP = "table 2: students of several sizes, by method"
-
 NOTES = """
 - The quick budget has small networks, {steps} steps a student, and {samples} labelled images a class. The paper trains
   every student on all of CIFAR-100 (`--budget full`); with all images every student of these reaches about 99 % on
@@ -46,7 +44,7 @@ def plan(options: Options) -> Plan:
         training=training,
         teacher_training=presets.teachers(options, 300 if quick else 78_000),
         seeds=presets.seeds(options, 2 if quick else 3),
-        search_seeds=(1000,) if quick else presets.search_seeds(options),
+        search_seeds=presets.search_seeds(options, quick=1),
         validation_trains=not quick,
         paper=TABLE2,
         notes=NOTES.format(steps=training.steps, samples="all" if samples is None else samples),

@@ -16,8 +16,6 @@ from .runs import DataSpec
 from .study import Column, Panel, Plan
 from .table import run_table
 
-HELP = "table 3: transfer from a ResNet-34 to ResNet-18 and VGG-9 on another task"
-
 NOTES = """
 - The paper's teacher is trained on ImageNet, and its students on MIT-67 and CUB-200-2011 (`--source-data folder
   --source-root IMAGENET --data folder --root DIR --budget full`). Here {source}; students learn {target}.
@@ -74,7 +72,7 @@ def plan(options: Options) -> Plan:
         training=training,
         teacher_training=presets.teachers(options, 300 if quick else 20_000),
         seeds=presets.seeds(options, 2 if quick else 3),
-        search_seeds=(1000,) if quick else presets.search_seeds(options),
+        search_seeds=presets.search_seeds(options, quick=1),
         validation_trains=not quick,
         paper=TABLE3,
         notes=NOTES.format(

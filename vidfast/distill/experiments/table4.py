@@ -12,8 +12,6 @@ from .paper import TABLE4
 from .study import Column, Panel, Plan
 from .table import run_table
 
-HELP = "table 4: from a convolutional network to multi-layer perceptrons"
-
 NOTES = """
 - {size}
 - FitNet's W is the same stack of transposed convolutions as VID-I's mean function, which is linear as FitNet asks; the
@@ -51,7 +49,7 @@ def plan(options: Options) -> Plan:
         training=training,
         teacher_training=presets.teachers(options, 200 if quick else 64_000),
         seeds=presets.seeds(options, 2 if quick else 3),
-        search_seeds=(1000,) if quick else presets.search_seeds(options),
+        search_seeds=presets.search_seeds(options, quick=1),
         validation_trains=not quick,
         paper=TABLE4,
         notes=NOTES.format(

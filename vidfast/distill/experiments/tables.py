@@ -9,7 +9,7 @@ import torch
 
 import vidfast
 
-from ..report import as_markdown, as_text
+from ..report import as_markdown, as_text, mean_and_spread
 from .study import Cell, Outcome, Panel, Plan
 
 FEATURE_MATCHING = ("FitNet", "AT", "NST")
@@ -17,12 +17,11 @@ FEATURE_MATCHING = ("FitNet", "AT", "NST")
 
 def percent(cell: Cell) -> str:
     """Mean ± sample standard deviation, for one run its value, and how many runs diverged."""
+    if not cell.reached:
+        return "diverged"
     failed = len(cell.accuracies) - len(cell.reached)
     lost = f" ({failed} of {len(cell.accuracies)} diverged)" if failed else ""
-    if cell.mean is None:
-        return "diverged"
-    spread = f" ± {cell.spread:.1f}" if len(cell.reached) > 1 else ""
-    return f"{cell.mean:.1f}{spread}{lost}"
+    return mean_and_spread(cell.reached) + lost
 
 
 def rows(plan: Plan, outcome: Outcome, panel: Panel, *, bold: bool = False) -> list[list[str]]:
