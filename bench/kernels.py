@@ -71,7 +71,7 @@ class KernelContender:
                 grad_mean = self.buffers[self.turn % len(self.buffers)]
                 self.turn += 1
             native = _C.cpu_forward_grad
-            arguments = (*problem, grad_mean.data_ptr(), stride, per_channel.data_ptr(), False, threads)
+            arguments = (*problem, grad_mean.data_ptr(), stride, per_channel.data_ptr(), threads)
             outputs = (loss, (grad_mean, per_channel))
 
         def call() -> object:

@@ -1,6 +1,7 @@
 // vidfast._C: the native primitives for Python. Addresses are integers; the caller answers for what lies there.
 #include <pybind11/pybind11.h>
 
+#include "cpu/blocks.h"
 #include "gaussian_nll.h"
 
 namespace py = pybind11;
@@ -45,13 +46,12 @@ void cpu_forward(Address mean, int64_t mean_stride, int mean_dtype, Address targ
 void cpu_forward_grad(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
                       int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
                       double k, double eps, bool full, Address loss, int loss_dtype, Address grad_mean,
-                      int64_t grad_stride, Address grad_alpha, bool fresh, int threads) {
+                      int64_t grad_stride, Address grad_alpha, int threads) {
   py::gil_scoped_release release;
   vidfast::cpu::forward_grad(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha,
                                      alpha_dtype, outer, channels, inner, k, eps, full),
                              reinterpret_cast<void*>(loss), static_cast<DType>(loss_dtype),
-                             view(grad_mean, grad_stride, mean_dtype), reinterpret_cast<double*>(grad_alpha), fresh,
-                             threads);
+                             view(grad_mean, grad_stride, mean_dtype), reinterpret_cast<double*>(grad_alpha), threads);
 }
 
 void cpu_backward(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
@@ -90,6 +90,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_forward_grad", &cpu_forward_grad);
   m.def("cpu_backward", &cpu_backward);
   m.def("cpu_scale", &cpu_scale);
+  using vidfast::cpu::Block;
+  py::class_<Block>(m, "CpuBlock", py::buffer_protocol(), py::module_local(),
+                    "Memory of `nbytes` bytes, kept for the next when freed.")
+      .def(py::init<int64_t>(), py::arg("nbytes"))
+      .def_buffer([](Block& b) { return py::buffer_info(static_cast<uint8_t*>(b.data()), b.bytes()); });
+  m.def(
+      "cpu_block_bytes",
+      [] {
+        const vidfast::cpu::BlockBytes b = vidfast::cpu::block_bytes();
+        return py::make_tuple(b.in_use, b.idle, b.most);
+      },
+      "(in use, idle, the most that were in use at once), in bytes.");
+  m.def("cpu_release_idle_blocks", &vidfast::cpu::release_idle_blocks, "Give idle blocks back to the system.");
   m.def("cpu_isa", &vidfast::cpu::isa, "The instruction set in use: baseline, avx2 or avx512.");
   m.def("cpu_select_isa", &vidfast::cpu::select_isa, py::arg("name"),
         "Switch to another instruction set; False if this processor lacks it.");

@@ -35,8 +35,8 @@ namespace cpu {
 void forward(const Problem& p, void* loss, DType loss_dtype, double* sum_sq, int threads);
 
 // The same loss, and for an incoming gradient of 1: grad_mean = k r / v_c in its own dtype, which may lie
-// exactly over mean, and grad_alpha [C] in fp64. `fresh`: grad_mean's pages were just allocated.
-void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha, bool fresh,
+// exactly over mean, and grad_alpha [C] in fp64.
+void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha,
                   int threads);
 
 // Gradients for the incoming gradient *g, a scalar in memory. Any of the three outputs may be absent (nullptr).

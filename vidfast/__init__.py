@@ -2,7 +2,16 @@
 
 from vidfast._version import __version__
 from vidfast.dispatch import info
+from vidfast.memory import empty_cache
 from vidfast.nll import GaussianNLL, gaussian_nll, log_likelihood_map
 from vidfast.vid import VIDLoss
 
-__all__ = ["GaussianNLL", "VIDLoss", "__version__", "gaussian_nll", "info", "log_likelihood_map"]
+__all__ = [
+    "GaussianNLL",
+    "VIDLoss",
+    "__version__",
+    "empty_cache",
+    "gaussian_nll",
+    "info",
+    "log_likelihood_map",
+]

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vidfast import memory
+
 
 class Layout(NamedTuple):
     """Extents and outer strides, in elements, of a matched pair of tensors; `channel` is the dimension of C."""
@@ -106,7 +108,11 @@ def walk(x: Tensor, channel: int) -> tuple[int, int, int] | None:
 
 
 def dense_like(x: Tensor, channel: int, dtype: torch.dtype | None = None) -> Tensor:
-    """New memory of x's shape, dense in x's order of dimensions: its outer stride is C * inner."""
+    """Memory of x's shape, dense in x's order of dimensions: its outer stride is C * inner. Its values are anything."""
+    if x.is_cpu and x.nbytes >= memory.KEPT_FROM:
+        kept = memory.empty_kept(x, dense_strides(x.shape, x.stride(), channel), dtype or x.dtype)
+        if kept is not None:
+            return kept
     if x.is_contiguous():
         return torch.empty_like(x, dtype=dtype)
     return torch.empty_strided(

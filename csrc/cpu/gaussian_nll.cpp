@@ -1,10 +1,6 @@
 // The CPU back end's primitives: per-channel mathematics in fp64 around one sweep over the activations.
 #include "../gaussian_nll.h"
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <vector>
 
@@ -79,24 +75,6 @@ std::vector<double> scales(const Problem& p, const Channels& channels, double gk
 // read, it would not be there any more. (sysconf's cache size counts a whole socket's on some processors.)
 constexpr int64_t kStreamBytes = int64_t{32} << 20;
 
-// glibc's malloc maps blocks of 32 MiB and more afresh each time, so each page of such a gradient is a fault at
-// its first write. Large pages make 512 times fewer: a third of the time (docs/kernel-notes.md).
-constexpr int64_t kMappedBytes = int64_t{32} << 20;
-
-void want_large_pages(const View& v, int64_t count) {
-#if defined(MADV_HUGEPAGE)
-  const int64_t bytes = count * size_of(v.dtype);
-  if (v.data == nullptr || bytes < kMappedBytes) return;
-  constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(v.data) + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(v.data) + static_cast<uintptr_t>(bytes)) / kLargePage * kLargePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)v;
-  (void)count;
-#endif
-}
-
 int64_t elements(const Problem& p) { return p.outer * p.channels * p.inner; }
 
 bool exceeds_cache(const Problem& p, const View& grad) {
@@ -113,7 +91,7 @@ void forward(const Problem& p, void* loss, DType loss_dtype, double* sum_sq, int
   store_loss(p, channels, sum_sq, loss, loss_dtype);
 }
 
-void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha, bool fresh,
+void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha,
                   int threads) {
   const Channels channels(p, threads);
   const std::vector<double> scale = scales(p, channels, p.k);
@@ -123,7 +101,6 @@ void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& gr
   s.scale = scale.data();
   s.sum_sq = sum_sq.data();
   s.stream = grad_mean.data != p.mean.data && exceeds_cache(p, grad_mean);
-  if (fresh) want_large_pages(grad_mean, elements(p));
   sweep(p, s, threads);
   store_loss(p, channels, sum_sq.data(), loss, loss_dtype);
   for (int64_t c = 0; c < p.channels; ++c)
@@ -144,8 +121,6 @@ void backward(const Problem& p, const void* g, DType g_dtype, const double* sum_
   s.grad_target = grad_target;
   s.scale = scale.data();
   s.stream = grad_mean.data != nullptr && exceeds_cache(p, grad_mean);
-  want_large_pages(grad_mean, elements(p));
-  want_large_pages(grad_target, elements(p));
   sweep(p, s, threads);
 }
 

@@ -94,7 +94,7 @@ class CpuBackend:
             outer, channels, inner, k, eps, full,
             loss.data_ptr(), 1 if wide else 0,
             grad_mean.data_ptr(), mean_stride if inplace else channels * inner,
-            grad_alpha.data_ptr(), not inplace, _num_threads(),
+            grad_alpha.data_ptr(), _num_threads(),
         )  # fmt: skip
         return loss, grad_mean, grad_alpha
 

@@ -1,0 +1,58 @@
+"""Memory of large gradients on the CPU, kept from step to step.
+
+malloc maps large blocks afresh and gives them back when they are freed, so every step's gradient would be thousands of
+page faults: they take several times as long as the kernel that writes it (docs/kernel-notes.md). Here a freed
+gradient's memory waits for the next of its size. What waits and what is in use are together never more than was in use
+at once before, so nothing grows by it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    from vidfast import _C
+except ImportError:  # a source checkout that was never built
+    _C = None  # type: ignore[assignment]
+
+# glibc maps blocks from this size on; smaller ones it reuses by itself.
+KEPT_FROM = 32 << 20
+
+
+class KeptMemory(NamedTuple):
+    """Bytes of large gradients: held by tensors, waiting for the next ones, and the most ever held at once."""
+
+    in_use: int
+    idle: int
+    most: int
+
+
+def empty_kept(like: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """A tensor of kept memory on the CPU, or None where such memory is not to be had.
+
+    :param like: whose shape it takes; a plain tensor, since fake ones have no memory.
+    :param strides: of a dense tensor of that shape.
+    """
+    if _C is None or type(like) not in (Tensor, torch.nn.Parameter):
+        return None
+    count = like.numel()
+    block = _C.CpuBlock(count * dtype.itemsize)
+    return torch.frombuffer(block, dtype=dtype, count=count).as_strided_(like.shape, strides)
+
+
+def kept_memory() -> KeptMemory:
+    """What the CPU back end holds for large gradients. All zero where the extension is not built."""
+    return KeptMemory(0, 0, 0) if _C is None else KeptMemory(*_C.cpu_block_bytes())
+
+
+def empty_cache() -> None:
+    """Give back to the system what the CPU back end keeps for the next large gradients.
+
+    What tensors hold stays theirs. Nothing need be called for correctness or to bound what is kept: see the module.
+    `VIDFAST_KEEP_MEMORY=0` in the environment keeps nothing.
+    """
+    if _C is not None:
+        _C.cpu_release_idle_blocks()
