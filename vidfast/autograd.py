@@ -48,7 +48,7 @@ NO_FORWARD_MODE = (
 )
 
 
-def _incoming(g: Tensor) -> Tensor:
+def incoming(g: Tensor) -> Tensor:
     """g, whose memory the kernels read.
 
     :raises RuntimeError: it has none: it is fake, or one of a batch of gradients (is_grads_batched, torch.func).
@@ -86,7 +86,7 @@ class _NotTwice(torch.autograd.Function):
         )
 
 
-def _not_twice(origin: Tensor, *grads: Tensor | None) -> list[Tensor | None]:
+def not_twice(origin: Tensor, *grads: Tensor | None) -> list[Tensor | None]:
     """The gradients, seen to depend on `origin`, so that a second derivative never silently comes out as zero."""
     present = [g for g in grads if g is not None]
     passed = iter(_NotTwice.apply(origin, *present))  # type: ignore[no-untyped-call]
@@ -123,7 +123,7 @@ class OnePass(torch.autograd.Function):
         grad_mean, grad_alpha, origin = ctx.saved_tensors
         wants = ctx.needs_input_grad
         grad_mean, grad_alpha = ctx.call.backend.scale(
-            _incoming(g),
+            incoming(g),
             grad_mean if wants[0] else None,
             ctx.call.channel,
             grad_alpha if wants[2] else None,
@@ -131,7 +131,7 @@ class OnePass(torch.autograd.Function):
             not graph_is_retained(),
         )
         if torch.is_grad_enabled():
-            grad_mean, grad_alpha = _not_twice(origin, grad_mean, grad_alpha)
+            grad_mean, grad_alpha = not_twice(origin, grad_mean, grad_alpha)
         return grad_mean, None, grad_alpha, None, None, None
 
     @staticmethod
@@ -166,7 +166,7 @@ class TwoPass(torch.autograd.Function):
         if activations:
             mean, target, layout = prepare(activations[0], activations[1], call.channel)
         grads = call.backend.backward(
-            _incoming(g), mean, target, alpha.contiguous(), sum_sq, layout, call.k, call.eps, wants
+            incoming(g), mean, target, alpha.contiguous(), sum_sq, layout, call.k, call.eps, wants
         )
         return (*grads, None, None)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A block in which autocast is off on x's device; nothing where it is off already."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -56,7 +57,7 @@ def gaussian_nll(
 
     Shapes, dtypes and meanings are those of :func:`vidfast.gaussian_nll`. fp64 if mean or target is, else fp32.
     """
-    with _no_autocast(mean):
+    with no_autocast(mean):
         nll = _elementwise(mean, target, alpha, channel_dim, eps, full)
         if reduction == "none":
             return weight * nll
@@ -71,5 +72,5 @@ def log_likelihood_map(
     mean: Tensor, target: Tensor, alpha: Tensor, *, channel_dim: int = 1, eps: float = 1e-5
 ) -> Tensor:
     """sum over channels of log q(t|s), unchecked; see :func:`vidfast.log_likelihood_map`."""
-    with _no_autocast(mean):
+    with no_autocast(mean):
         return -_elementwise(mean, target, alpha, channel_dim, eps, full=True).sum(channel_dim)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from vidfast import dispatch, reference
 from vidfast.arguments import DTYPES, check_initial_variance, check_options
+from vidfast.fused_regressor import fused_nll
 from vidfast.nll import gaussian_nll
 
 _POOL: dict[int, Callable[..., Tensor]] = {
@@ -70,9 +71,22 @@ def lay_out_for(regressor: nn.Module, student: Tensor) -> Tensor:
     return student.contiguous(memory_format=torch.channels_last)
 
 
+def _any_global_hook() -> bool:
+    everywhere = vars(torch.nn.modules.module)
+    return any(
+        hooks for name, hooks in everywhere.items() if name.startswith("_global_") and name.endswith("_hooks")
+    )
+
+
 def is_watched(module: nn.Module) -> bool:
-    """Whether somebody's forward hook sees, and may keep, what the module or a part of it returns."""
-    return any(part._forward_hooks for part in module.modules())
+    """Whether somebody's hook sees, and may keep, what goes into the module or a part of it or comes out.
+
+    A backward hook counts: what it wraps cannot be written over. So does a hook for all modules.
+    """
+    return _any_global_hook() or any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in module.modules()
+    )
 
 
 class VIDLoss(nn.Module):
@@ -89,8 +103,9 @@ class VIDLoss(nn.Module):
     :param weight: a factor of the loss; in here it costs nothing.
     :param reduction: "mean", "sum" or "batchmean", as in :func:`vidfast.gaussian_nll`.
     :param inplace: the gradient is written over the regressor's output, and its ReLUs over their inputs, which
-        nothing is allocated for. Whoever keeps such a tensor would find other values in it; a regressor with
-        forward hooks is therefore left alone.
+        nothing is allocated for. On the CPU in fp32 the regressor and the loss are computed a few samples at a time,
+        gradients included, and their activations are never whole (:mod:`vidfast.fused_regressor`). Whoever keeps
+        such a tensor would find other values in it; a regressor with hooks is therefore left alone.
     :raises ValueError: init_pred_var <= eps, or an unknown name.
     """
 
@@ -167,10 +182,23 @@ class VIDLoss(nn.Module):
         cast = torch.float64 in (student.dtype, dtype) or not torch.is_autocast_enabled(student.device.type)
         if cast and student.dtype != dtype:
             student = student.to(dtype)
+        inplace = self.inplace and not is_watched(self.regressor)
+        if inplace:
+            fused = fused_nll(
+                self.regressor,
+                student,
+                teacher,
+                self.log_scale,
+                eps=self.eps,
+                reduction=self.reduction,
+                weight=self.weight,
+                backend=self.backend,
+            )
+            if fused is not None:
+                return fused
         if student.dim() != 4:  # a 1x1 convolution does not mind how positions are arranged
             student = student.flatten(2).unsqueeze(-1) if student.dim() > 2 else student[:, :, None, None]
             teacher = teacher.flatten(2).unsqueeze(-1) if teacher.dim() > 2 else teacher[:, :, None, None]
-        inplace = self.inplace and not is_watched(self.regressor)
         for rectifier in self._rectifiers:
             if rectifier.inplace != inplace:
                 rectifier.inplace = inplace

@@ -14,6 +14,7 @@ from oracle import Options, by_hand
 from problems import BF16, DTYPES, FP16, FP32, FP64, short
 from torch import Tensor
 from torch.nn import functional as F
+from vid_formula import check, formula
 
 from vidfast import VIDLoss
 
@@ -26,39 +27,6 @@ SPATIAL = {
     "3-D": (3, 4, 5),
     "vectors": (),
 }
-
-
-def formula(module: VIDLoss, student: Tensor, teacher: Tensor) -> Tensor:
-    """Equation 5 in fp64 with the module's own weights, per element and averaged; differentiable."""
-
-    def mix(x: Tensor, w: Tensor) -> Tensor:  # a 1x1 convolution is a matrix over the channels
-        return torch.einsum("oc,bc...->bo...", w.double().flatten(1), x)
-
-    size = tuple(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True))
-    pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-    s, t = student.double(), teacher.detach().double()
-    s = s if s.shape[2:] == size else pool[len(size)](s, size)
-    t = t if t.shape[2:] == size else pool[len(size)](t, size)
-    weights = [module.regressor[i].weight for i in (0, 2, 4)]
-    mean = mix(mix(mix(s, weights[0]).relu(), weights[1]).relu(), weights[2])
-    v = torch.log1p(module.log_scale.double().exp()) + module.eps
-    v = v.view([1, -1] + [1] * len(size))
-    return module.weight * (0.5 * (v.log() + (t - mean) ** 2 / v)).mean()
-
-
-def check(module: VIDLoss, student: Tensor, teacher: Tensor, rtol: float = 2e-5) -> None:
-    student = student.detach().requires_grad_()
-    teacher = teacher.detach().requires_grad_()
-    inputs = [student, *module.parameters()]
-    want = formula(module, student, teacher)
-    wanted = torch.autograd.grad(want, inputs)
-    loss = module(student, teacher)
-    assert loss.shape == ()
-    got = torch.autograd.grad(loss, [*inputs, teacher], allow_unused=True)
-    assert got[-1] is None, "a gradient reached the teacher"
-    torch.testing.assert_close(loss.double(), want, rtol=rtol, atol=rtol)
-    for x, y in zip(got, wanted, strict=False):
-        torch.testing.assert_close(x.double(), y.double(), rtol=rtol, atol=rtol * y.abs().max().item())
 
 
 @pytest.fixture
@@ -338,3 +306,24 @@ def test_one_step_lowers_the_loss(module: VIDLoss) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("part", [0, 1, 4])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_see_what_they_would_see_of_any_module(module: VIDLoss, kind: str, part: int) -> None:
+    s, t = torch.randn(4, 5, 3, 3, requires_grad=True), torch.randn(4, 6, 3, 3)
+    want = torch.autograd.grad(module(s, t), [s, *module.parameters()])
+    seen: list[Tensor] = []
+
+    def hook(_module: torch.nn.Module, first: tuple[Tensor, ...], *_: object) -> None:
+        seen.append(first[0])
+
+    getattr(module.regressor[part], f"register_{kind}_hook")(hook)
+    got = torch.autograd.grad(module(s, t), [s, *module.parameters()])
+    assert len(seen) == 1
+    assert torch.isfinite(seen[0]).all()
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-8)
+    if kind.startswith("forward"):
+        alone = torch.nn.Sequential(*list(module.regressor)[:part])(s)
+        torch.testing.assert_close(seen[0], alone, msg="what went in was written over")

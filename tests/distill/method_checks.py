@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from vidfast.distill import Activations, Batch, Method
@@ -34,6 +34,14 @@ def built(method: Method, batch: Batch) -> Method:
         for parameter in method.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     return method
+
+
+def calls_of(*likelihoods: nn.Module) -> list[tuple[float, bool]]:
+    """(weight, inplace) of every call of these GaussianNLLs from now on."""
+    seen: list[tuple[float, bool]] = []
+    for likelihood in likelihoods:
+        likelihood.register_forward_hook(lambda module, *_: seen.append((module.weight, module.inplace)))
+    return seen
 
 
 def assert_equals_formula(method: Method, batch: Batch, factor: float, formula: Tensor) -> None:

@@ -19,6 +19,7 @@ from vidfast.distill import (
     Activations,
     Batch,
     Distiller,
+    FitNet,
     Method,
     ParameterGroup,
     TapError,
@@ -226,14 +227,14 @@ def test_removed_taps_leave_the_networks_bare(distiller: Distiller, images: Tens
     [
         lambda: [VID({"first": "secnd"})],
         lambda: [VID(PAIRS), Failing("first")],
-        lambda: [VID(PAIRS, backend="abacus")],
+        lambda: [VID(PAIRS), FitNet([("first", "first"), ("fc", "second")])],
     ],
 )
 def test_a_failed_construction_leaves_no_hooks_and_terms_that_can_be_used(
     student: SmallNet, teacher: SmallNet, images: Tensor, terms: Any
 ) -> None:
     made = terms()
-    with pytest.raises(ValueError, match=r"secnd|cannot|abacus"):
+    with pytest.raises(ValueError, match=r"secnd|cannot|pair 'fc' -> 'second'"):
         Distiller(student, teacher, made, example=images)
     for network in (student, teacher):
         assert not any(m._forward_hooks for m in network.modules())
@@ -286,6 +287,8 @@ def test_kept_activations_of_the_teacher_are_used(
         distiller(images, labels, teacher=part)
     with pytest.raises(ValueError, match="lack 'second'"):
         distiller(images, labels, teacher=Activations({"first": kept.taps["first"]}, kept.logits))
+    with pytest.raises(TypeError, match=r"what teacher_activations\(\) gave as teacher=, got dict"):
+        distiller(images, labels, teacher=kept.taps)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no teacher"):
         Distiller(distiller.student).teacher_activations(images)
 
@@ -354,6 +357,8 @@ def test_wrong_use_is_refused(student: SmallNet, teacher: SmallNet, images: Tens
         Distiller("resnet")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="wanted Method objects"):
         Distiller(student, teacher, [nn.Linear(1, 1)], example=images)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="wanted a sequence of Method objects as terms, got one VID"):
+        Distiller(student, teacher, VID(PAIRS), example=images)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'vid' needs a teacher"):
         Distiller(student, None, [VID(PAIRS)], example=images)
     with pytest.raises(ValueError, match="two terms are called 'vid'"):

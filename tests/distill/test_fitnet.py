@@ -165,7 +165,5 @@ def test_features_that_do_not_fit_are_refused_with_the_pair_named() -> None:
     with pytest.raises(ValueError, match="pair 'a' -> 'x': "):
         built(FitNet({"a": "x"}), pair(student, teacher))
     method = built(FitNet({"a": "x"}, regressor=lambda s, t: nn.Identity()), pair(student, student))
-    with pytest.raises(
-        ValueError, match=r"'a' -> 'x': the regressor gives \(2, 3, 4\), the teacher \(2, 5, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"'a' -> 'x': the regressor gives \(2, 3, 4\), wanted \(2, 5, 4\)"):
         method(pair(student, torch.randn(2, 5, 4)), 1.0)

@@ -220,12 +220,3 @@ def test_a_batch_of_one_is_refused() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ITRD(**{"pairs": {"pool": "fc"}, **options})
-
-
-def test_building_again_after_an_error_starts_afresh() -> None:
-    s, t = features()
-    method = ITRD([("a", "x"), ("b", "x")])
-    with pytest.raises(ValueError, match="pair 'b' -> 'x': wanted features"):
-        method.build(batch_of({"a": s, "b": s[:, 0]}, {"x": t}))
-    method.build(batch_of({"a": s, "b": s}, {"x": t}))
-    assert len(method.embeddings) == 2

@@ -72,6 +72,23 @@ def test_weights_and_scale_reach_every_term(distiller: Distiller, images: Tensor
         torch.testing.assert_close(quarter[name], 0.25 * value)
 
 
+def test_a_term_is_described_alike_before_and_after_a_step(
+    distiller: Distiller, images: Tensor, labels: Tensor
+) -> None:
+    """Resuming compares terms by their repr and plain attributes: a call must not leave its options in them."""
+
+    def described() -> list[tuple[str, dict[str, object]]]:
+        plain = (bool, int, float, str, tuple, type(None))
+        return [
+            (repr(term), {name: x for name, x in vars(term).items() if isinstance(x, plain)})
+            for term in distiller.terms.values()
+        ]
+
+    before = described()
+    distiller(images, labels, scale=0.5).loss.backward()
+    assert described() == before
+
+
 def test_all_compile_with_the_networks_into_one_graph(
     distiller: Distiller, images: Tensor, labels: Tensor
 ) -> None:

@@ -9,7 +9,8 @@ import torch
 from method_batches import batch_of, built, pair
 from torch import Tensor, nn
 
-from vidfast.distill import PairedMethod
+from vidfast import distill
+from vidfast.distill import METHODS, PairedMethod
 from vidfast.distill.methods.pairs import place
 
 
@@ -67,7 +68,48 @@ def test_errors_name_the_pair_when_built_and_when_called() -> None:
         built(Difference([("a", "x"), ("b", "x")]), other)
 
 
-@pytest.mark.parametrize("pairs", ["ab", ("aa", "bb"), [("a",)], [("a", 1)], {"a": None}, [1]])
+PAIRED = sorted(name for name in METHODS if issubclass(METHODS[name], PairedMethod))
+
+
+def test_these_are_the_paired_methods() -> None:
+    compares_pairs = {"at", "fitnet", "itrd", "mimkd", "nst", "vid"}
+    assert set(PAIRED) == compares_pairs | {"vid_heteroscedastic", "vid_student_t", "vid_mixture"}
+    assert {m.default_name for m in vars(distill).values() if m in map(METHODS.__getitem__, PAIRED)} == set(
+        PAIRED
+    )
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_failed_build_leaves_nothing_and_a_second_one_works(name: str) -> None:
+    """The first pair fits, and the second does not: its teacher's feature is of another batch or number of axes."""
+    method: Any = METHODS[name]([("a", "x"), ("b", "y")])
+    student = {"a": torch.randn(2, 3, 4, 4), "b": torch.randn(2, 5, 4, 4)}
+    teacher = {"x": torch.randn(2, 6, 4, 4), "y": torch.randn(2, 7, 4, 4)}
+    empty, alone = list(method.state_dict()), repr(method)
+    # ITRD takes any feature with channels.
+    unfit = torch.randn(2) if name == "itrd" else torch.randn(2, 7, 4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="pair 'b' -> 'y'"):
+            method.build(batch_of(student, {**teacher, "y": unfit}))
+        assert not list(method.parameters())
+        assert list(method.state_dict()) == empty
+        assert repr(method) == alone
+    torch.manual_seed(5)
+    method.build(batch_of(student, teacher))
+    torch.manual_seed(5)
+    fresh = built(METHODS[name]([("a", "x"), ("b", "y")]), batch_of(student, teacher))
+    assert repr(method) == repr(fresh)
+    assert list(method.state_dict()) == list(fresh.state_dict())
+    loss = method(batch_of(student, teacher), 1.0)
+    assert torch.isfinite(loss)
+    assert torch.equal(loss, fresh(batch_of(student, teacher), 1.0))
+    # And so does a failure after a build that worked.
+    with pytest.raises(ValueError, match="pair 'b' -> 'y'"):
+        method.build(batch_of(student, {**teacher, "y": unfit}))
+    assert not list(method.parameters())
+
+
+@pytest.mark.parametrize("pairs", ["ab", ("aa", "bb"), [("a",)], [("a", 1)], {"a": None}, [1], None, 3])
 def test_what_is_no_pair_is_refused(pairs: Any) -> None:
     with pytest.raises(TypeError, match=r"wanted \{student layer: teacher layer\}"):
         Difference(pairs)

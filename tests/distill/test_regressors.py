@@ -61,10 +61,19 @@ def test_four_spatial_dimensions_are_refused() -> None:
         PointwiseStack()((1, 2, 1, 1, 1, 1), (1, 2, 1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("options", [{"depth": 0}, {"width": 0.0}, {"channel_dim": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{"depth": 0}, {"width": 0.0}, {"width": float("inf")}, {"width": float("nan")}, {"channel_dim": 2}],
+)
 def test_bad_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="wanted"):
         PointwiseStack(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("depth", [1.5, True, "2"])
+def test_a_depth_that_is_no_int_is_refused(depth: object) -> None:
+    with pytest.raises(TypeError, match=f"wanted an int as depth, got {type(depth).__name__}"):
+        PointwiseStack(depth)  # type: ignore[arg-type]
 
 
 def test_a_stack_is_laid_out_for_the_methods_channels() -> None:
@@ -77,6 +86,8 @@ def test_a_stack_is_laid_out_for_the_methods_channels() -> None:
 def test_resolve_takes_names_and_functions() -> None:
     assert resolve("conv2") is REGRESSORS["conv2"]
     assert resolve("conv2", -1) == PointwiseStack(2, 0.5, -1)
+    with pytest.raises(ValueError, match="wanted channel_dim 1 or -1, got 2"):
+        resolve("transposed", 2)
     own = PointwiseStack(5)
     assert resolve(own) is own
     with pytest.raises(UnknownNameError, match="did you mean 'linear'"):

@@ -55,6 +55,11 @@ def test_nothing_is_held_after_an_exception(student: nn.Module, images: Tensor) 
     assert all(tap.output is None and not tap.recording for tap in taps._taps)
 
 
+def test_a_lone_str_is_no_sequence_of_names(student: nn.Module) -> None:
+    with pytest.raises(TypeError, match=r"wanted the names of layers, such as \['first'\], got one str"):
+        Taps(student, "first")
+
+
 @pytest.mark.parametrize(
     ("wanted", "hint"), [("frist", "first"), ("second.9", "second.0"), ("secnd.0", "second.0")]
 )

@@ -88,6 +88,9 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self._removed = False
+        if isinstance(terms, nn.Module):
+            raise TypeError(f"wanted a sequence of Method objects as terms, got one {type(terms).__name__}")
+        terms = tuple(terms)
         if not isinstance(student, nn.Module) or not isinstance(teacher, (nn.Module, type(None))):
             raise TypeError(
                 f"wanted nn.Modules as student and teacher, got {type(student).__name__}, "
@@ -264,6 +267,10 @@ class Distiller(nn.Module):
 
     def _given(self, teacher: Activations) -> Activations:
         """Activations that the caller kept: complete, and without gradients."""
+        if not isinstance(teacher, Activations):
+            raise TypeError(
+                f"wanted what teacher_activations() gave as teacher=, got {type(teacher).__name__}"
+            )
         wanted = () if self._teacher_taps is None else self._teacher_taps.layers
         missing = [layer for layer in wanted if layer not in teacher.taps]
         if missing:
@@ -324,8 +331,7 @@ class Distiller(nn.Module):
         for name, parameter in self.teacher.named_parameters():
             if id(parameter) in own:
                 raise ValueError(
-                    f"student and teacher share the parameter {name!r}: the teacher is frozen and the student "
-                    "is "
+                    f"student and teacher share the parameter {name!r}: the teacher is frozen and the student is "
                     "not; give copy.deepcopy(network) as the teacher"
                 )
 

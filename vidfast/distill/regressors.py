@@ -22,9 +22,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vidfast.vid import is_watched
+from vidfast.vid import is_watched, lay_out_for
 
 from .registry import Registry
 
@@ -59,6 +60,15 @@ def pointwise(in_channels: int, out_channels: int, spatial_dims: int, *, bias: b
     return _CONVOLUTIONS[spatial_dims](in_channels, out_channels, kernel_size=1, bias=bias)
 
 
+def _check_sizes(width: float, depth: int = 1) -> None:
+    if isinstance(depth, bool) or not isinstance(depth, int):
+        raise TypeError(f"wanted an int as depth, got {type(depth).__name__}")
+    if depth < 1:
+        raise ValueError(f"wanted a depth of 1 or more, got {depth}")
+    if not 0 < width < math.inf:
+        raise ValueError(f"wanted a finite width above 0, got {width}")
+
+
 @dataclass(frozen=True)
 class PointwiseStack:
     """A stack of `depth` 1x1 convolutions without bias, ReLU between.
@@ -73,10 +83,7 @@ class PointwiseStack:
     channel_dim: int = 1
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"wanted a depth of 1 or more, got {self.depth}")
-        if self.width <= 0:
-            raise ValueError(f"wanted a width above 0, got {self.width}")
+        _check_sizes(self.width, self.depth)
         if self.channel_dim not in (1, -1):
             raise ValueError(f"wanted channel_dim 1 or -1, got {self.channel_dim}")
 
@@ -89,16 +96,14 @@ class PointwiseStack:
         if len(student_shape) < 2 or len(student_shape) != len(teacher_shape):
             raise ValueError(
                 "wanted student and teacher features of the same number of dimensions, at least (batch, "
-                "channels), "
-                f"got {student_shape} and {teacher_shape}"
+                f"channels), got {student_shape} and {teacher_shape}"
             )
         dim = self.channel_dim % len(student_shape)
         places = tuple(n for i, n in enumerate(student_shape) if i not in (0, dim))
         wanted = tuple(n for i, n in enumerate(teacher_shape) if i not in (0, dim))
         if places != wanted:
             raise ValueError(
-                f"student features {student_shape} and teacher features {teacher_shape} differ in more than "
-                "their "
+                f"student features {student_shape} and teacher features {teacher_shape} differ in more than their "
                 "channels; pair layers of the same resolution, or give a regressor that changes it"
             )
         spatial_dims = len(places) if self.channel_dim == 1 else 0
@@ -123,8 +128,7 @@ class TransposedStack:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.width < math.inf:
-            raise ValueError(f"wanted a finite width above 0, got {self.width}")
+        _check_sizes(self.width)
 
     def __call__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Sequential:
         """Build the stack: (B, h) or (B, h, 1, 1) in, the teacher's (B, C, H, W) out.
@@ -171,10 +175,7 @@ class UpsampledStack:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"wanted a depth of 1 or more, got {self.depth}")
-        if not 0 < self.width < math.inf:
-            raise ValueError(f"wanted a finite width above 0, got {self.width}")
+        _check_sizes(self.width, self.depth)
 
     def __call__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Sequential:
         """Build the stack for maps (B, C, *spatial) of 1 to 3 spatial axes.
@@ -214,8 +215,11 @@ REGRESSORS.register("upsampled")(UpsampledStack())
 def resolve(regressor: str | Regressor, channel_dim: int = 1) -> Regressor:
     """A regressor by name or as given; a stack of 1x1 convolutions is laid out for `channel_dim`.
 
-    Raises UnknownNameError for an unknown name, TypeError for what is neither a name nor a function.
+    Raises UnknownNameError for an unknown name, TypeError for what is neither a name nor a function, ValueError
+    for a channel_dim that is neither 1 nor -1.
     """
+    if channel_dim not in (1, -1):
+        raise ValueError(f"wanted channel_dim 1 or -1, got {channel_dim}")
     if isinstance(regressor, nn.Module) or not (isinstance(regressor, str) or callable(regressor)):
         raise TypeError(
             "wanted the name of a regressor or a function (student_shape, teacher_shape) -> nn.Module, got "
@@ -226,6 +230,11 @@ def resolve(regressor: str | Regressor, channel_dim: int = 1) -> Regressor:
     if isinstance(found, PointwiseStack) and found.channel_dim != channel_dim:
         return replace(found, channel_dim=channel_dim)
     return found
+
+
+def keeps_resolution(regressor: Regressor) -> bool:
+    """Whether the maps of a pair must be of one size before it: a stack of 1x1 convolutions cannot change that."""
+    return isinstance(regressor, PointwiseStack) and regressor.channel_dim == 1
 
 
 def make(regressor: Regressor, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Module:
@@ -248,3 +257,48 @@ def owns_its_output(module: nn.Module) -> bool:
     """Whether a regressor ends in a convolution, a linear layer or an interpolation: nobody else reads that
     output afterwards, and none of them needs it in backward."""
     return not is_watched(module) and type(last_layer(module)) in _OWNING
+
+
+def own_rectifiers(module: nn.Module) -> list[nn.ReLU]:
+    """The ReLUs of a plain Sequential that may write over their input: what the layer before them made and nobody
+    else reads."""
+    # Exact types, as in `last_layer`.
+    if type(module) is not nn.Sequential:
+        return []
+    return [layer for before, layer in pairwise(module) if type(layer) is nn.ReLU and type(before) in _OWNING]
+
+
+def regress(regressor: nn.Module, student: Tensor, shape: Sequence[int]) -> Tensor:
+    """mu(s), of `shape`, with the ReLUs in place where no hook watches: nothing is allocated for their outputs.
+
+    Raises ValueError when the regressor gives another shape, TypeError when it gives no tensor.
+    """
+    # A compiler finds out by itself what it may write over.
+    compiling = torch.compiler.is_compiling()
+    rectifiers = [] if compiling or is_watched(regressor) else own_rectifiers(regressor)
+    # For the call alone: the regressor is one's own to look at, to call and to compare with another run's.
+    in_place = [layer for layer in rectifiers if not layer.inplace]
+    try:
+        for layer in in_place:
+            layer.inplace = True
+        mean = regressor(student)
+    finally:
+        for layer in in_place:
+            layer.inplace = False
+    if not isinstance(mean, Tensor):
+        raise TypeError(f"wanted a regressor that returns a Tensor, got {type(mean).__name__}")
+    if mean.shape != torch.Size(shape):
+        raise ValueError(f"the regressor gives {tuple(mean.shape)}, wanted {tuple(shape)}")
+    return mean
+
+
+def laid_out(regressor: nn.Module, student: Tensor) -> Tensor:
+    """`student` in the memory format in which `regressor` is faster if that is a stack of 1x1 convolutions
+    (`vidfast.vid.lay_out_for`); as it came for any other regressor."""
+    if type(regressor) is not nn.Sequential:
+        return student
+    pointwise = all(
+        type(part) is nn.ReLU or (type(part) is nn.Conv2d and part.kernel_size == (1, 1))
+        for part in regressor
+    )
+    return lay_out_for(regressor, student) if pointwise else student

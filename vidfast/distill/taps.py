@@ -87,12 +87,15 @@ class Taps:
     behind a convolution or a BatchNorm, as in torchvision's VGG and ResNet). A network wrapped by
     `torch.compile(network)` is tapped by the names that its layers had before.
 
-    Raises UnknownNameError (a ValueError) for a layer that is not there, listing near matches.
+    Raises UnknownNameError (a ValueError) for a layer that is not there, listing near matches; TypeError for a
+    lone str.
     """
 
     def __init__(
         self, network: nn.Module, layers: Iterable[str], *, clone: bool = False, role: str = "network"
     ) -> None:
+        if isinstance(layers, str):
+            raise TypeError(f"wanted the names of layers, such as [{layers!r}], got one str")
         names = list(dict.fromkeys(layers))
         # What torch.compile returns is a module around the network, whose layers keep their names this way.
         network = getattr(network, "_orig_mod", network)

@@ -23,7 +23,7 @@ def time(seconds: float) -> str:
 
 
 def spread(interval: Interval) -> str:
-    """The quartiles' distance as a share of the median."""
+    """The spread's width as a share of the median."""
     return f"{100 * (interval.high - interval.low) / interval.middle:.0f}%"
 
 
@@ -45,7 +45,7 @@ def share(value: float | None) -> str:
 
 
 def times(ratio: Ratio | None) -> str:
-    """`12.3x`, or `tie` where the ratio's quartiles hold 1."""
+    """`12.3x`, or `tie` where the ratio's spread holds 1."""
     if ratio is None:
         return ""
     return "tie" if ratio.tie else f"{digits(ratio.value)}x"

@@ -11,18 +11,19 @@ from vidfast.report.document import Figure, Page, Section, Table
 from vidfast.report.results import FORWARD, KERNEL, OVERHEAD, SCALING, STEP, Run, contended_share
 
 LEGEND = (
-    "Times are medians; the spread is the distance of the quartiles over the median. Ratios pair samples of the same "
-    "round and say how many times faster a row is than the baseline at the same g; `tie` where the quartiles of the "
-    "ratio hold 1. `bytes` are what the strategy moves by its design; + counted operator by operator; * assumed: a "
-    "forward and a backward fused as far as possible. `of copy` is the row's rate over that of `copy_` on the same "
-    "buffers in the same rounds. Extra memory is the peak beyond the inputs. Errors are against fp64 on the same "
-    "inputs: loss and d alpha over the sum of the magnitudes of their terms, d mean over the largest gradient."
+    "Times are medians; the spread is the distance of the quartiles over the median, or that of the median's 95% "
+    "limits where few samples make those wider. Ratios pair samples of the same round and say how many times faster "
+    "a row is than the baseline at the same g; `tie` where the spread of the ratio holds 1. `bytes` are what the "
+    "strategy moves by its design; + counted operator by operator; * assumed: a forward and a backward fused as far "
+    "as possible. `of copy` is the row's rate over that of `copy_` on the same buffers in the same rounds. Extra "
+    "memory is the peak beyond the inputs. Errors are against fp64 on the same inputs: loss and d alpha over the "
+    "sum of the magnitudes of their terms, d mean over the largest gradient."
 )
 
 MODULES_TEXT = (
-    "Everything but the loss is the same: forward and backward to every parameter. What the losses of a training step "
-    "take of it, forward and backward, is clocked inside of the step: the difference of two whole steps is often "
-    "smaller than their spread."
+    "Everything but the pairs' code is the same: forward and backward to every parameter. What the pairs of a training "
+    "step take of it, their regressors and losses, forward and backward, is clocked inside of the step: the difference "
+    "of two whole steps is often smaller than their spread."
 )
 
 
@@ -133,7 +134,7 @@ def of_changes(before: Run, after: Run) -> Section:
     table = tables.changes(before, after)
     text = (
         f"{tables.compared(before, after)} rows are in both {before.name} ({before.date[:10]}) and {after.name} "
-        f"({after.date[:10]}); {len(table.rows)} changed beyond the noise: their quartiles do not overlap, and "
+        f"({after.date[:10]}); {len(table.rows)} changed beyond the noise: their spreads do not overlap, and "
         "they moved further than the copy in the same case did."
     )
     return Section(f"Changes from {before.name} to {after.name}", 2, [text, table] if table.rows else [text])

@@ -147,7 +147,7 @@ def against_compile(run: Run, plt: Any) -> Figure | None:
 
 
 def ratios(run: Run, plt: Any, baseline: str, name: str, others: Iterable[str]) -> Figure | None:
-    """How many times faster than the baseline each of the others is, case by case, with quartiles."""
+    """How many times faster than the baseline each of the others is, case by case, with its spread."""
     cases = [case for case in run.cases(STEP) if run.find(STEP, case, baseline)]
     providers = [name for name in others if any(run.find(STEP, c, name) for c in cases)]
     if not cases or not providers:
@@ -174,7 +174,7 @@ def ratios(run: Run, plt: Any, baseline: str, name: str, others: Iterable[str]) 
             )
             axes.plot([ratio.value], [index], linestyle="", **spot)
     axes.axvline(1.0, color=COLOURS[baseline], linewidth=1.5)
-    axes.set(xscale="log", xlabel=f"times faster than {baseline} (1 = {baseline}; bars are quartiles)")
+    axes.set(xscale="log", xlabel=f"times faster than {baseline} (1 = {baseline}; bars are the spread)")
     axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_yticks(range(len(cases)), cases)
     axes.invert_yaxis()
@@ -258,7 +258,7 @@ def scaling(run: Run, plt: Any) -> Figure | None:
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(len(labels), 6))
     figure.tight_layout()
-    drawn = draw(figure, "scaling", "Time of a step as one extent grows; bands are quartiles.")
+    drawn = draw(figure, "scaling", "Time of a step as one extent grows; bands are the spread.")
     plt.close(figure)
     return drawn
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vidfast.report.noise import Interval, Ratio, Samples, quartiles, times_faster
+from vidfast.report.noise import Interval, Ratio, Samples, spread, times_faster
 
 EAGER, COMPILE, COPY, TORCH_LOSS = "eager", "torch.compile", "copy", "torch.nn.GaussianNLLLoss"
 STEP, FORWARD, KERNEL, OVERHEAD, SCALING = "loss step", "forward", "kernel alone", "overhead", "scaling"
@@ -39,7 +39,7 @@ class Row:
 
     @cached_property
     def seconds(self) -> Interval:
-        return quartiles(self.samples.seconds)
+        return spread(self.samples.seconds)
 
     @property
     def suite(self) -> str:

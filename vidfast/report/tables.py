@@ -158,8 +158,8 @@ def overhead(run: Run, case: str) -> Table:
 
 
 def modules(run: Run, suite: str) -> Table:
-    """Whole modules and steps: time, what of it the losses take, and times faster than the same with the eager loss."""
-    parts = any(row.facts.get("loss_seconds") is not None for row in run.of(suite))
+    """Whole modules and steps: time, what of it the pairs of layers take, and how it compares with the public code."""
+    parts = any(row.facts.get("pair_seconds") is not None for row in run.of(suite))
     rows = []
     for row in run.of(suite):
         cells = [
@@ -170,7 +170,7 @@ def modules(run: Run, suite: str) -> Table:
             figures.spread(row.seconds),
         ]
         if parts:
-            part = row.facts.get("loss_seconds")
+            part = row.facts.get("pair_seconds")
             cells += (
                 ["", ""] if part is None else [figures.time(part), f"{100 * part / row.seconds.middle:.1f}%"]
             )
@@ -178,7 +178,7 @@ def modules(run: Run, suite: str) -> Table:
         error = row.facts.get("error") or {}
         cells += [*gains, figures.nbytes(row.facts["peak_extra_bytes"])]
         rows.append(cells if parts else [*cells, *(figures.error(error.get(name)) for name in ERRORS)])
-    header = ["case", "loss", "g", "median", "spread", *(["of it the loss", "share"] if parts else [])]
+    header = ["case", "loss", "g", "median", "spread", *(["of it the pairs", "share"] if parts else [])]
     header += ["vs eager", "vs compile", "extra memory"]
     return Table([*header, *([] if parts else ["error: loss", "d student", "d alpha"])], rows, left=2)
 

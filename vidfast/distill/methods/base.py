@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -45,13 +45,14 @@ class Batch:
 class ParameterGroup:
     """Parameters that an optimizer treats alike.
 
-    lr_factor: multiplies the learning rate. decay: whether weight decay applies.
+    lr_factor: multiplies the learning rate. decay: whether weight decay applies. name: what follows the term's
+    name and a dot in the group's; "" for nothing.
     """
 
     params: list[nn.Parameter]
     lr_factor: float = 1.0
     decay: bool = True
-    name: str = field(default="")
+    name: str = ""
 
 
 class Method(nn.Module):

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..regressors import PointwiseStack, Regressor, make, resolve
-from .base import METHODS, Batch
+from ..regressors import Regressor, keeps_resolution, make, regress, resolve
+from .base import METHODS
 from .pairs import PairedMethod, Pairs, place, wide
 from .variational import check_reduction
 
@@ -40,6 +40,8 @@ class FitNet(PairedMethod):
     """
 
     default_name: ClassVar[str] = "fitnet"
+    per_pair: ClassVar[tuple[str, ...]] = ("regressors",)
+    regressors: nn.ModuleList
 
     def __init__(
         self,
@@ -51,25 +53,17 @@ class FitNet(PairedMethod):
         weight: float = 200.0,
         name: str | None = None,
     ) -> None:
-        if channel_dim not in (1, -1):
-            raise ValueError(f"wanted channel_dim 1 or -1, got {channel_dim}")
         resolved = resolve(regressor, channel_dim)
-        # A stack of 1x1 convolutions cannot change the resolution; another regressor is left to do it.
-        pools = isinstance(resolved, PointwiseStack) and channel_dim == 1
-        super().__init__(pairs, pools=pools, weight=weight, name=name)
+        super().__init__(pairs, pools=keeps_resolution(resolved), weight=weight, name=name)
         self.regressor = resolved
         self.reduction = check_reduction(reduction)
-        self.regressors = nn.ModuleList()
-
-    def build(self, batch: Batch) -> None:
-        self.regressors = nn.ModuleList()
-        super().build(batch)
 
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
         self.regressors.append(place(make(self.regressor, student.shape, teacher.shape), student))
 
     def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
-        return half_squared_error(self.regressors[index](student), teacher, self.reduction, factor)
+        mean = regress(self.regressors[index], student, teacher.shape)
+        return half_squared_error(mean, teacher, self.reduction, factor)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, reduction={self.reduction}"
@@ -80,11 +74,7 @@ def half_squared_error(mean: Tensor, target: Tensor, reduction: str, factor: flo
 
     mean, target: of one shape, batch first. reduction: the sum as it is, over the batch size ("batchmean") or
     over the number of elements ("mean").
-
-    Raises ValueError when the shapes differ.
     """
-    if mean.shape != target.shape:
-        raise ValueError(f"the regressor gives {tuple(mean.shape)}, the teacher {tuple(target.shape)}")
     if reduction == "batchmean":
         factor /= mean.shape[0]
     # mse_loss takes mixed dtypes forwards and fails on them backwards.

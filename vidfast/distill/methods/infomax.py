@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from vidfast.nll import GaussianNLL
 
-from ..regressors import Regressor, make, owns_its_output, resolve
-from .base import METHODS, Batch, Method, ParameterGroup
+from ..regressors import Regressor, make, resolve
+from .base import METHODS, Batch
 from .pairs import place
-from .variational import check_variational
+from .variational import GaussianMethod
 
 
 def pick_input(inputs: Any, which: int | str | None) -> Tensor:
@@ -51,7 +51,7 @@ def pick_input(inputs: Any, which: int | str | None) -> Tensor:
 
 
 @METHODS.register("infomax")
-class Infomax(Method):
+class Infomax(GaussianMethod):
     """The sum over layers of the Gaussian negative log-likelihood of the input, through the fused kernel.
 
     layers: a layer of the student, or several.
@@ -87,17 +87,24 @@ class Infomax(Method):
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight=weight, name=name)
-        self.student_layers = (layers,) if isinstance(layers, str) else tuple(layers)
-        if not self.student_layers:
-            raise ValueError("wanted at least one layer of the student, got none")
-        if not all(isinstance(layer, str) for layer in self.student_layers):
+        super().__init__(
+            init_var=init_var,
+            eps=eps,
+            reduction=reduction,
+            alpha_lr=alpha_lr,
+            backend=backend,
+            weight=weight,
+            name=name,
+        )
+        if isinstance(layers, str):
+            layers = (layers,)
+        if not isinstance(layers, Sequence) or not all(isinstance(layer, str) for layer in layers):
             raise TypeError(f"wanted names of the student's layers, got {layers!r}")
-        check_variational(reduction, init_var, eps, alpha_lr)
+        if not layers:
+            raise ValueError("wanted at least one layer of the student, got none")
+        self.student_layers = tuple(layers)
         self.which = which
         self.regressor = resolve(regressor)
-        self.init_var, self.eps, self.alpha_lr = float(init_var), float(eps), float(alpha_lr)
-        self.reduction, self.backend = reduction, backend
         self.regressors = nn.ModuleList()
         self.likelihoods = nn.ModuleList()
 
@@ -113,31 +120,17 @@ class Infomax(Method):
                 regressors.append(place(make(self.regressor, student.shape, x.shape), student))
             except ValueError as error:
                 raise ValueError(f"student layer {layer!r} -> input: {error}") from None
-            likelihood = GaussianNLL(
-                x.shape[1],
-                init_var=self.init_var,
-                eps=self.eps,
-                reduction=self.reduction,
-                backend=self.backend,
-            )
-            likelihoods.append(likelihood.to(student.device))
+            likelihoods.append(self.make_likelihood(x.shape[1]).to(student.device))
         self.regressors, self.likelihoods = nn.ModuleList(regressors), nn.ModuleList(likelihoods)
 
     def forward(self, batch: Batch, factor: float) -> Tensor:
         x = pick_input(batch.inputs, self.which).detach()
         losses = []
         for layer, regressor, nll in zip(self.student_layers, self.regressors, self.likelihoods, strict=True):
-            mean = regressor(batch.student.taps[layer])
-            if mean.shape != x.shape:
-                raise ValueError(
-                    f"student layer {layer!r} -> input: the regressor gives {tuple(mean.shape)}, the input is "
-                    f"{tuple(x.shape)}"
-                )
-            assert isinstance(nll, GaussianNLL)
-            nll.weight = factor
-            # Over the regressor's own last output, which nothing else reads: no N-sized allocation.
-            nll.inplace = owns_its_output(regressor)
-            losses.append(nll(mean, x))
+            try:
+                losses.append(self.gaussian_nll(regressor, nll, batch.student.taps[layer], x, factor))
+            except ValueError as error:
+                raise ValueError(f"student layer {layer!r} -> input: {error}") from None
         total: Tensor = sum(losses[1:], losses[0])
         return total
 
@@ -148,14 +141,5 @@ class Infomax(Method):
             layer: nll.variance.detach() for layer, nll in zip(self.student_layers, gaussians, strict=True)
         }
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return [
-            ParameterGroup(list(self.regressors.parameters()), name="regressor"),
-            ParameterGroup(
-                list(self.likelihoods.parameters()), lr_factor=self.alpha_lr, decay=False, name="alpha"
-            ),
-        ]
-
     def extra_repr(self) -> str:
-        layers = ", ".join(self.student_layers)
-        return f"{layers} -> input; {super().extra_repr()}, init_var={self.init_var:g}, reduction={self.reduction}"
+        return f"{', '.join(self.student_layers)} -> input; {super().extra_repr()}"

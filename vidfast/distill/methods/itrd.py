@@ -22,9 +22,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vidfast.reference import _no_autocast
+from vidfast.reference import no_autocast
 
-from .base import METHODS, Batch
+from .base import METHODS
 from .pairs import PairedMethod, Pairs, place, wide
 
 
@@ -84,6 +84,8 @@ class ITRD(PairedMethod):
     """
 
     default_name: ClassVar[str] = "itrd"
+    per_pair: ClassVar[tuple[str, ...]] = ("embeddings",)
+    embeddings: nn.ModuleList
 
     def __init__(
         self,
@@ -109,15 +111,6 @@ class ITRD(PairedMethod):
             raise ValueError(f"wanted a finite eps above 0, got {eps}")
         self.l_corr, self.l_mi, self.alpha = float(l_corr), float(l_mi), float(alpha)
         self.bias, self.eps = bool(bias), float(eps)
-        self.embeddings = nn.ModuleList()
-
-    def build(self, batch: Batch) -> None:
-        self.embeddings = nn.ModuleList()
-        try:
-            super().build(batch)
-        except Exception:
-            self.embeddings = nn.ModuleList()
-            raise
 
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
         student, teacher = pooled(student), pooled(teacher)
@@ -133,7 +126,7 @@ class ITRD(PairedMethod):
             )
         z = wide(self.embeddings[index](student))
         terms = []
-        with _no_autocast(z):  # the Gram matrices are matrix products
+        with no_autocast(z):  # the Gram matrices are matrix products
             if self.l_corr:
                 terms.append(factor * self.l_corr * correlation_loss(z, teacher, self.alpha, self.eps))
             if self.l_mi:

@@ -17,10 +17,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..regressors import regress
 from .base import METHODS, Batch, Method
 from .fitnet import half_squared_error
 from .kd import check_temperature
 from .pairs import place, wide
+from .penultimate import check_layer, penultimate
 from .variational import check_reduction
 
 
@@ -61,25 +63,23 @@ class LwF(Method):
         name: str | None = None,
     ) -> None:
         super().__init__(weight=weight, name=name)
-        if not isinstance(layer, str):
-            raise TypeError(f"wanted the name of the student's penultimate layer, got {type(layer).__name__}")
         if form not in ("mse", "softened"):
             raise ValueError(f"wanted form 'mse' or 'softened', got {form!r}")
-        self.student_layers = (layer,)
+        self.student_layers = (check_layer(layer),)
         self.form, self.bias = form, bias
         self.temperature = check_temperature(temperature)
         self.scale_by_temperature = scale_by_temperature
         self.reduction = check_reduction(reduction)
 
     def build(self, batch: Batch) -> None:
-        student, teacher = self._features(batch)
+        student, teacher = penultimate(batch, self.student_layers[0])
         head = nn.Linear(student.shape[1], teacher.shape[1], bias=self.bias)
         place(head, student)
         self.head = head
 
     def forward(self, batch: Batch, factor: float) -> Tensor:
-        student, teacher = self._features(batch)
-        predicted = self.head(student)
+        student, teacher = penultimate(batch, self.student_layers[0])
+        predicted = regress(self.head, student, teacher.shape)
         if self.form == "mse":
             return half_squared_error(predicted, teacher, self.reduction, factor)
         targets = torch.softmax(wide(teacher) / self.temperature, dim=1)
@@ -89,24 +89,6 @@ class LwF(Method):
         if self.reduction != "sum":
             factor /= student.shape[0]
         return (targets * log_predicted).sum() * -factor
-
-    def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The student's features (B, D) and the teacher's logits (B, N), the latter detached."""
-        layer, teacher = self.student_layers[0], batch.from_teacher.logits.detach()
-        student = batch.student.taps[layer]
-        if student.dim() < 2 or student.shape[2:].numel() != 1:
-            raise ValueError(
-                f"wanted penultimate features (B, D) or (B, D, 1, ...) from layer {layer!r}, got "
-                f"{tuple(student.shape)}; name the layer whose output the classifier reads, after the pooling"
-            )
-        if teacher.dim() != 2:
-            raise ValueError(f"wanted the teacher's logits as (B, classes), got {tuple(teacher.shape)}")
-        if teacher.shape[0] != student.shape[0]:
-            raise ValueError(
-                f"wanted features and teacher's logits of one batch, got {tuple(student.shape)} and "
-                f"{tuple(teacher.shape)}"
-            )
-        return student.flatten(1), teacher
 
     def extra_repr(self) -> str:
         form = f"softened, T={self.temperature:g}" if self.form == "softened" else "mse"

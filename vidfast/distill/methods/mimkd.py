@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from vidfast.vid import match_spatial
 
-from .base import METHODS, Batch
+from .base import METHODS
 from .itrd import pooled
 from .pairs import PairedMethod, Pairs, place, wide
 
@@ -99,6 +99,8 @@ class MIMKD(PairedMethod):
     """
 
     default_name: ClassVar[str] = "mimkd"
+    per_pair: ClassVar[tuple[str, ...]] = ("critics",)
+    critics: nn.ModuleList
 
     def __init__(
         self,
@@ -130,15 +132,6 @@ class MIMKD(PairedMethod):
         if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
             raise ValueError(f"wanted an int of 1 or more as hidden, got {hidden!r}")
         self.critic, self.hidden = critic, hidden
-        self.critics = nn.ModuleList()
-
-    def build(self, batch: Batch) -> None:
-        self.critics = nn.ModuleList()
-        try:
-            super().build(batch)
-        except Exception:
-            self.critics = nn.ModuleList()
-            raise
 
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
         kind = SeparableCritic if self.critic == "separable" else ConcatCritic

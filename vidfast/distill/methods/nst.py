@@ -20,6 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vidfast.reference import no_autocast
+
 from .attention import check_positions, unit
 from .base import METHODS
 from .pairs import PairedMethod, Pairs, wide
@@ -50,7 +52,7 @@ class NST(PairedMethod):
     def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
         check_positions("NST", student, teacher)
         # Autocast would take the products to 8 bits, and their difference is what is wanted.
-        with torch.autocast(student.device.type, enabled=False):
+        with no_autocast(student):
             s, t = unit(wide(student).flatten(2)), unit(wide(teacher).flatten(2))
             dtype = torch.promote_types(s.dtype, t.dtype)
             return discrepancy(s.to(dtype), t.to(dtype)) * factor

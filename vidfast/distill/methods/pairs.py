@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ Pairs = Mapping[str, str] | Sequence[tuple[str, str]]
 
 def parse_pairs(pairs: Pairs) -> tuple[tuple[str, str], ...]:
     """(student layer, teacher layer) for each pair. Raises ValueError for none, TypeError for anything else."""
+    if not isinstance(pairs, Iterable):
+        raise TypeError(f"wanted {{student layer: teacher layer}} or a sequence of such pairs, got {pairs!r}")
     listed = tuple(pairs.items() if isinstance(pairs, Mapping) else pairs)
     if not listed:
         raise ValueError("wanted at least one pair {student layer: teacher layer}, got none")
@@ -32,12 +35,16 @@ class PairedMethod(Method):
 
     Implement `pair_loss`, and `build_pair` where there are parameters to make.
 
+    per_pair: the names of the attributes that hold them, an nn.ModuleList each, to which `build_pair` appends one
+        module. They are there, empty, from the start, and empty again after a `build` that failed.
     pairs: {student layer: teacher layer}, or a sequence of such pairs when a layer occurs twice.
     pools: average-pool both features of a pair to the smaller size along each axis
         (`vidfast.vid.match_spatial`) where they differ; False: hand them over as they are.
 
     Raises ValueError, naming the pair, for features that do not fit.
     """
+
+    per_pair: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, pairs: Pairs, *, pools: bool = True, weight: float = 1.0, name: str | None = None
@@ -47,6 +54,7 @@ class PairedMethod(Method):
         self.pools = pools
         self.student_layers = tuple(student for student, _ in self.pairs)
         self.teacher_layers = tuple(teacher for _, teacher in self.pairs)
+        self._clear()
 
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
         """Check one pair's features, (B, C, *spatial) each, and make what parameters it needs. Called in order."""
@@ -56,11 +64,20 @@ class PairedMethod(Method):
         raise NotImplementedError
 
     def build(self, batch: Batch) -> None:
-        for student_layer, teacher_layer in self.pairs:
-            try:
-                self.build_pair(*self.features(batch, student_layer, teacher_layer))
-            except ValueError as error:
-                raise ValueError(f"pair {student_layer!r} -> {teacher_layer!r}: {error}") from None
+        self._clear()
+        try:
+            for student_layer, teacher_layer in self.pairs:
+                try:
+                    self.build_pair(*self.features(batch, student_layer, teacher_layer))
+                except ValueError as error:
+                    raise ValueError(f"pair {student_layer!r} -> {teacher_layer!r}: {error}") from None
+        except BaseException:
+            self._clear()
+            raise
+
+    def _clear(self) -> None:
+        for name in self.per_pair:
+            setattr(self, name, nn.ModuleList())
 
     def forward(self, batch: Batch, factor: float) -> Tensor:
         losses = []

@@ -1,11 +1,25 @@
-"""What VID and its variants share: a regressor and a likelihood for every pair of layers."""
+"""What VID, its variants and its relatives share: the loss -log q(t|s), and what is learned for it.
+
+    VariationalMethod   any q: its options, and its parameters' groups
+    GaussianMethod      a Gaussian q with one variance for each channel, through the fused kernel
+    VariationalPairs    t and s are pairs of layers
+
+A method takes those that fit it: VID is a GaussianMethod over VariationalPairs.
+"""
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from torch import Tensor, nn
 
-from ..regressors import PointwiseStack, Regressor, make, resolve
-from .base import Batch, ParameterGroup
+from vidfast.dispatch import check_name
+from vidfast.fused_regressor import fused_nll
+from vidfast.nll import GaussianNLL
+from vidfast.vid import is_watched
+
+from ..regressors import Regressor, keeps_resolution, laid_out, make, owns_its_output, regress, resolve
+from .base import Method, ParameterGroup
 from .pairs import PairedMethod, Pairs, place
 
 REDUCTIONS = ("mean", "batchmean", "sum")
@@ -18,23 +32,135 @@ def check_reduction(reduction: str) -> str:
     return reduction
 
 
-def check_variational(reduction: str, init_var: float, eps: float, alpha_lr: float) -> None:
-    """The options of every Gaussian likelihood. Raises ValueError saying what was wanted and what came."""
-    check_reduction(reduction)
-    if not 0 <= alpha_lr < float("inf"):
-        raise ValueError(f"wanted a finite alpha_lr of 0 or more, got {alpha_lr}")
-    if not 0 < eps < init_var < float("inf"):
-        raise ValueError(f"wanted 0 < eps < init_var, finite, got eps={eps}, init_var={init_var}")
+class VariationalMethod(Method):
+    """A method whose loss is -log q(t|s), of mean functions mu(s) and of what q learns besides.
+
+    A subclass keeps the mean functions in `regressor` or `regressors`, and the modules that hold alpha and the like
+    in `likelihood` or `likelihoods`: those take no weight decay, and `alpha_lr` times the learning rate.
+
+    init_var: the variance at the start, above eps. eps: the variance's floor.
+    reduction: "mean" (over all elements), "batchmean" (the paper's) or "sum".
+    alpha_lr: alpha's learning rate as a multiple of the others'.
+    method: what the class after this one takes: weight, name.
+
+    Raises ValueError for options out of range.
+    """
+
+    channel_dim: int = 1
+
+    def __init__(
+        self,
+        *,
+        init_var: float = 5.0,
+        eps: float = 1e-5,
+        reduction: str = "mean",
+        alpha_lr: float = 1.0,
+        **method: Any,
+    ) -> None:
+        check_reduction(reduction)
+        if not 0 <= alpha_lr < float("inf"):
+            raise ValueError(f"wanted a finite alpha_lr of 0 or more, got {alpha_lr}")
+        if not 0 < eps < init_var < float("inf"):
+            raise ValueError(f"wanted 0 < eps < init_var, finite, got eps={eps}, init_var={init_var}")
+        super().__init__(**method)
+        self.init_var, self.eps, self.alpha_lr = float(init_var), float(eps), float(alpha_lr)
+        self.reduction = reduction
+
+    def make_likelihood(self, channels: int) -> nn.Module:
+        """The parameters of q that the student does not predict, for a target of `channels`."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """ "regressor", and "alpha": all that is in a likelihood."""
+        regressors: list[nn.Parameter] = []
+        likelihoods: list[nn.Parameter] = []
+        for name, parameter in self.named_parameters():
+            (likelihoods if name.startswith("likelihood") else regressors).append(parameter)
+        return [
+            ParameterGroup(regressors, name="regressor"),
+            ParameterGroup(likelihoods, lr_factor=self.alpha_lr, decay=False, name="alpha"),
+        ]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, init_var={self.init_var:g}, reduction={self.reduction}"
 
 
-class VariationalMethod(PairedMethod):
-    """The sum over pairs of -log q(t|s), with q's parameters from a regressor on s and from a likelihood.
+def is_plain(likelihood: nn.Module) -> bool:
+    """Whether the module computes what its class does, and nobody's hook waits for it to be called."""
+    return (
+        type(likelihood) is GaussianNLL
+        and "forward" not in likelihood.__dict__
+        and not is_watched(likelihood)
+    )
+
+
+class GaussianMethod(VariationalMethod):
+    """q(t|s) is Gaussian with one learned variance for each channel: equation 5, through the fused kernel.
+
+    backend: as for `vidfast.gaussian_nll`. options: VariationalMethod's, and those of the class after it.
+
+    Raises ValueError for a backend that is not known.
+    """
+
+    def __init__(self, *, backend: str = "auto", **options: Any) -> None:
+        super().__init__(**options)
+        check_name(backend)
+        self.backend = backend
+
+    def make_likelihood(self, channels: int) -> GaussianNLL:
+        return GaussianNLL(
+            channels,
+            channel_dim=self.channel_dim,
+            init_var=self.init_var,
+            eps=self.eps,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def gaussian_nll(
+        self, regressor: nn.Module, likelihood: nn.Module, student: Tensor, target: Tensor, factor: float
+    ) -> Tensor:
+        """`factor` times -log q(target|student), a scalar in fp32, or in fp64 if the mean or the target is.
+
+        Raises ValueError when the regressor's output is not of the target's shape.
+        """
+        assert isinstance(likelihood, GaussianNLL)
+        if self.channel_dim == 1 and not is_watched(regressor) and is_plain(likelihood):
+            fused = fused_nll(
+                regressor,
+                student,
+                target,
+                likelihood.alpha,
+                eps=likelihood.eps,
+                reduction=likelihood.reduction,
+                weight=factor,
+                backend=likelihood.backend,
+            )
+            if fused is not None:
+                return fused
+        mean = regress(regressor, laid_out(regressor, student), target.shape)
+        # Both for this call alone: what a term is, which resuming compares, does not depend on whether it was called.
+        likelihood.weight = factor
+        # Over the regressor's own last output, which nothing else reads: no N-sized allocation.
+        likelihood.inplace = owns_its_output(regressor)
+        try:
+            loss: Tensor = likelihood(mean, target)
+        finally:
+            likelihood.weight, likelihood.inplace = 1.0, False
+        return loss
+
+
+class VariationalPairs(VariationalMethod, PairedMethod):
+    """The sum over pairs of layers of -log q(t|s), with q's parameters from a regressor on s and from a likelihood.
 
     Implement `make_likelihood` and `pair_loss`. The options are described at `VID`.
 
     outputs: how many numbers per teacher channel and position the regressor gives.
     """
 
+    per_pair: ClassVar[tuple[str, ...]] = ("regressors", "likelihoods")
+    regressors: nn.ModuleList
+    likelihoods: nn.ModuleList
     outputs: int = 1
 
     def __init__(
@@ -50,53 +176,32 @@ class VariationalMethod(PairedMethod):
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:
-        if channel_dim not in (1, -1):
-            raise ValueError(f"wanted channel_dim 1 or -1, got {channel_dim}")
-        check_variational(reduction, init_var, eps, alpha_lr)
         resolved = resolve(regressor, channel_dim)
-        # A stack of 1x1 convolutions cannot change the resolution; another regressor is left to do it.
-        pools = isinstance(resolved, PointwiseStack) and channel_dim == 1
-        super().__init__(pairs, pools=pools, weight=weight, name=name)
-        self.regressor = resolved
-        self.init_var, self.eps, self.alpha_lr = float(init_var), float(eps), float(alpha_lr)
-        self.reduction, self.channel_dim = reduction, channel_dim
-        self.regressors = nn.ModuleList()
-        self.likelihoods = nn.ModuleList()
-
-    def make_likelihood(self, channels: int) -> nn.Module:
-        """The parameters of q that the student does not predict, for a layer of `channels`."""
-        raise NotImplementedError
+        super().__init__(
+            init_var=init_var,
+            eps=eps,
+            reduction=reduction,
+            alpha_lr=alpha_lr,
+            pairs=pairs,
+            pools=keeps_resolution(resolved),
+            weight=weight,
+            name=name,
+        )
+        self.regressor, self.channel_dim = resolved, channel_dim
 
     def prepare_regressor(self, regressor: nn.Module, channels: int) -> None:
         """Change what the regressor starts from, where the likelihood asks for it."""
 
-    def build(self, batch: Batch) -> None:
-        self.regressors, self.likelihoods = nn.ModuleList(), nn.ModuleList()
-        try:
-            super().build(batch)
-        except Exception:
-            self.regressors, self.likelihoods = nn.ModuleList(), nn.ModuleList()
-            raise
-
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
-        shape, channels = list(teacher.shape), teacher.shape[self.channel_dim]
-        shape[self.channel_dim] = channels * self.outputs
-        regressor = place(make(self.regressor, student.shape, shape), student)
+        regressor = place(make(self.regressor, student.shape, self._wanted(teacher)), student)
+        channels = teacher.shape[self.channel_dim]
         self.prepare_regressor(regressor, channels)
         self.regressors.append(regressor)
         self.likelihoods.append(self.make_likelihood(channels).to(student.device))
 
     def predict(self, index: int, student: Tensor, teacher: Tensor) -> Tensor:
         """The regressor's output for pair `index`. Raises ValueError unless it fits the teacher's feature."""
-        output: Tensor = self.regressors[index](student)
-        wanted = list(teacher.shape)
-        wanted[self.channel_dim] *= self.outputs
-        if list(output.shape) != wanted:
-            several = f", wanted {tuple(wanted)}" if self.outputs > 1 else ""
-            raise ValueError(
-                f"the regressor gives {tuple(output.shape)}, the teacher {tuple(teacher.shape)}{several}"
-            )
-        return output
+        return regress(self.regressors[index], student, self._wanted(teacher))
 
     def reduce(self, nll: Tensor, factor: float) -> Tensor:
         """`factor` times the sum or mean of -log q per element."""
@@ -104,13 +209,8 @@ class VariationalMethod(PairedMethod):
             return factor * nll.mean()
         return (factor if self.reduction == "sum" else factor / nll.shape[0]) * nll.sum()
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return [
-            ParameterGroup(list(self.regressors.parameters()), name="regressor"),
-            ParameterGroup(
-                list(self.likelihoods.parameters()), lr_factor=self.alpha_lr, decay=False, name="alpha"
-            ),
-        ]
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, init_var={self.init_var:g}, reduction={self.reduction}"
+    def _wanted(self, teacher: Tensor) -> list[int]:
+        """The shape that the regressor has to give."""
+        shape = list(teacher.shape)
+        shape[self.channel_dim] *= self.outputs
+        return shape

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from vidfast.nll import GaussianNLL
 
-from ..regressors import Regressor, owns_its_output
+from ..regressors import Regressor
 from .base import METHODS
 from .pairs import Pairs
-from .variational import VariationalMethod
+from .variational import GaussianMethod, VariationalPairs
 
 
 @METHODS.register("vid")
-class VID(VariationalMethod):
+class VID(GaussianMethod, VariationalPairs):
     """The sum over pairs of layers of the Gaussian negative log-likelihood of equation 5.
 
     pairs: {student layer: teacher layer}, or a sequence of such pairs when a layer occurs twice.
@@ -61,37 +61,20 @@ class VID(VariationalMethod):
         name: str | None = None,
     ) -> None:
         super().__init__(
-            pairs,
+            pairs=pairs,
             regressor=regressor,
             init_var=init_var,
             eps=eps,
             reduction=reduction,
             channel_dim=channel_dim,
             alpha_lr=alpha_lr,
+            backend=backend,
             weight=weight,
             name=name,
         )
-        self.backend = backend
-
-    def make_likelihood(self, channels: int) -> GaussianNLL:
-        return GaussianNLL(
-            channels,
-            channel_dim=self.channel_dim,
-            init_var=self.init_var,
-            eps=self.eps,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
 
     def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
-        mean = self.predict(index, student, teacher)
-        nll = self.likelihoods[index]
-        assert isinstance(nll, GaussianNLL)
-        nll.weight = factor
-        # Over the regressor's own last output, which nothing else reads: no N-sized allocation.
-        nll.inplace = owns_its_output(self.regressors[index])
-        loss: Tensor = nll(mean, teacher)
-        return loss
+        return self.gaussian_nll(self.regressors[index], self.likelihoods[index], student, teacher, factor)
 
     def variances(self) -> dict[str, Tensor]:
         """The learned variance per channel, (C,), by "student layer -> teacher layer": large where the student

@@ -18,21 +18,14 @@ from torch import Tensor, nn
 
 from vidfast.nll import GaussianNLL
 
-from ..regressors import owns_its_output
-from .base import METHODS, Batch, Method, ParameterGroup
+from .base import METHODS, Batch
 from .pairs import place
-from .variational import check_variational
-
-
-def as_vectors(x: Tensor, what: str) -> Tensor:
-    """(B, h) of (B, h) or of (B, h, 1, ...), as a global pooling layer gives it. ValueError for all else."""
-    if x.dim() < 2 or x.shape[2:].numel() != 1:
-        raise ValueError(f"wanted {what} of shape (batch, features), got {tuple(x.shape)}")
-    return x.flatten(1)
+from .penultimate import check_layer, penultimate
+from .variational import GaussianMethod
 
 
 @METHODS.register("vid_lp")
-class VIDLP(Method):
+class VIDLP(GaussianMethod):
     """The Gaussian negative log-likelihood of the teacher's logits given the student's last features.
 
     layer: the student's penultimate layer: its output is (B, h), or (B, h, 1, 1) of a pooling layer.
@@ -47,6 +40,7 @@ class VIDLP(Method):
     """
 
     default_name: ClassVar[str] = "vid_lp"
+    likelihood: GaussianNLL
 
     def __init__(
         self,
@@ -61,57 +55,30 @@ class VIDLP(Method):
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight=weight, name=name)
-        if not isinstance(layer, str):
-            raise TypeError(f"wanted the name of the student's penultimate layer, got {type(layer).__name__}")
-        check_variational(reduction, init_var, eps, alpha_lr)
-        self.layer, self.bias = layer, bool(bias)
+        super().__init__(
+            init_var=init_var,
+            eps=eps,
+            reduction=reduction,
+            alpha_lr=alpha_lr,
+            backend=backend,
+            weight=weight,
+            name=name,
+        )
+        self.layer, self.bias = check_layer(layer), bool(bias)
         self.student_layers = (layer,)
-        self.init_var, self.eps, self.alpha_lr = float(init_var), float(eps), float(alpha_lr)
-        self.reduction, self.backend = reduction, backend
 
     def build(self, batch: Batch) -> None:
-        student, teacher = self._features(batch)
-        linear = place(nn.Linear(student.shape[1], teacher.shape[1], bias=self.bias), student)
-        likelihood = GaussianNLL(
-            teacher.shape[1],
-            init_var=self.init_var,
-            eps=self.eps,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
-        self.regressor, self.likelihood = linear, likelihood.to(student.device)
+        student, teacher = penultimate(batch, self.layer)
+        self.regressor = place(nn.Linear(student.shape[1], teacher.shape[1], bias=self.bias), student)
+        self.likelihood = self.make_likelihood(teacher.shape[1]).to(student.device)
 
     def forward(self, batch: Batch, factor: float) -> Tensor:
-        student, teacher = self._features(batch)
-        self.likelihood.weight = factor
-        # Over the linear layer's own output, which nothing else reads: nothing is allocated for the gradient.
-        self.likelihood.inplace = owns_its_output(self.regressor)
-        try:
-            loss: Tensor = self.likelihood(self.regressor(student), teacher)
-        except ValueError as error:
-            raise ValueError(f"student layer {self.layer!r} -> teacher's logits: {error}") from None
-        return loss
+        student, teacher = penultimate(batch, self.layer)
+        return self.gaussian_nll(self.regressor, self.likelihood, student, teacher, factor)
 
     def variance(self) -> Tensor:
         """The learned variance of each logit, (N,): large where the student's features say little of it."""
         return self.likelihood.variance.detach()
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return [
-            ParameterGroup(list(self.regressor.parameters()), name="regressor"),
-            ParameterGroup([self.likelihood.alpha], lr_factor=self.alpha_lr, decay=False, name="alpha"),
-        ]
-
-    def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        try:
-            student = as_vectors(batch.student.taps[self.layer], "penultimate features")
-        except ValueError as error:
-            raise ValueError(f"student layer {self.layer!r}: {error}") from None
-        teacher = batch.from_teacher.logits.detach()
-        if teacher.dim() != 2:
-            raise ValueError(f"wanted the teacher's logits as (batch, classes), got {tuple(teacher.shape)}")
-        return student, teacher
-
     def extra_repr(self) -> str:
-        return f"{self.layer} -> logits; {super().extra_repr()}, init_var={self.init_var:g}, reduction={self.reduction}"
+        return f"{self.layer} -> logits; {super().extra_repr()}"

@@ -23,7 +23,7 @@ from vidfast.arguments import inverse_softplus
 from ..regressors import Regressor, last_layer
 from .base import METHODS
 from .pairs import Pairs, wide
-from .variational import VariationalMethod
+from .variational import VariationalPairs
 
 
 def _along(x: Tensor, channel_dim: int, dims: int) -> Tensor:
@@ -45,7 +45,7 @@ class ChannelScale(nn.Module):
 
 
 @METHODS.register("vid_heteroscedastic")
-class HeteroscedasticVID(VariationalMethod):
+class HeteroscedasticVID(VariationalPairs):
     """VID whose variance depends on the student at every position.
 
         -log q(t|s) = sum_chw log sigma_chw(s) + (t_chw - mu_chw(s))^2 / (2 sigma_chw(s)^2),
@@ -135,7 +135,7 @@ class StudentTScale(ChannelScale):
 
 
 @METHODS.register("vid_student_t")
-class StudentTVID(VariationalMethod):
+class StudentTVID(VariationalPairs):
     """VID with Student's t distribution of location mu(s) and a scale for each channel: outliers count less.
 
         -log q(t|s) = sum_chw log tau_c + (nu + 1)/2 log(1 + (t_chw - mu_chw(s))^2 / (nu tau_c^2))
@@ -220,7 +220,7 @@ class MixtureScale(ChannelScale):
 
 
 @METHODS.register("vid_mixture")
-class MixtureVID(VariationalMethod):
+class MixtureVID(VariationalPairs):
     """VID with a mixture of K Gaussians for every activation (Bishop 1994): several values may be plausible.
 
         -log q(t|s) = - sum_chw log sum_k pi_kc exp( -log sigma_kc - (t_chw - mu_kchw(s))^2 / (2 sigma_kc^2) ),

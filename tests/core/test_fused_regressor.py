@@ -1,0 +1,261 @@
+"""The regressor and its loss, a few samples at a time: the same numbers, nothing stored, and only where it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from problems import BF16, FP16, FP32, short
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from vid_formula import check, formula
+
+import vidfast.fused_regressor as fused
+import vidfast.vid as vid
+from bench.memory import peak_extra_bytes
+from vidfast import VIDLoss
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The students' shapes of the calls that were fused."""
+    seen: list[tuple[int, ...]] = []
+
+    def counted(regressor: nn.Module, student: Tensor, *rest: Any, **options: Any) -> Tensor | None:
+        loss = fused.fused_nll(regressor, student, *rest, **options)
+        if loss is not None:
+            seen.append(tuple(student.shape))
+        return loss
+
+    monkeypatch.setattr(vid, "fused_nll", counted)
+    return seen
+
+
+@pytest.fixture
+def module() -> VIDLoss:
+    torch.manual_seed(5)
+    m = VIDLoss(5, 8, 6)
+    with torch.no_grad():
+        m.log_scale.copy_(torch.linspace(-2, 3, 6))
+    return m
+
+
+@pytest.fixture(params=["rows", "planes"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How activations lie: channels fastest or positions fastest."""
+    name = str(request.param)
+    monkeypatch.setattr(fused, "_FEWEST_POSITIONS", 10**9 if name == "rows" else 0)
+    return name
+
+
+@pytest.mark.parametrize("samples", [1, 3, 7], ids="{} of 7 at once".format)
+@pytest.mark.parametrize("layouts", ["contiguous", "channels_last", "student last", "teacher last"])
+@pytest.mark.parametrize("teacher", [FP32, BF16, FP16], ids=short)
+def test_any_part_of_the_batch(
+    module: VIDLoss,
+    calls: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    order: str,
+    samples: int,
+    layouts: str,
+    teacher: torch.dtype,
+) -> None:
+    del order
+    bytes_of_samples = samples * 4 * 8 * 42 + 3
+    monkeypatch.setattr(fused, "_PART_BYTES", bytes_of_samples)
+    monkeypatch.setattr(fused, "_PART_BYTES_IN_ROWS", bytes_of_samples)
+    s, t = torch.randn(7, 5, 6, 7), torch.randn(7, 6, 6, 7).to(teacher)
+    if layouts in ("channels_last", "student last"):
+        s = s.contiguous(memory_format=torch.channels_last)
+    if layouts in ("channels_last", "teacher last"):
+        t = t.contiguous(memory_format=torch.channels_last)
+    check(module, s, t)
+    assert calls == [(7, 5, 6, 7)]
+
+
+def test_features_that_are_slices(module: VIDLoss, calls: list[tuple[int, ...]]) -> None:
+    s, t = torch.randn(4, 9, 6, 8)[:, 2:7], torch.randn(8, 6, 6, 16)[::2, :, :, ::2]
+    check(module, s, t)
+    check(module, torch.randn(4, 5, 1, 1).expand(4, 5, 6, 8), t)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("wanted", range(1, 32))
+def test_any_set_of_gradients(module: VIDLoss, order: str, wanted: int) -> None:
+    """Student, log_scale and three weights, each wanted or not."""
+    del order
+    s, t = torch.randn(3, 5, 4, 5), torch.randn(3, 6, 4, 5)
+    inputs = [x for bit, x in enumerate([s, *module.parameters()]) if wanted >> bit & 1]
+    module.requires_grad_(False)
+    for x in inputs:
+        x.requires_grad_()
+    wanted_gradients = torch.autograd.grad(formula(module, s, t), inputs)
+    for x, exact in zip(torch.autograd.grad(module(s, t), inputs), wanted_gradients, strict=True):
+        assert x.shape == exact.shape
+        torch.testing.assert_close(
+            x.double(), exact.double(), rtol=2e-5, atol=2e-5 * exact.abs().max().item()
+        )
+
+
+def test_the_students_gradient_lies_as_the_student(module: VIDLoss, order: str) -> None:
+    del order
+    t = torch.randn(3, 6, 4, 5)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        s = torch.randn(3, 5, 4, 5).contiguous(memory_format=memory_format).requires_grad_()
+        (gradient,) = torch.autograd.grad(module(s, t), s)
+        assert gradient.is_contiguous(memory_format=memory_format)
+
+
+def test_backward_again_and_by_another_factor(module: VIDLoss, order: str) -> None:
+    del order
+    s, t = torch.randn(3, 5, 4, 5, requires_grad=True), torch.randn(3, 6, 4, 5)
+    inputs = [s, *module.parameters()]
+    loss = module(s, t)
+    once = [x.clone() for x in torch.autograd.grad(loss, inputs, retain_graph=True)]
+    half = torch.autograd.grad(loss, inputs, torch.tensor(0.5), retain_graph=True)
+    again = torch.autograd.grad(loss, inputs)
+    for x, y, z in zip(once, half, again, strict=True):
+        assert torch.equal(x, z)
+        torch.testing.assert_close(2 * y, x)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, inputs)
+
+
+def test_a_second_derivative_is_an_error_and_never_zero(module: VIDLoss) -> None:
+    s, t = torch.randn(3, 5, 4, 5, requires_grad=True), torch.randn(3, 6, 4, 5)
+    (first,) = torch.autograd.grad(module(s, t), s, create_graph=True)
+    (plain,) = torch.autograd.grad(formula(module, s, t), s)
+    torch.testing.assert_close(first.detach(), plain, rtol=1e-4, atol=1e-7)
+    with pytest.raises(RuntimeError, match="first derivative"):
+        first.square().sum().backward()
+
+
+def test_forward_mode_is_an_error_and_never_zero(module: VIDLoss) -> None:
+    s, t = torch.randn(3, 5, 4, 5), torch.randn(3, 6, 4, 5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(s, torch.ones_like(s))
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            module(dual, t)
+
+
+def test_an_optimizer_step_between_forward_and_backward(module: VIDLoss) -> None:
+    """Gradients are made in forward: they are those of the weights that made the loss."""
+    s, t = torch.randn(3, 5, 4, 5, requires_grad=True), torch.randn(3, 6, 4, 5)
+    (want,) = torch.autograd.grad(formula(module, s, t), s)
+    loss = module(s, t)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(1.0)
+    torch.testing.assert_close(torch.autograd.grad(loss, s)[0], want, rtol=1e-4, atol=1e-7)
+
+
+def test_hidden_activations_are_never_stored() -> None:
+    module = VIDLoss(4, 64, 8)
+    s, t = torch.randn(256, 4, 32, 32, requires_grad=True), torch.randn(256, 8, 32, 32)
+    hidden = 4 * 64 * 256 * 32 * 32
+
+    def step() -> object:
+        return torch.autograd.grad(module(s, t), [s, *module.parameters()])
+
+    step()
+    fused_peak = peak_extra_bytes(step, "cpu")
+    module.inplace = False  # module by module
+    assert fused_peak < hidden / 2 < 2 * hidden < peak_extra_bytes(step, "cpu")
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def with_bias(m: VIDLoss) -> None:
+    m.regressor[4] = nn.Conv2d(8, 6, 1)
+
+
+def with_own_forward(m: VIDLoss) -> None:
+    plain = m.regressor[0].forward
+    m.regressor[0].forward = lambda x: 2 * plain(x)
+
+
+def frozen_but_for_alpha(m: VIDLoss) -> None:
+    m.regressor.requires_grad_(False)
+
+
+def global_hook(_: VIDLoss) -> Any:
+    return nn.modules.module.register_module_forward_hook(lambda *_: None)
+
+
+ELSEWHERE: dict[str, Callable[[VIDLoss], Any]] = {
+    "forward hook": lambda m: m.regressor[2].register_forward_hook(lambda *_: None),
+    "forward pre-hook": lambda m: m.regressor[2].register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda m: m.regressor[2].register_full_backward_hook(lambda *_: None),
+    "hook on the whole": lambda m: m.regressor.register_forward_hook(lambda *_: None),
+    "hook on all modules": global_hook,
+    "inplace=False": lambda m: setattr(m, "inplace", False),
+    "reference": lambda m: setattr(m, "backend", "reference"),
+    "bias": with_bias,
+    "another activation": lambda m: m.regressor.__setitem__(1, nn.GELU()),
+    "3x3": lambda m: m.regressor.__setitem__(2, nn.Conv2d(8, 8, 3, padding=1, bias=False)),
+    "groups": lambda m: m.regressor.__setitem__(2, nn.Conv2d(8, 8, 1, groups=2, bias=False)),
+    "another part": lambda m: m.regressor.append(Doubled()),
+    "own forward": with_own_forward,
+    "parametrization": lambda m: parametrizations.weight_norm(m.regressor[2]),
+    "fp64": lambda m: m.double(),
+    "only alpha": frozen_but_for_alpha,
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_anything_else_goes_module_by_module(
+    module: VIDLoss, calls: list[tuple[int, ...]], name: str
+) -> None:
+    handle = ELSEWHERE[name](module)
+    s, t = torch.randn(3, 5, 4, 5), torch.randn(3, 6, 4, 5)
+    try:
+        loss = module(s, t)
+        loss.backward()
+    finally:
+        if name == "hook on all modules":
+            handle.remove()
+    assert calls == []
+    with torch.no_grad():
+        mean = module.regressor(s.to(module.regressor[0].weight.dtype) if name == "fp64" else s)
+        v = module.variance.double().view(1, -1, 1, 1)
+        want = (0.5 * (v.log() + (t.double() - mean.double()) ** 2 / v)).mean()
+    torch.testing.assert_close(loss.detach().double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_plain_module_is_fused(module: VIDLoss, calls: list[tuple[int, ...]]) -> None:
+    """The table above means nothing if this does not hold."""
+    module(torch.randn(3, 5, 4, 5), torch.randn(3, 6, 4, 5)).backward()
+    assert calls == [(3, 5, 4, 5)]
+    with torch.no_grad():
+        module(torch.randn(3, 5), torch.randn(3, 6))
+    assert calls == [(3, 5, 4, 5), (3, 5)]
+
+
+@pytest.mark.parametrize("where", ["autocast", "compile", "torch.func"])
+def test_contexts_that_go_module_by_module(module: VIDLoss, calls: list[tuple[int, ...]], where: str) -> None:
+    s, t = torch.randn(3, 5, 4, 5), torch.randn(3, 6, 4, 5)
+    want = formula(module, s, t)
+    if where == "torch.func":
+        module.backend = "auto"
+        with pytest.raises(RuntimeError, match=r"torch\.func"):
+            torch.func.grad(lambda x: module(x, t))(s)
+        module.backend = "reference"
+        assert torch.isfinite(torch.func.grad(lambda x: module(x, t))(s)).all()
+    else:
+        called = torch.compile(module, backend="aot_eager", fullgraph=True) if where == "compile" else module
+        with torch.autocast("cpu", torch.bfloat16) if where == "autocast" else nullcontext():
+            loss = called(s, t)
+        torch.testing.assert_close(loss.double(), want, rtol=2e-2 if where == "autocast" else 1e-5, atol=1e-6)
+    assert calls == []
+
+
+def test_channels_that_do_not_fit_are_the_convolutions_error(module: VIDLoss) -> None:
+    module.regressor[2] = nn.Conv2d(7, 8, 1, bias=False)
+    with pytest.raises(RuntimeError, match="channels"):
+        module(torch.randn(3, 5, 4, 5), torch.randn(3, 6, 4, 5))

@@ -1,0 +1,125 @@
+"""A Distiller's Gaussian pairs on the CPU: regressor and loss in one go, with the numbers of both apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vidfast import fused_regressor
+from vidfast.distill import VID, Distiller, Infomax
+from vidfast.distill.methods import variational
+
+
+class Network(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, stride=2)
+        self.classifier = nn.Linear(channels, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        logits: Tensor = self.classifier(x.mean((2, 3)))
+        return logits
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each Gaussian pair that could be, whether it was fused."""
+    seen: list[bool] = []
+
+    def counted(*args: Any, **options: Any) -> Tensor | None:
+        loss = fused_regressor.fused_nll(*args, **options)
+        seen.append(loss is not None)
+        return loss
+
+    monkeypatch.setattr(variational, "fused_nll", counted)
+    return seen
+
+
+def distiller(term: VID | Infomax) -> tuple[Distiller, Tensor]:
+    torch.manual_seed(2)
+    images = torch.randn(6, 3, 10, 12)
+    return Distiller(Network(5), Network(7), terms=[term], example=images).train(), images
+
+
+def step(module: Distiller, images: Tensor) -> list[Tensor]:
+    module.zero_grad(set_to_none=True)
+    loss = module(images, torch.arange(6) % 4).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
+
+
+PAIRS = {"first": "first", "second": "second"}
+
+
+@pytest.mark.parametrize("regressor", ["linear", "conv2", "conv3"])
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+def test_the_same_numbers(
+    fused: list[bool], monkeypatch: pytest.MonkeyPatch, regressor: str, reduction: str
+) -> None:
+    module, images = distiller(VID(pairs=PAIRS, regressor=regressor, reduction=reduction, weight=0.3))
+    ours = step(module, images)
+    assert fused == [True, True]
+    monkeypatch.setattr(variational, "fused_nll", lambda *_, **__: None)
+    apart = step(module, images)
+    assert len(ours) == len(apart) > 8
+    for x, y in zip(ours, apart, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+
+
+def test_infomax_too(fused: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where maps differ its regressor ends in an interpolation, which has to see the whole of its input."""
+    step(*distiller(Infomax("second")))
+    assert fused == [False]
+    module, images = distiller(Infomax("first"))
+    ours = step(module, images)
+    assert fused == [False, True]
+    monkeypatch.setattr(variational, "fused_nll", lambda *_, **__: None)
+    for x, y in zip(ours, step(module, images), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("where", ["regressor", "likelihood", "own forward", "transposed", "channel_dim"])
+def test_whoever_watches_sees_both_apart(fused: list[bool], where: str) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        seen.append(tuple(output.shape))
+
+    if where == "channel_dim":
+        student, teacher = torch.randn(4, 9, 5, requires_grad=True), torch.randn(4, 9, 7)
+        term = VID(pairs={"a": "a"}, channel_dim=-1)
+        term.regressors, term.likelihoods = nn.ModuleList(), nn.ModuleList()
+        term.build_pair(student.detach(), teacher)
+        term.pair_loss(0, student, teacher, 1.0).backward()
+        assert fused == []
+        return
+    module, images = distiller(VID(pairs={"second": "second"}, regressor="conv2"))
+    term = module.terms["vid"]
+    assert isinstance(term, VID)
+    if where == "transposed":
+        student, teacher = torch.randn(4, 9, requires_grad=True), torch.randn(4, 7, 8, 8)
+        term = VID(pairs={"a": "a"}, regressor="transposed")
+        term.regressors, term.likelihoods = nn.ModuleList(), nn.ModuleList()
+        term.build_pair(student.detach(), teacher)
+        term.pair_loss(0, student, teacher, 1.0).backward()
+        assert fused == [False]
+        return
+    if where == "own forward":
+        plain = term.likelihoods[0].forward
+
+        def own(mean: Tensor, target: Tensor) -> Tensor:
+            seen.append(tuple(mean.shape))
+            loss: Tensor = plain(mean, target)
+            return loss
+
+        term.likelihoods[0].forward = own  # type: ignore[method-assign]
+    else:
+        (term.regressors if where == "regressor" else term.likelihoods)[0].register_forward_hook(hook)
+    step(module, images)
+    assert not any(fused)
+    assert seen == [() if where == "likelihood" else (6, 7, 5, 6)]
