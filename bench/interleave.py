@@ -20,8 +20,8 @@ from vidfast.report.noise import takes_part
 # stay cold, but the code does not: after another provider's turn the first call also pays for the instruction cache.
 SHORTEST_SAMPLE = 1e-3
 MOST_CALLS = 32
-# Whole networks, and eager code over the largest maps: fewer samples, enough for quartiles and for pairs.
-SLOW_SECONDS, FEWEST_SLOW = 0.1, 3
+# Eager code over the largest maps takes so long that a few samples have to do: it is many times slower than the rest.
+SLOW_SECONDS = 0.1
 
 
 class Contender(Protocol):
@@ -36,10 +36,11 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a case may take. `seconds` is shared by its contenders."""
+    """How long a case may take. `seconds` is shared by its contenders; each has its fewest samples all the same."""
 
     seconds: float
     fewest: int = 5
+    fewest_slow: int = 3
     most: int = 60
     warm_ups: int = 2
 
@@ -85,7 +86,7 @@ def interleave(
     wanted, timings = [], {}
     for contender, estimate in zip(contenders, estimates, strict=True):
         calls = min(max(math.ceil(SHORTEST_SAMPLE / max(estimate, 1e-9)), 1), MOST_CALLS, most_calls)
-        fewest = budget.fewest if estimate < SLOW_SECONDS else min(budget.fewest, FEWEST_SLOW)
+        fewest = budget.fewest if estimate < SLOW_SECONDS else min(budget.fewest, budget.fewest_slow)
         wanted.append(min(max(int(share / max(estimate * calls, 1e-9)), fewest), budget.most))
         timings[contender.name] = Timings(calls)
     rounds = max(wanted, default=0)

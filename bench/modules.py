@@ -25,12 +25,13 @@ from bench.providers import (
     COMPILE,
     DEFAULT,
     EAGER,
-    LossFunction,
     Provider,
     eager_formula,
     row_name,
 )
 from bench.record import Measurable
+from vidfast.distill import VID, Distiller
+from vidfast.distill.models import build as network
 
 COMPILED_DEFAULT = "vidfast compiled"
 FAMILIES = {EAGER: "eager", COMPILE: "compile", DEFAULT: "vidfast", COMPILED_DEFAULT: "vidfast"}
@@ -69,9 +70,9 @@ class ModuleContender:
         incoming: float,
         outputs: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
         exact: Callable[[], Exact] | None = None,
-        watch: LossWatch | None = None,
+        watch: TermWatch | None = None,
     ) -> None:
-        self.watch, self.loss_seconds = watch, list[float]()
+        self.watch, self.pair_seconds = watch, list[float]()
         self.module, self.step, self.incoming = module, step, incoming
         self.outputs, self.exact = outputs, exact
         self.provider = Provider(name, FAMILIES.get(name, "floor"), eager_formula, compared=False)
@@ -86,7 +87,7 @@ class ModuleContender:
             gradient = None if incoming == 1.0 else torch.full_like(loss, incoming)
             loss.backward(gradient)  # type: ignore[no-untyped-call]
             if self.watch is not None:
-                self.loss_seconds.append(self.watch.seconds)
+                self.pair_seconds.append(self.watch.seconds)
             return loss.detach()
 
         return run
@@ -95,8 +96,8 @@ class ModuleContender:
         """Parameters get no update, so there is nothing to undo."""
 
     def part_seconds(self, samples: int) -> float | None:
-        """The median of what the losses took in the last `samples` steps."""
-        return statistics.median(self.loss_seconds[-samples:]) if self.loss_seconds else None
+        """The median of what the pairs took in the last `samples` steps."""
+        return statistics.median(self.pair_seconds[-samples:]) if self.pair_seconds else None
 
     def traffic(self) -> traffic.Traffic | None:
         """Convolutions reuse what they read: a count of bytes would say nothing."""
@@ -229,15 +230,16 @@ def vid_loss(name: str) -> Built:
     return build
 
 
-class LossWatch:
-    """Seconds that the likelihoods of a step take, forward and backward, measured inside of the step.
+class TermWatch:
+    """Seconds that the pairs of a term take in a step, regressors and losses, forward and backward, and by whose code.
 
     The difference between two whole steps would drown in their spread. Autograd runs the nodes made last first, so all
-    that runs in backward between a loss and its mean is that loss's own.
+    that runs in backward between a pair's loss and its student feature is that pair's own.
     """
 
     def __init__(self) -> None:
         self.seconds = self.started = 0.0
+        self.public_code = False
 
     def start(self) -> None:
         self.started = time.perf_counter()
@@ -247,12 +249,12 @@ class LossWatch:
 
 
 class StopsInBackward(torch.autograd.Function):
-    """The mean on its way into a loss: in backward its gradient is the loss's last result."""
+    """The student's feature on its way into a pair: in backward its gradient is the pair's last result."""
 
     @staticmethod
-    def forward(ctx: Any, mean: torch.Tensor, watch: LossWatch) -> torch.Tensor:
+    def forward(ctx: Any, feature: torch.Tensor, watch: TermWatch) -> torch.Tensor:
         ctx.watch = watch
-        return mean.detach()
+        return feature.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -264,7 +266,7 @@ class StartsInBackward(torch.autograd.Function):
     """The loss on its way out."""
 
     @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, watch: LossWatch) -> torch.Tensor:
+    def forward(ctx: Any, loss: torch.Tensor, watch: TermWatch) -> torch.Tensor:
         ctx.watch = watch
         return loss.view_as(loss)
 
@@ -274,57 +276,62 @@ class StartsInBackward(torch.autograd.Function):
         return grads[0], None
 
 
-def watch_losses(distiller: nn.Module, formula: Callable[[Case], LossFunction] | None) -> LossWatch:
-    """Time every GaussianNLL of a Distiller, after putting another formula in its place where one is given."""
-    import vidfast
+def watch_pairs(term: VID) -> TermWatch:
+    """Time every pair of the term, and let the watch say whether the public repositories' code runs or ours."""
+    watch, ours = TermWatch(), term.pair_loss
 
-    watch = LossWatch()
-    for module in distiller.modules():
-        if isinstance(module, vidfast.GaussianNLL):
+    def public(index: int, student: torch.Tensor, teacher: torch.Tensor, factor: float) -> torch.Tensor:
+        case = Case("", tuple(teacher.shape), teacher.dtype, device=str(teacher.device))
+        alpha = term.likelihoods[index].alpha
+        assert isinstance(alpha, nn.Parameter)
+        return factor * eager_formula(case)(term.regressors[index](student), teacher, alpha)
 
-            def forward(
-                mean: torch.Tensor, target: torch.Tensor, own: Any = module, ours: Any = module.forward
-            ) -> torch.Tensor:
-                mean = StopsInBackward.apply(mean, watch)  # type: ignore[no-untyped-call]
-                watch.start()
-                if formula is None:
-                    loss = ours(mean, target)
-                else:
-                    case = Case("", tuple(mean.shape), mean.dtype, device=str(mean.device))
-                    loss = own.weight * formula(case)(mean, target, own.alpha)
-                watch.stop()
-                whole: torch.Tensor = StartsInBackward.apply(loss, watch)  # type: ignore[no-untyped-call]
-                return whole
+    def pair_loss(index: int, student: torch.Tensor, teacher: torch.Tensor, factor: float) -> torch.Tensor:
+        student = StopsInBackward.apply(student, watch)  # type: ignore[no-untyped-call]
+        watch.start()
+        loss = (public if watch.public_code else ours)(index, student, teacher, factor)
+        watch.stop()
+        whole: torch.Tensor = StartsInBackward.apply(loss, watch)  # type: ignore[no-untyped-call]
+        return whole
 
-            module.forward = forward  # type: ignore[method-assign]
+    term.pair_loss = pair_loss  # type: ignore[method-assign]
     return watch
+
+
+@lru_cache(maxsize=1)
+def distillation_of(case: Case) -> tuple[Callable[[], torch.Tensor], nn.Module, TermWatch]:
+    """(step, module, watch). One for all rows: where a network's weights lie in memory is worth several percent."""
+    torch.manual_seed(0)
+    facts = case.extra
+    side, classes = int(str(facts["side"])), int(str(facts["classes"]))
+    teacher, student = (
+        network(str(facts[role]), in_channels=3, num_classes=classes, image_size=(side, side))
+        for role in ("teacher", "student")
+    )
+    images = torch.randn(case.shape[0], 3, side, side, device=case.device)
+    labels = torch.randint(0, classes, (case.shape[0],), device=case.device)
+    term = VID(pairs={tap: tap for tap in student.taps}, regressor=str(facts["regressor"]), weight=1.0)
+    distiller = Distiller(student, teacher, terms=[term], example=images[:2]).to(case.device).train()
+    watch = watch_pairs(term)
+
+    def step() -> torch.Tensor:
+        watch.seconds = 0.0
+        loss: torch.Tensor = distiller(images, labels).loss
+        return loss
+
+    return step, distiller, watch
 
 
 def training_step(name: str) -> Built:
     """Teacher, student, taps, regressors, losses and backward; no optimizer, which is the same for all."""
 
     def build(case: Case, pool: Pool) -> Callable[[float], ModuleContender]:
-        from vidfast.distill.distiller import Distiller
-        from vidfast.distill.methods.vid import VID
-        from vidfast.distill.models import build as network
-
-        torch.manual_seed(0)
-        facts = case.extra
-        side, classes = int(str(facts["side"])), int(str(facts["classes"]))
-        teacher, student = (
-            network(str(facts[role]), in_channels=3, num_classes=classes, image_size=(side, side))
-            for role in ("teacher", "student")
-        )
-        images = torch.randn(case.shape[0], 3, side, side, device=case.device)
-        labels = torch.randint(0, classes, (case.shape[0],), device=case.device)
-        terms = [VID(pairs={tap: tap for tap in student.taps}, regressor=str(facts["regressor"]), weight=1.0)]
-        distiller = Distiller(student, teacher, terms=terms, example=images[:2]).to(case.device).train()
-        watch = watch_losses(distiller, eager_formula if name == EAGER else None)
+        del pool
+        plain, distiller, watch = distillation_of(case)
 
         def step() -> torch.Tensor:
-            watch.seconds = 0.0
-            loss: torch.Tensor = distiller(images, labels).loss
-            return loss
+            watch.public_code = name == EAGER
+            return plain()
 
         return lambda incoming: ModuleContender(name, distiller, step, incoming, watch=watch)
 

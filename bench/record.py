@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -24,7 +24,7 @@ from bench.clock import clock_for
 from bench.interleave import Budget, Contender, Timings, interleave, warm_up
 from bench.machine import LoadWindow
 from bench.providers import COMPILE, COPY, EAGER, Provider
-from vidfast.report.noise import Samples, quartiles, times_faster
+from vidfast.report.noise import Samples, spread, times_faster
 
 _replayed_now = 0.0
 
@@ -93,6 +93,11 @@ def measure(case: Case, suite: Opener, names: list[str], budget: Budget) -> dict
     # One graph a case: past eight recompilations of the same code dynamo would quietly fall back to eager.
     if any("compile" in name for name in names):
         torch.compiler.reset()
+    budget = replace(
+        budget,
+        fewest=max(budget.fewest, case.fewest),
+        fewest_slow=max(budget.fewest_slow, case.fewest),
+    )
     with thread_count(case.threads):
         pool = Pool(case)
         clock = clock_for(case.device)
@@ -123,7 +128,7 @@ def measure(case: Case, suite: Opener, names: list[str], budget: Budget) -> dict
             row.info |= {"load": window.load.as_dict(), "slots": len(pool.slots), "cold": pool.cold}
             row.info["timer"] = clock.name
             if isinstance(contender, WholeModule):
-                row.info["loss_seconds"] = contender.part_seconds(len(row.timings.samples))
+                row.info["pair_seconds"] = contender.part_seconds(len(row.timings.samples))
         add_rates(case, rows)
     return rows
 
@@ -223,7 +228,7 @@ def rate(row: Row) -> float | None:
     nbytes: int | None = row.info["bytes"]
     if nbytes is None:
         return None
-    return nbytes / quartiles(samples_of(row).seconds).middle / 1e9
+    return nbytes / spread(samples_of(row).seconds).middle / 1e9
 
 
 def file_row(row: Row, benchmark: Any, case: Case) -> None:

@@ -17,18 +17,17 @@ from bench.clock import ProcessorClock
 from bench.interleave import Budget, interleave
 from bench.kernels import INTO_BUFFER, PASSES_OF, KernelContender, extents
 from bench.memory import peak_extra_bytes
-from bench.modules import VID_LOSS, student_of, watch_losses
+from bench.modules import TRAINING_STEP, VID_LOSS, student_of, watch_pairs
 from bench.providers import (
     DEFAULT,
     EAGER,
     CopyContender,
-    LossFunction,
     StepContender,
     baselines,
-    eager_formula,
     vidfast_providers,
 )
-from vidfast import GaussianNLL, gaussian_nll
+from vidfast import gaussian_nll
+from vidfast.distill import VID
 
 SMALL = Case("test", (6, 5, 4, 3), cold=False)
 LAYOUTS = [
@@ -111,6 +110,20 @@ def test_peak_memory_is_the_most_held_at_once_and_not_the_sum() -> None:
     assert peak_extra_bytes(lambda: kilobyte.add_(1), "cpu") < 64
 
 
+def test_memory_that_vidfast_keeps_is_counted() -> None:
+    mean, target, alpha = (
+        torch.randn(64, 64, 64, 65).requires_grad_(),
+        torch.randn(64, 64, 64, 65),
+        torch.zeros(64),
+    )
+
+    def step() -> object:
+        return torch.autograd.grad(gaussian_nll(mean, target, alpha), mean)
+
+    assert step() is not None
+    assert mean.nbytes <= peak_extra_bytes(step, "cpu") < 1.1 * mean.nbytes
+
+
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.title)
 def test_the_oracle_is_the_reference_in_fp64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.accuracy.CHUNK_ELEMENTS", 50)
@@ -182,40 +195,72 @@ def test_vid_loss_rows_know_their_error(name: str, incoming: float) -> None:
     assert wrong.loss > 0.5, "the comparison can fail"
 
 
-def test_the_losses_of_a_step_are_clocked_forward_and_backward() -> None:
-    """One likelihood sleeps in both directions, behind one that does not; nothing else of the step is counted."""
+class Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return x.clone()
 
-    class Sleep(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.02)
-            return x.clone()
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.03)
+        return grads[0]
 
-        @staticmethod
-        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.03)
-            return grads[0]
 
-    def sleepy(case: Case) -> LossFunction:
-        slow = case.channels == 3
-        formula = eager_formula(case)
+class SleepyRegressor(torch.nn.Conv1d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        return Sleep.apply(x) if x.shape[1] == 3 else x  # type: ignore[no-any-return, no-untyped-call]
 
-        def loss(mean: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-            return formula(Sleep.apply(mean) if slow else mean, target, alpha)  # type: ignore[no-untyped-call]
 
-        return loss
-
-    likelihoods = torch.nn.ModuleList([GaussianNLL(3), GaussianNLL(4)])
-    plain = [torch.randn(2, n, 5, requires_grad=True) for n in (3, 4)]
-    watch = watch_losses(likelihoods, sleepy)
+@pytest.mark.parametrize("public_code", [False, True])
+def test_the_pairs_of_a_step_are_clocked_forward_and_backward(public_code: bool) -> None:
+    """One regressor sleeps in both directions, behind one that does not; nothing else of the step is counted."""
+    term = VID(pairs={"a": "a", "b": "b"}, regressor=lambda s, t: SleepyRegressor(s[1], t[1], 1))
+    term.regressors, term.likelihoods = torch.nn.ModuleList(), torch.nn.ModuleList()
+    students = [torch.randn(2, 5, 7, requires_grad=True) for _ in range(2)]
+    teachers = [torch.randn(2, n, 7) for n in (3, 4)]
+    for student, teacher in zip(students, teachers, strict=True):
+        term.build_pair(student.detach(), teacher)
+    plain = sum(
+        term.pair_loss(index, student.detach(), teacher, 0.5)
+        for index, (student, teacher) in enumerate(zip(students, teachers, strict=True))
+    )
+    watch = watch_pairs(term)
+    watch.public_code = public_code
     total = sum(
-        nll(Sleep.apply(x), torch.randn(x.shape))  # type: ignore[no-untyped-call]
-        for nll, x in zip(likelihoods, plain, strict=True)
+        term.pair_loss(index, Sleep.apply(student), teacher, 0.5)  # type: ignore[no-untyped-call]
+        for index, (student, teacher) in enumerate(zip(students, teachers, strict=True))
     )
     assert isinstance(total, torch.Tensor)
+    torch.testing.assert_close(total.detach(), torch.as_tensor(plain).detach())
     total.backward()  # type: ignore[no-untyped-call]
-    assert 0.05 <= watch.seconds < 0.1, "the producers' own sleep, another 0.1 s, is not the losses'"
-    assert all(x.grad is not None for x in plain)
+    assert 0.05 <= watch.seconds < 0.1, "the producers' own sleep, another 0.1 s, is not the pairs'"
+    assert all(x.grad is not None for x in students)
+
+
+@pytest.mark.parametrize("incoming", [1.0, 0.37])
+def test_both_rows_of_a_training_step_are_one_network_and_one_loss(incoming: float) -> None:
+    """They share every weight, so that nothing but the pairs' code can make their times differ."""
+    case = Case(
+        "training step",
+        (4, 16, 8, 8),
+        note="wrn-10-1 to wrn-10-1",
+        extra={"teacher": "wrn-10-1", "student": "wrn-10-1", "regressor": "conv3", "side": 8, "classes": 4},
+    )
+    rows = [built(case, Pool(case))(incoming) for built in TRAINING_STEP.values()]
+    assert len({id(row.module) for row in rows}) == 1
+    losses, gradients = [], []
+    for row in rows:
+        row.module.eval()  # running statistics would move between the two
+        loss = row.prepare()()
+        assert isinstance(loss, torch.Tensor)
+        losses.append(loss)
+        gradients.append([p.grad.clone() for p in row.module.parameters() if p.grad is not None])
+        assert row.part_seconds(1) is not None
+    torch.testing.assert_close(losses[0], losses[1])
+    for eager, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, ours, rtol=1e-3, atol=1e-5 * float(eager.abs().max()) + 1e-9)
 
 
 def test_the_copy_is_undone() -> None:

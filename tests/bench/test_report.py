@@ -163,8 +163,8 @@ def test_readme_says_what_sleeping_threads_cost_instead_of_a_second_table(store:
 
 def test_a_training_step_shows_what_of_it_the_losses_take(store: Store, tmp_path: Path) -> None:
     rows = [
-        stored_row("eager", samples(2.0), suite="training step", loss_seconds=0.5),
-        stored_row("vidfast default", samples(1.6), suite="training step", loss_seconds=0.016),
+        stored_row("eager", samples(2.0), suite="training step", pair_seconds=0.5),
+        stored_row("vidfast default", samples(1.6), suite="training step", pair_seconds=0.016),
     ]
     assert main([str(store("run", rows)), "--output", str(tmp_path)]) == 0
     lines = [line for line in page_of(tmp_path).splitlines() if line.startswith("| 8x4x2x2 float32 |")]
