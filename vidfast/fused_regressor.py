@@ -20,6 +20,7 @@ from vidfast import dispatch
 from vidfast.autograd import NO_FORWARD_MODE, graph_is_retained, incoming, not_twice
 from vidfast.backends import Backend
 from vidfast.layout import dense_like, prepare, walk
+from vidfast.memory import empty
 from vidfast.ops import loss_factor
 
 # The widest activation of a part of the batch: it stays in the cache, and a product over it is worth starting.
@@ -78,14 +79,14 @@ class _Stack:
             or (not student.is_contiguous() and student.transpose(1, 2).is_contiguous())
         )
         most = _PART_BYTES_IN_ROWS if self.rows else _PART_BYTES
-        self.samples = min(max(most // (4 * widest * positions), 1), batch)
+        self.samples = _evenly(batch, max(most // (4 * widest * positions), 1))
         self.positions = positions
         self.activations = [self.buffer(w.shape[0]) for w in self.weights]
 
     def buffer(self, channels: int) -> Tensor:
         if self.rows:
-            return torch.empty(self.samples, self.positions, channels).transpose(1, 2)
-        return torch.empty(self.samples, channels, self.positions)
+            return empty(self.samples, self.positions, channels).transpose(1, 2)
+        return empty(self.samples, channels, self.positions)
 
     def lies_so(self, part: Tensor) -> bool:
         return (part.transpose(1, 2) if self.rows else part).is_contiguous()
@@ -111,6 +112,13 @@ class _Stack:
         return found
 
 
+def _evenly(batch: int, most: int) -> int:
+    """Samples of a part, at most about `most`: of one size, and an even one, since threads share it by samples."""
+    parts = math.ceil(batch / most)
+    samples = math.ceil(batch / parts)
+    return min(samples + samples % 2, batch) if most > 1 else 1
+
+
 def _as_rows(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
@@ -124,7 +132,7 @@ class _Gradients:
         self.wanted = wanted[1:]
         # The gradient goes down no further than somebody wants one.
         self.lowest = list(wanted).index(True) if any(wanted) else len(wanted)
-        self.hidden = [torch.empty_like(a) for a in stack.activations[:-1]]
+        self.hidden = [stack.buffer(a.shape[1]) for a in stack.activations[:-1]]
         lead = () if stack.rows else (stack.samples,)
         self.sums = [
             torch.zeros(*lead, *w.shape) if want else None

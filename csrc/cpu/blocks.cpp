@@ -14,24 +14,34 @@
 namespace vidfast::cpu {
 namespace {
 
+constexpr int64_t kPage = int64_t{64} << 10;  // the largest that processors take for granted
 constexpr int64_t kLargePage = int64_t{2} << 20;
+// Blocks from this size on are whole large pages; of smaller ones too much would go unused.
+constexpr int64_t kWorthLargePages = int64_t{16} << 20;
 
 struct Stretch {
   void* data;
   int64_t size;
 };
 
-int64_t round_up(int64_t bytes) { return std::max<int64_t>(1, (bytes + kLargePage - 1) / kLargePage) * kLargePage; }
+int64_t page_of(int64_t bytes) { return bytes >= kWorthLargePages ? kLargePage : kPage; }
+
+int64_t round_up(int64_t bytes) {
+  const int64_t page = page_of(bytes);
+  return std::max<int64_t>(1, (bytes + page - 1) / page) * page;
+}
 
 Stretch allocate(int64_t size) {
-  void* data = ::operator new(static_cast<size_t>(size), std::align_val_t{kLargePage});
+  const auto page = static_cast<std::align_val_t>(page_of(size));
+  void* data = ::operator new(static_cast<size_t>(size), page);
 #if defined(MADV_HUGEPAGE)
-  madvise(data, static_cast<size_t>(size), MADV_HUGEPAGE);  // 512 times fewer faults; no harm where refused
+  if (page_of(size) == kLargePage)
+    madvise(data, static_cast<size_t>(size), MADV_HUGEPAGE);  // 512 times fewer faults; no harm where refused
 #endif
   return {data, size};
 }
 
-void release(const Stretch& s) { ::operator delete(s.data, std::align_val_t{kLargePage}); }
+void release(const Stretch& s) { ::operator delete(s.data, static_cast<std::align_val_t>(page_of(s.size))); }
 
 bool keeps() {
   const char* wanted = std::getenv("VIDFAST_KEEP_MEMORY");

@@ -51,7 +51,7 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return name
 
 
-@pytest.mark.parametrize("samples", [1, 3, 7], ids="{} of 7 at once".format)
+@pytest.mark.parametrize("samples", [1, 2, 4, 7], ids="{} of 7 at once".format)
 @pytest.mark.parametrize("layouts", ["contiguous", "channels_last", "student last", "teacher last"])
 @pytest.mark.parametrize("teacher", [FP32, BF16, FP16], ids=short)
 def test_any_part_of_the_batch(
@@ -74,6 +74,24 @@ def test_any_part_of_the_batch(
         t = t.contiguous(memory_format=torch.channels_last)
     check(module, s, t)
     assert calls == [(7, 5, 6, 7)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "samples"),
+    [
+        (7, 1, 1),
+        (7, 2, 2),
+        (7, 3, 4),
+        (7, 6, 4),
+        (7, 9, 7),
+        (8, 5, 4),
+        (32, 20, 16),
+        (1, 9, 1),
+        (128, 1000, 128),
+    ],
+)
+def test_parts_are_even(batch: int, most: int, samples: int) -> None:
+    assert fused._evenly(batch, most) == samples
 
 
 def test_features_that_are_slices(module: VIDLoss, calls: list[tuple[int, ...]]) -> None:
