@@ -101,7 +101,7 @@ PYBIND11_MODULE(_C, m) {
         const vidfast::cpu::BlockBytes b = vidfast::cpu::block_bytes();
         return py::make_tuple(b.in_use, b.idle, b.most);
       },
-      "(in use, idle, the most that were in use at once), in bytes.");
+      "(in use, idle, the most in use at once), in bytes.");
   m.def("cpu_release_idle_blocks", &vidfast::cpu::release_idle_blocks, "Give idle blocks back to the system.");
   m.def("cpu_isa", &vidfast::cpu::isa, "The instruction set in use: baseline, avx2 or avx512.");
   m.def("cpu_select_isa", &vidfast::cpu::select_isa, py::arg("name"),

@@ -82,7 +82,7 @@ class _NotTwice(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *_: Tensor) -> Any:
         raise RuntimeError(
             "strategy='one_pass' keeps only the first derivative of gaussian_nll: "
-            "for a second one use strategy='two_pass'"
+            "for a second one use strategy='two_pass', or in VIDLoss backend='reference'"
         )
 
 

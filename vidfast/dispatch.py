@@ -25,6 +25,7 @@ _picked: set[tuple[str, str]] = set()
 _functorch_stack = torch._C._functorch.peek_interpreter_stack
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
 
 
 def load(name: str) -> Backend:
@@ -51,6 +52,8 @@ def not_raw(*tensors: Tensor) -> str | None:
             return "a zero tensor without memory of its own (_is_zerotensor)"
     if _dispatch_modes():
         return "a torch dispatch mode is active"
+    if _is_tracing():
+        return "torch.jit.trace records torch's operators, not what a kernel writes"
     return None
 
 

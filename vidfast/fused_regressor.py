@@ -46,7 +46,9 @@ def pointwise_weights(regressor: nn.Module) -> list[Tensor] | None:
     """
     if type(regressor) is not nn.Sequential or len(regressor) % 2 == 0:
         return None
-    if any("forward" in part.__dict__ for part in regressor.modules()):
+    if any(
+        "forward" in part.__dict__ or part._compiled_call_impl is not None for part in regressor.modules()
+    ):
         return None
     for position, part in enumerate(regressor):
         if position % 2 == 1:
@@ -135,7 +137,7 @@ class _Gradients:
         self.hidden = [stack.buffer(a.shape[1]) for a in stack.activations[:-1]]
         lead = () if stack.rows else (stack.samples,)
         self.sums = [
-            torch.zeros(*lead, *w.shape) if want else None
+            w.new_zeros(*lead, *w.shape) if want else None
             for w, want in zip(stack.weights, self.wanted, strict=True)
         ]
 
@@ -192,18 +194,18 @@ class FusedVID(torch.autograd.Function):
             losses.append(loss.item())
             grad_alpha += of_alpha
             gradients.add(activations, grad_mean, begin)
-        total = torch.tensor(math.fsum(losses), dtype=torch.float32)
+        total = torch.tensor(math.fsum(losses), dtype=torch.float32, device="cpu")
         origin = total.new_empty(0)
         ctx.save_for_backward(gradients.student, grad_alpha, origin, *gradients.weights())
         ctx.call, ctx.alpha_dtype = call, alpha.dtype
-        ctx.shapes = [w.shape for w in weights]
+        ctx.weights = [(w.shape, w.stride()) for w in weights]
         ctx.set_materialize_grads(False)
         return total, origin
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> Any:
         if g is None:
-            return (None,) * (4 + len(ctx.shapes))
+            return (None,) * (4 + len(ctx.weights))
         student, grad_alpha, origin, *weights = ctx.saved_tensors
         g = incoming(g)
         student, grad_alpha = ctx.call.backend.scale(
@@ -215,7 +217,10 @@ class FusedVID(torch.autograd.Function):
             not graph_is_retained(),
         )
         # never in place: the sums stay for a second backward, and are small
-        scaled = [None if w is None else (w * g).view(s) for w, s in zip(weights, ctx.shapes, strict=True)]
+        scaled = [
+            None if w is None else _laid_out(w * g, *like)
+            for w, like in zip(weights, ctx.weights, strict=True)
+        ]
         if torch.is_grad_enabled():
             student, grad_alpha, *scaled = not_twice(origin, student, grad_alpha, *scaled)
         return student, None, grad_alpha, None, *scaled
@@ -223,6 +228,12 @@ class FusedVID(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(NO_FORWARD_MODE)
+
+
+def _laid_out(matrix: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+    """(out, in) as the weight (out, in, 1, 1), with its strides: one in channels_last counts its ones otherwise."""
+    dense = strides[:2] == matrix.stride()
+    return matrix.as_strided(shape, strides) if dense else matrix.view(shape)
 
 
 def fused_nll(
@@ -292,4 +303,4 @@ def _loss_alone(
         mean, goal, layout = prepare(stack.forward(stack.as_stored(student[part]))[-1], target[part], 1)
         found = call.backend.forward(mean, goal, alpha.contiguous(), layout, call.k, call.eps, False)[0]
         losses.append(found.item())
-    return torch.tensor(math.fsum(losses), dtype=torch.float32)
+    return torch.tensor(math.fsum(losses), dtype=torch.float32, device="cpu")

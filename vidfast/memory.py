@@ -2,8 +2,10 @@
 
 malloc maps large blocks afresh and gives them back when they are freed, so every step's gradient would be thousands of
 page faults: they take several times as long as the kernel that writes it (docs/kernel-notes.md). Here a freed
-gradient's memory waits for the next of its size. What waits and what is in use are together never more than was in use
-at once before, so nothing grows by it.
+gradient's memory waits for the next of its size; other tensors cannot have it meanwhile. What waits and what is in use
+are together never more than twice what was in use at once.
+
+Such a tensor is like any other but for one thing: its storage cannot be resized, as that of a tensor from numpy.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ KEPT_FROM = 4 << 20
 
 
 class KeptMemory(NamedTuple):
-    """Bytes of large gradients: held by tensors, waiting for the next ones, and the most ever held at once."""
+    """Bytes for large gradients: lent to tensors, waiting for the next ones, and the most lent at once so far.
+
+    Blocks are up to an eighth larger than what was asked for.
+    """
 
     in_use: int
     idle: int
@@ -61,8 +66,8 @@ def kept_memory() -> KeptMemory:
 def empty_cache() -> None:
     """Give back to the system what the CPU back end keeps for the next large gradients.
 
-    What tensors hold stays theirs. Nothing need be called for correctness or to bound what is kept: see the module.
-    `VIDFAST_KEEP_MEMORY=0` in the environment keeps nothing.
+    What tensors hold stays theirs. What is kept from now on is bound by what is in use at once from now on: the call to
+    make after a step much larger than those to come. `VIDFAST_KEEP_MEMORY=0` in the environment keeps nothing.
     """
     if _C is not None:
         _C.cpu_release_idle_blocks()

@@ -1,6 +1,7 @@
 #include "blocks.h"
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -48,21 +49,20 @@ bool keeps() {
   return wanted == nullptr || std::strcmp(wanted, "0") != 0;
 }
 
-// Holds no more, in use and idle together, than was in use at once before.
+// Holds, in use and idle together, never more than twice what was in use at once: enough for gradients of several
+// layers that take turns, each half as large as the one before.
 struct Store {
   const bool keep = keeps();
   std::mutex mutex;
   std::vector<Stretch> idle;  // the longest unused first
   BlockBytes bytes{0, 0, 0};
 
-  // An idle stretch for `size`: the closest in size, of equals the last used. One that would leave more than an eighth
-  // unused is taken only where a new one would push another out, as when gradients of several sizes follow each other.
+  // An idle stretch for `size`: the closest in size, of equals the last used. At most an eighth of it may go unused:
+  // what is held for long would otherwise pin what it does not need.
   bool find(int64_t size, Stretch* found) {
-    const bool room = bytes.in_use + bytes.idle + size <= bytes.most;
     auto best = idle.end();
     for (auto s = idle.begin(); s != idle.end(); ++s)
-      if (s->size >= size && (!room || s->size <= size + size / 8) && (best == idle.end() || s->size <= best->size))
-        best = s;
+      if (s->size >= size && s->size <= size + size / 8 && (best == idle.end() || s->size <= best->size)) best = s;
     if (best == idle.end()) return false;
     *found = *best;
     bytes.idle -= best->size;
@@ -80,9 +80,15 @@ struct Store {
   }
 };
 
-// Never destroyed: a gradient may outlive the interpreter.
+// Never destroyed: a gradient may outlive the interpreter. A forked child must not find the lock held by a thread that
+// it does not have.
 Store& store() {
-  static Store& kept = *new Store;
+  static Store& kept = []() -> Store& {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork([] { store().mutex.lock(); }, [] { store().mutex.unlock(); }, [] { store().mutex.unlock(); });
+#endif
+    return *new Store;
+  }();
   return kept;
 }
 
@@ -114,7 +120,7 @@ Block::Block(int64_t bytes) : bytes_(bytes) {
     const std::lock_guard<std::mutex> lock(s.mutex);
     s.bytes.in_use += mine.size;
     s.bytes.most = std::max(s.bytes.most, s.bytes.in_use);
-    gone = s.trim(s.bytes.most);
+    gone = s.trim(2 * s.bytes.most);
   }
   release_all(gone);
   data_ = mine.data;
@@ -123,16 +129,17 @@ Block::Block(int64_t bytes) : bytes_(bytes) {
 
 Block::~Block() {
   Store& s = store();
+  std::vector<Stretch> gone{{data_, size_}};
   {
     const std::lock_guard<std::mutex> lock(s.mutex);
     s.bytes.in_use -= size_;
     if (s.keep) {
       s.bytes.idle += size_;
-      s.idle.push_back({data_, size_});
-      return;
+      s.idle.push_back(gone.front());
+      gone = s.trim(2 * s.bytes.most);
     }
   }
-  release({data_, size_});
+  release_all(gone);
 }
 
 BlockBytes block_bytes() {
@@ -147,6 +154,7 @@ void release_idle_blocks() {
   {
     const std::lock_guard<std::mutex> lock(s.mutex);
     gone = s.trim(0);
+    s.bytes.most = s.bytes.in_use;
   }
   release_all(gone);
 }

@@ -24,7 +24,7 @@ class Block {
 
 struct BlockBytes {
   int64_t in_use, idle;
-  int64_t most;  // that were ever in use at once
+  int64_t most;  // that were in use at once since idle ones were last released
 };
 
 BlockBytes block_bytes();

@@ -7,14 +7,16 @@
 
 namespace vidfast::cpu {
 
-// A run of n neighbouring elements of one channel (the plane family).
-struct Run {
+// Runs of n neighbouring elements of one channel each, one behind the other (the plane family).
+struct Runs {
   const void* mean;
   const void* target;
   void* grad_mean;    // may lie over mean; nullptr where not wanted
   void* grad_target;  // nullptr where not wanted
-  int64_t n;
-  double scale;  // g k / v_c
+  int64_t n, channels;
+  const double* scale;  // [channels] g k / v_c
+  double* sum_sq;       // [channels] receives sum r^2, or has it added
+  bool add;
 };
 
 // rows x columns elements, each column with its own scale (the channel-fastest family).
@@ -29,15 +31,16 @@ struct Tile {
   double* sum_sq;     // [columns], written
 };
 
-constexpr int64_t kTileColumns = 512;
+// A tile as wide as its row is one block of memory; one that is narrower jumps, where the prefetcher does not follow.
+constexpr int64_t kTileColumns = 2048;
 // fp32 sums run over at most this many values before they are widened to fp64.
 constexpr int64_t kRun = 64;
 
 struct Kernels {
-  // stream: write grad_mean past the caches. Each returns or stores S = sum r^2 of what it was given.
-  double (*sum_run)(const Run&);
-  double (*sum_grad_run)(const Run&, bool stream);
-  void (*grad_run)(const Run&, bool stream);
+  // stream: write grad_mean past the caches
+  void (*sum_runs)(const Runs&);
+  void (*sum_grad_runs)(const Runs&, bool stream);
+  void (*grad_runs)(const Runs&, bool stream);
   void (*sum_tile)(const Tile&);
   void (*sum_grad_tile)(const Tile&, bool stream);
   void (*grad_tile)(const Tile&, bool stream);

@@ -1,7 +1,8 @@
 // The tile kernels, written once over the vector type of whichever simd_*.h was included before this file.
 // Everything lies in an unnamed namespace: each instruction set's translation unit keeps its own copy.
 //
-// Order of summation: 4 vectors of running sums, at most kRun values each in the compute type, then fp64.
+// Order of summation: 4 vectors of running sums, or in a short run one, at most kRun values each in the compute type,
+// then fp64.
 #pragma once
 
 #include <type_traits>
@@ -12,6 +13,9 @@ namespace vidfast::cpu {
 namespace {
 
 constexpr int64_t kLine = 64;
+// A run of fewer elements adds at most kRun values in each place of a vector.
+template <class V>
+constexpr int64_t kShortRun = kRun / 2 * V::W;
 
 template <class V, class P>
 inline void put(P* p, typename V::reg a, bool stream) {
@@ -31,18 +35,13 @@ inline typename V::Scalar element(const M* m, const T* t, M* gm, T* gt, int64_t 
   return r;
 }
 
+// One run; returns sum r^2.
 template <class V, class M, class T, bool Sum, bool Grad>
-inline double run(const Run& job, bool stream) {
+inline double run(const M* m, const T* t, M* gm, T* gt, int64_t n, typename V::Scalar scale, bool stream) {
   using S = typename V::Scalar;
   using reg = typename V::reg;
   constexpr int64_t W = V::W;
-  const M* m = static_cast<const M*>(job.mean);
-  const T* t = static_cast<const T*>(job.target);
-  M* gm = Grad ? static_cast<M*>(job.grad_mean) : nullptr;
-  T* gt = Grad && !Sum ? static_cast<T*>(job.grad_target) : nullptr;
-  const S scale = static_cast<S>(job.scale);
   const reg vscale = V::set1(scale);
-  const int64_t n = job.n;
   int64_t i = 0;
 
   S edge = 0;  // the head before alignment and the tail, less than a line each
@@ -64,8 +63,10 @@ inline double run(const Run& job, bool stream) {
   };
   typename V::wide total = V::wide_zero();
   const reg zero = V::set1(0);
+  reg rest = zero;
   while (n - i >= 4 * W) {
-    const int64_t blocks = (n - i) / (4 * W) < kRun ? (n - i) / (4 * W) : kRun;
+    const int64_t left = (n - i) / (4 * W);
+    const int64_t blocks = left < kRun ? left : kRun;
     reg a0 = zero, a1 = zero, a2 = zero, a3 = zero;
     for (int64_t b = 0; b < blocks; ++b, i += 4 * W) {
       a0 = vector(i, a0, stream);
@@ -73,19 +74,38 @@ inline double run(const Run& job, bool stream) {
       a2 = vector(i + 2 * W, a2, stream);
       a3 = vector(i + 3 * W, a3, stream);
     }
-    if (Sum) {
-      total = V::wide_add(total, a0);
-      total = V::wide_add(total, a1);
-      total = V::wide_add(total, a2);
-      total = V::wide_add(total, a3);
+    if (!Sum) continue;
+    if (n <= kShortRun<V>) {  // so few that they may stay in the compute type: widening costs more than a run of 49
+      rest = V::add(V::add(a0, a1), V::add(a2, a3));
+      break;
     }
+    total = V::wide_add(total, a0);
+    total = V::wide_add(total, a1);
+    total = V::wide_add(total, a2);
+    total = V::wide_add(total, a3);
   }
-  reg rest = zero;
   for (; n - i >= W; i += W) rest = vector(i, rest, false);
   for (; i < n; ++i) one(i);
-  if (Grad && stream) V::fence();
   if (!Sum) return 0;
   return V::wide_sum(V::wide_add(total, rest)) + static_cast<double>(edge);
+}
+
+template <class V, class M, class T, bool Sum, bool Grad>
+inline void runs(const Runs& job, bool stream) {
+  const M* m = static_cast<const M*>(job.mean);
+  const T* t = static_cast<const T*>(job.target);
+  M* gm = Grad ? static_cast<M*>(job.grad_mean) : nullptr;
+  T* gt = Grad && !Sum ? static_cast<T*>(job.grad_target) : nullptr;
+  for (int64_t c = 0; c < job.channels; ++c) {
+    const auto scale = Grad ? static_cast<typename V::Scalar>(job.scale[c]) : typename V::Scalar(0);
+    const double sum = run<V, M, T, Sum, Grad>(m, t, gm, gt, job.n, scale, stream);
+    if (Sum) job.sum_sq[c] = job.add ? job.sum_sq[c] + sum : sum;
+    m += job.n;
+    t += job.n;
+    if (gm != nullptr) gm += job.n;
+    if (gt != nullptr) gt += job.n;
+  }
+  if (Grad && stream) V::fence();
 }
 
 template <class V, class M, class T, bool Sum, bool Grad>
@@ -134,13 +154,13 @@ inline void tile(const Tile& job, bool stream) {
 template <class M, class T>
 struct Pair {
   using V = std::conditional_t<std::is_same_v<M, double> || std::is_same_v<T, double>, VD, VF>;
-  static double sum_run(const Run& r) { return run<V, M, T, true, false>(r, false); }
-  static double sum_grad_run(const Run& r, bool stream) { return run<V, M, T, true, true>(r, stream); }
-  static void grad_run(const Run& r, bool stream) { run<V, M, T, false, true>(r, stream); }
+  static void sum_runs(const Runs& r) { runs<V, M, T, true, false>(r, false); }
+  static void sum_grad_runs(const Runs& r, bool stream) { runs<V, M, T, true, true>(r, stream); }
+  static void grad_runs(const Runs& r, bool stream) { runs<V, M, T, false, true>(r, stream); }
   static void sum_tile(const Tile& t) { tile<V, M, T, true, false>(t, false); }
   static void sum_grad_tile(const Tile& t, bool stream) { tile<V, M, T, true, true>(t, stream); }
   static void grad_tile(const Tile& t, bool stream) { tile<V, M, T, false, true>(t, stream); }
-  static constexpr Kernels table() { return {sum_run, sum_grad_run, grad_run, sum_tile, sum_grad_tile, grad_tile}; }
+  static constexpr Kernels table() { return {sum_runs, sum_grad_runs, grad_runs, sum_tile, sum_grad_tile, grad_tile}; }
 };
 
 template <class P>

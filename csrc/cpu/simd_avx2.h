@@ -54,6 +54,7 @@ struct VF {
   static void fence() { _mm_sfence(); }
 
   static reg set1(float x) { return _mm256_set1_ps(x); }
+  static reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
   static reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }
   static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
   static reg neg(reg a) { return _mm256_xor_ps(a, _mm256_set1_ps(-0.0f)); }
@@ -109,6 +110,7 @@ struct VD {
   static void fence() { _mm_sfence(); }
 
   static reg set1(double x) { return _mm256_set1_pd(x); }
+  static reg add(reg a, reg b) { return _mm256_add_pd(a, b); }
   static reg sub(reg a, reg b) { return _mm256_sub_pd(a, b); }
   static reg mul(reg a, reg b) { return _mm256_mul_pd(a, b); }
   static reg neg(reg a) { return _mm256_xor_pd(a, _mm256_set1_pd(-0.0)); }

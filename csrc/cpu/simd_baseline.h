@@ -47,6 +47,11 @@ struct Vector {
     for (int i = 0; i < W; ++i) r.v[i] = x;
     return r;
   }
+  static reg add(const reg& a, const reg& b) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = a.v[i] + b.v[i];
+    return r;
+  }
   static reg sub(const reg& a, const reg& b) {
     reg r;
     for (int i = 0; i < W; ++i) r.v[i] = a.v[i] - b.v[i];

@@ -18,6 +18,8 @@ constexpr int64_t kTask = 16384;
 constexpr int64_t kSmallPlane = 32;
 // Rows narrower than this are joined, where they lie back to back, so that vectors run full.
 constexpr int64_t kNarrowRow = 256;
+// Few rows are cut into this many blocks, so that there is work for several threads, but not into thinner ones.
+constexpr int64_t kFewestBlocks = 8, kFewestRows = 16;
 // Runs of fewer bytes are not written past the caches: their ends are partial lines.
 constexpr int64_t kStreamRun = 4096;
 // Below this size a second thread costs more than it brings.
@@ -60,23 +62,23 @@ void sweep_planes(const Problem& p, const Sweep& s, const Kernels& kernels, int 
     const int64_t o_begin = o_block * outer_per_task;
     const int64_t o_end = std::min(p.outer, o_begin + outer_per_task);
     for (int64_t o = o_begin; o < o_end; ++o) {
-      for (int64_t c = c_begin; c < c_end; ++c) {
-        const int64_t offset = c * p.inner + i;
-        const auto where = [&](const View& v) { return at(v.data, v.dtype, o * v.outer_stride + offset); };
-        Run run{where(p.mean),
-                where(p.target),
-                where(s.grad_mean),
-                where(s.grad_target),
-                std::min(piece, p.inner - i),
-                s.scale != nullptr ? s.scale[c] : 0.0};
-        if (s.sum_sq == nullptr) {
-          kernels.grad_run(run, stream);
-          continue;
-        }
-        double* sum = &partial[(o_block * p.channels + c) * n_pieces + i_block];
-        const double sum_sq = s.scale != nullptr ? kernels.sum_grad_run(run, stream) : kernels.sum_run(run);
-        *sum = o == o_begin ? sum_sq : *sum + sum_sq;
-      }
+      const int64_t offset = c_begin * p.inner + i;
+      const auto where = [&](const View& v) { return at(v.data, v.dtype, o * v.outer_stride + offset); };
+      const Runs runs{where(p.mean),
+                      where(p.target),
+                      where(s.grad_mean),
+                      where(s.grad_target),
+                      std::min(piece, p.inner - i),
+                      c_end - c_begin,
+                      s.scale != nullptr ? s.scale + c_begin : nullptr,
+                      partial ? &partial[(o_block * p.channels + c_begin) * n_pieces + i_block] : nullptr,
+                      o > o_begin};
+      if (s.sum_sq == nullptr)
+        kernels.grad_runs(runs, stream);
+      else if (s.scale != nullptr)
+        kernels.sum_grad_runs(runs, stream);
+      else
+        kernels.sum_runs(runs);
     }
   });
 
@@ -99,7 +101,8 @@ void sweep_rows(const Problem& p, const Sweep& s, const Kernels& kernels, int64_
   // Tiles begin at multiples of 16 columns, so that an aligned row has aligned tiles.
   const int64_t tile_columns = std::min(kTileColumns, ceil_div(ceil_div(columns, n_tiles), 16) * 16);
   const int64_t n_column_blocks = ceil_div(columns, tile_columns);
-  const int64_t tile_rows = std::max<int64_t>(kRun, kTask / tile_columns / kRun * kRun);
+  const int64_t most_rows = std::max<int64_t>(kRun, kTask / tile_columns / kRun * kRun);
+  const int64_t tile_rows = std::clamp<int64_t>(ceil_div(rows, kFewestBlocks), kFewestRows, most_rows);
   const int64_t n_row_blocks = ceil_div(rows, tile_rows);
 
   const bool f64 = computes_in_f64(p.mean.dtype, p.target.dtype);
@@ -178,8 +181,7 @@ void sweep(const Problem& whole, const Sweep& s, int threads) {
   const int64_t width = p.channels * p.inner;
   int64_t join = 1;
   if (contiguous && width < kNarrowRow) {
-    // Multiples of 16 columns keep joined rows aligned. No wider than that takes: a tile narrower than its row jumps
-    // from page to page, where the prefetcher does not follow. No more than there are rows.
+    // Multiples of 16 columns keep joined rows aligned. No more than there are rows.
     const int64_t step = 16 / std::gcd<int64_t>(16, width);
     join = step * ceil_div(kNarrowRow, step * width);
     if (join > p.outer) join = p.outer;

@@ -170,6 +170,24 @@ def test_an_optimizer_step_between_forward_and_backward(module: VIDLoss) -> None
     torch.testing.assert_close(torch.autograd.grad(loss, s)[0], want, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("default", ["float64", "meta"])
+def test_defaults_of_the_user_change_nothing(module: VIDLoss, order: str, default: str) -> None:
+    del order
+    s, t = torch.randn(3, 5, 4, 5, requires_grad=True), torch.randn(3, 6, 4, 5)
+    want = torch.autograd.grad(module(s, t), [s, *module.parameters()])
+    before = torch.get_default_dtype()
+    try:
+        if default == "float64":
+            torch.set_default_dtype(torch.float64)
+        with torch.device("meta") if default == "meta" else nullcontext():
+            loss = module(s, t)
+        got = torch.autograd.grad(loss, [s, *module.parameters()])
+    finally:
+        torch.set_default_dtype(before)
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_hidden_activations_are_never_stored() -> None:
     module = VIDLoss(4, 64, 8)
     s, t = torch.randn(256, 4, 32, 32, requires_grad=True), torch.randn(256, 8, 32, 32)
@@ -223,6 +241,7 @@ ELSEWHERE: dict[str, Callable[[VIDLoss], Any]] = {
     "parametrization": lambda m: parametrizations.weight_norm(m.regressor[2]),
     "fp64": lambda m: m.double(),
     "only alpha": frozen_but_for_alpha,
+    "compiled in place": lambda m: m.regressor[2].compile(backend="eager"),
 }
 
 
@@ -271,6 +290,73 @@ def test_contexts_that_go_module_by_module(module: VIDLoss, calls: list[tuple[in
             loss = called(s, t)
         torch.testing.assert_close(loss.double(), want, rtol=2e-2 if where == "autocast" else 1e-5, atol=1e-6)
     assert calls == []
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_traced_for_other_data(module: VIDLoss, calls: list[tuple[int, ...]], inplace: bool) -> None:
+    """torch.jit.trace sees operators alone: of a kernel's loss it would keep this batch's value."""
+    module.inplace = inplace
+    s, t = torch.randn(3, 5, 4, 5), torch.randn(3, 6, 4, 5)
+    traced = torch.jit.trace(module, (s, t), check_trace=False)
+    assert calls == []
+    s, t = 3 * s, t - 1
+    torch.testing.assert_close(traced(s, t), module(s, t), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_channels_last_weights_lie_as_they(module: VIDLoss, order: str) -> None:
+    del order
+    s, t = torch.randn(3, 5, 4, 5), torch.randn(3, 6, 4, 5)
+    module(s, t).backward()
+    want = [p.grad for p in module.parameters()]
+    module.zero_grad()
+    module.to(memory_format=torch.channels_last)
+    module(s, t).backward()
+    for parameter, gradient in zip(module.parameters(), want, strict=True):
+        assert parameter.grad.stride() == parameter.stride()
+        assert torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["student", "teacher", "weight", "log_scale"])
+def test_what_is_not_finite_shows_as_it_does_module_by_module(
+    module: VIDLoss, where: str, value: float
+) -> None:
+    s, t = torch.randn(3, 5, 4, 5), torch.randn(3, 6, 4, 5)
+    places = {"student": s, "teacher": t, "weight": module.regressor[2].weight, "log_scale": module.log_scale}
+    with torch.no_grad():
+        places[where].view(-1)[1] = value
+    s.requires_grad_()
+    results = []
+    for inplace in (True, False):
+        module.inplace = inplace
+        loss = module(s, t)
+        results.append([loss.detach(), *torch.autograd.grad(loss, [s, *module.parameters()])])
+    for ours, apart in zip(*results, strict=True):
+        torch.testing.assert_close(ours, apart, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_saved_on_the_cpu_and_laid_out_otherwise(module: VIDLoss) -> None:
+    s, t = torch.randn(3, 5, 4, 5, requires_grad=True), torch.randn(3, 6, 4, 5)
+    inputs = [s, *module.parameters()]
+    want = torch.autograd.grad(module(s, t), inputs)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.transpose(0, -1).contiguous() if x.dim() > 1 else x,
+        lambda x: x.transpose(0, -1) if x.dim() > 1 else x,
+    )
+    for context in (torch.autograd.graph.save_on_cpu(), hooks):
+        with context:
+            loss = module(s, t)
+        for x, y in zip(torch.autograd.grad(loss, inputs, torch.tensor(2.0)), want, strict=True):
+            torch.testing.assert_close(x, 2 * y)
+
+
+def test_several_times_in_one_graph(module: VIDLoss) -> None:
+    s, t = torch.randn(3, 5, 4, 5, requires_grad=True), torch.randn(3, 6, 4, 5)
+    inputs = [s, *module.parameters()]
+    once = torch.autograd.grad(module(s, t), inputs)
+    thrice = torch.autograd.grad(module(s, t) + 2 * module(s, t), inputs)
+    for x, y in zip(thrice, once, strict=True):
+        torch.testing.assert_close(x, 3 * y)
 
 
 def test_channels_that_do_not_fit_are_the_convolutions_error(module: VIDLoss) -> None:
