@@ -4,6 +4,8 @@ The loss is a sum over the batch, so nothing has to wait for the whole of it: of
 loss, and all gradients for an incoming gradient of 1 are made while the hidden activations are in the cache. They are
 never stored for the whole batch, which is where a step's memory and its page faults are otherwise
 (docs/kernel-notes.md, "Regressors"). A 1x1 convolution is a matrix product over the positions.
+
+Gradients are those of the values that made the loss: what is changed in place before backward changes none of them.
 """
 
 from __future__ import annotations
