@@ -30,7 +30,8 @@ def spread(values: Sequence[float]) -> Interval:
     """The median of `values` between their quartiles, or between the 95% confidence limits of the median where those
     are wider: of few samples. Below six there are no such limits, and the spread is all of the range.
 
-    Quartiles alone would call a fourth of all comparisons of three samples a difference where there is none.
+    Quartiles alone would call half of all comparisons of three samples a difference where there is none, and a fifth of
+    those of seven.
 
     :raises ValueError: there are no values.
     """
