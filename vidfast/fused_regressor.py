@@ -11,7 +11,7 @@ Gradients are those of the values that made the loss: what is changed in place b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from vidfast import dispatch
 from vidfast.autograd import NO_FORWARD_MODE, graph_is_retained, incoming, not_twice
 from vidfast.backends import Backend
-from vidfast.layout import dense_like, prepare, walk
+from vidfast.layout import Layout, dense_like, prepare, walk
 from vidfast.memory import empty
 from vidfast.ops import loss_factor
 
@@ -115,6 +115,15 @@ class _Stack:
             found.append(out.relu_() if index + 1 < len(self.weights) else out)
         return found
 
+    def parts(
+        self, student: Tensor, target: Tensor
+    ) -> Iterator[tuple[int, list[Tensor], tuple[Tensor, Tensor, Layout]]]:
+        """Of each part its first sample, its activations, and mean and target as the kernels walk them."""
+        for begin in range(0, student.shape[0], self.samples):
+            part = slice(begin, begin + self.samples)
+            activations = self.forward(self.as_stored(student[part]))
+            yield begin, activations, prepare(activations[-1], target[part], 1)
+
 
 def _evenly(batch: int, most: int) -> int:
     """Samples of a part, at most about `most`: of one size, and an even one, since threads share it by samples."""
@@ -133,14 +142,13 @@ class _Gradients:
     def __init__(self, stack: _Stack, student: Tensor, wanted: Sequence[bool]) -> None:
         self.stack = stack
         self.student = dense_like(student, 1) if wanted[0] else None
-        self.wanted = wanted[1:]
         # The gradient goes down no further than somebody wants one.
         self.lowest = list(wanted).index(True) if any(wanted) else len(wanted)
         self.hidden = [stack.buffer(a.shape[1]) for a in stack.activations[:-1]]
         lead = () if stack.rows else (stack.samples,)
         self.sums = [
             w.new_zeros(*lead, *w.shape) if want else None
-            for w, want in zip(stack.weights, self.wanted, strict=True)
+            for w, want in zip(stack.weights, wanted[1:], strict=True)
         ]
 
     def add(self, activations: list[Tensor], g: Tensor, begin: int) -> None:
@@ -185,13 +193,11 @@ class FusedVID(torch.autograd.Function):
         stack = _Stack(weights, student)
         wants = ctx.needs_input_grad
         gradients = _Gradients(stack, student, (wants[0], *wants[4:]))
+        alpha = alpha.contiguous()
         losses, grad_alpha = [], torch.zeros_like(alpha, dtype=torch.float64)
-        for begin in range(0, student.shape[0], stack.samples):
-            part = slice(begin, begin + stack.samples)
-            activations = stack.forward(stack.as_stored(student[part]))
-            mean, goal, layout = prepare(activations[-1], target[part], 1)
+        for begin, activations, (mean, goal, layout) in stack.parts(student, target):
             loss, grad_mean, of_alpha = call.backend.forward_grad(
-                mean, goal, alpha.contiguous(), layout, call.k, call.eps, False, True
+                mean, goal, alpha, layout, call.k, call.eps, False, True
             )
             losses.append(loss.item())
             grad_alpha += of_alpha
@@ -299,10 +305,9 @@ def fused_nll(
 def _loss_alone(
     student: Tensor, target: Tensor, alpha: Tensor, call: FusedCall, weights: list[Tensor]
 ) -> Tensor:
-    stack, losses = _Stack(weights, student), []
-    for begin in range(0, student.shape[0], stack.samples):
-        part = slice(begin, begin + stack.samples)
-        mean, goal, layout = prepare(stack.forward(stack.as_stored(student[part]))[-1], target[part], 1)
-        found = call.backend.forward(mean, goal, alpha.contiguous(), layout, call.k, call.eps, False)[0]
-        losses.append(found.item())
+    alpha = alpha.contiguous()
+    losses = [
+        call.backend.forward(mean, goal, alpha, layout, call.k, call.eps, False)[0].item()
+        for _, _, (mean, goal, layout) in _Stack(weights, student).parts(student, target)
+    ]
     return torch.tensor(math.fsum(losses), dtype=torch.float32, device="cpu")

@@ -45,9 +45,7 @@ def empty_kept(like: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Te
     """
     if _C is None or type(like) not in (Tensor, torch.nn.Parameter):
         return None
-    count = like.numel()
-    block = _C.CpuBlock(count * dtype.itemsize)
-    return torch.frombuffer(block, dtype=dtype, count=count).as_strided_(like.shape, strides)
+    return _from_block(like.numel(), dtype).as_strided_(like.shape, strides)
 
 
 def empty(*shape: int) -> Tensor:
@@ -55,7 +53,11 @@ def empty(*shape: int) -> Tensor:
     count = math.prod(shape)
     if _C is None or 4 * count < KEPT_FROM:
         return torch.empty(shape, dtype=torch.float32, device="cpu")
-    return torch.frombuffer(_C.CpuBlock(4 * count), dtype=torch.float32, count=count).view(shape)
+    return _from_block(count, torch.float32).view(shape)
+
+
+def _from_block(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(_C.CpuBlock(count * dtype.itemsize), dtype=dtype, count=count)
 
 
 def kept_memory() -> KeptMemory:

@@ -71,11 +71,7 @@ def lay_out_for(regressor: nn.Module, student: Tensor) -> Tensor:
     return student.contiguous(memory_format=torch.channels_last)
 
 
-def _any_global_hook() -> bool:
-    everywhere = vars(torch.nn.modules.module)
-    return any(
-        hooks for name, hooks in everywhere.items() if name.startswith("_global_") and name.endswith("_hooks")
-    )
+_any_global_hook: Callable[[], object] = torch.nn.modules.module._has_any_global_hook
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -83,7 +79,7 @@ def is_watched(module: nn.Module) -> bool:
 
     A backward hook counts: what it wraps cannot be written over. So does a hook for all modules.
     """
-    return _any_global_hook() or any(
+    return bool(_any_global_hook()) or any(
         part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
         for part in module.modules()
     )

@@ -11,7 +11,7 @@ import torch
 from problems import BF16, FP16, FP32, short
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from vid_formula import check, formula
+from vid_formula import check, formula, small_module
 
 import vidfast.fused_regressor as fused
 import vidfast.vid as vid
@@ -36,11 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 @pytest.fixture
 def module() -> VIDLoss:
-    torch.manual_seed(5)
-    m = VIDLoss(5, 8, 6)
-    with torch.no_grad():
-        m.log_scale.copy_(torch.linspace(-2, 3, 6))
-    return m
+    return small_module(5)
 
 
 @pytest.fixture(params=["rows", "planes"])

@@ -14,7 +14,7 @@ from oracle import Options, by_hand
 from problems import BF16, DTYPES, FP16, FP32, FP64, short
 from torch import Tensor
 from torch.nn import functional as F
-from vid_formula import check, formula
+from vid_formula import check, formula, small_module
 
 from vidfast import VIDLoss
 
@@ -31,11 +31,7 @@ SPATIAL = {
 
 @pytest.fixture
 def module() -> VIDLoss:
-    torch.manual_seed(3)
-    m = VIDLoss(5, 8, 6)
-    with torch.no_grad():
-        m.log_scale.copy_(torch.linspace(-2, 3, 6))
-    return m
+    return small_module(3)
 
 
 @pytest.mark.parametrize("spatial", SPATIAL.values(), ids=SPATIAL.keys())
