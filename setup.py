@@ -1,11 +1,13 @@
 """Builds vidfast._C with CMake and Ninja. torch is not needed to build."""
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -100,6 +102,43 @@ def cuda_options() -> list[str]:
     ]
 
 
+def digest() -> str:
+    """12 digits of SHA-256 over the native sources: `_C.sources`, by which a stale build is known."""
+    whole = hashlib.sha256()
+    for path in sorted([ROOT / "CMakeLists.txt", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]):
+        whole.update(f"{path.relative_to(ROOT).as_posix()}\n".encode())
+        whole.update(path.read_bytes())
+    return whole.hexdigest()[:12]
+
+
+def build(library: Path, scratch: Path, debug: bool = False, options: Sequence[str] = ()) -> None:
+    """Configures and builds `vidfast._C` into the folder `library`, with CMake's own files in `scratch`.
+
+    It needs pybind11, CMake and Ninja and nothing of setuptools, whose older releases cannot read pyproject.toml:
+    `bench/gpu` builds through it.
+    """
+    import pybind11
+
+    scratch.mkdir(parents=True, exist_ok=True)
+    configure = [
+        tool("cmake"),
+        str(ROOT),
+        "-G",
+        "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        f"-DCMAKE_BUILD_TYPE={'Debug' if debug else 'Release'}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={library}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DVIDFAST_SOURCES={digest()}",
+        *cuda_options(),
+        *options,
+    ]
+    subprocess.run(configure, cwd=scratch, check=True)
+    jobs = os.environ.get("MAX_JOBS", str(min(os.cpu_count() or 1, 4)))
+    subprocess.run([tool("cmake"), "--build", ".", "--parallel", jobs], cwd=scratch, check=True)
+
+
 class CMakeExtension(Extension):
     def __init__(self, name: str) -> None:
         super().__init__(name, sources=[])
@@ -107,28 +146,11 @@ class CMakeExtension(Extension):
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / ext.name
-        build.mkdir(parents=True, exist_ok=True)
-        configure = [
-            tool("cmake"),
-            str(ROOT),
-            "-G",
-            "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            *cuda_options(),
-        ]
-        subprocess.run(configure, cwd=build, check=True)
-        jobs = os.environ.get("MAX_JOBS", str(min(os.cpu_count() or 1, 4)))
-        subprocess.run([tool("cmake"), "--build", ".", "--parallel", jobs], cwd=build, check=True)
+        build(target.parent, Path(self.build_temp).resolve() / ext.name, self.debug)
         if not target.exists():
             raise RuntimeError(f"the build ended without making {target.name}")
 
 
-setup(ext_modules=[CMakeExtension("vidfast._C")], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[CMakeExtension("vidfast._C")], cmdclass={"build_ext": CMakeBuild})

@@ -13,6 +13,8 @@ from bench.machine import last_level_cache
 # The set of buffers in rotation is this many times the last-level cache.
 CACHE_MULTIPLE = 4
 MOST_SLOTS = 512
+# On a GPU a graph holds one call a slot: few slots would leave it too short to time.
+FEWEST_SLOTS_OF_A_GRAPH = 4
 # Calls in one sample of a small case: each needs buffers of its own where it runs in place.
 HOT_SLOTS = 32
 INIT_VARIANCE = 5.0
@@ -30,7 +32,7 @@ class Slot:
 class Pool:
     """The slots of a case, their pristine values and the channel parameter."""
 
-    def __init__(self, case: Case, seed: int = 0) -> None:
+    def __init__(self, case: Case, seed: int = 0, slots: int | None = None) -> None:
         generator = torch.Generator(device=case.device).manual_seed(seed)
         mean, target = (self.draw(case, generator) for _ in range(2))
         spread = torch.randn(case.channels, generator=generator, device=case.device)
@@ -39,7 +41,8 @@ class Pool:
         self.alpha = (0.25 * spread + variance + math.log(-math.expm1(-variance))).requires_grad_()
         pair = 2 * case.nbytes
         wanted = math.ceil(CACHE_MULTIPLE * last_level_cache(case.device) / pair) if case.cold else HOT_SLOTS
-        count = min(max(wanted, 1), MOST_SLOTS)
+        fewest = FEWEST_SLOTS_OF_A_GRAPH if case.on_gpu else 1
+        count = slots or min(max(wanted, fewest), MOST_SLOTS)
         self.slots = [Slot(mean.clone(), target.clone()) for _ in range(count)]
         # A real out-of-cache case says so: too few slots would be a warm measurement under a cold name.
         self.cold = case.cold and count * pair >= 2 * last_level_cache(case.device)
@@ -60,3 +63,8 @@ class Pool:
     def restore(self, slot: Slot) -> None:
         """Put the mean back after a call that wrote over it."""
         slot.mean.copy_(self.pristine)
+
+    def restore_all(self) -> None:
+        """Put the mean of every slot back."""
+        for slot in self.slots:
+            self.restore(slot)

@@ -37,8 +37,14 @@ class Case:
     # Samples of each contender that this case needs at least, however slow they are.
     fewest: int = 0
     skip: frozenset[str] = frozenset()
+    # Starts the profiler once for each contender: seconds, so only where the launches are what is asked for.
+    count_launches: bool = False
     note: str = ""
     extra: dict[str, object] = field(default_factory=dict, hash=False, compare=False)
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
 
     @property
     def channels(self) -> int:
@@ -182,8 +188,59 @@ def forward_cases(suite: str, full: bool, device: str) -> list[Case]:
     return [*cases, *(replace(group3, dtype=dtype) for dtype in (torch.bfloat16, torch.float16))]
 
 
+# What a GPU's kernels are measured on, in order of value, since GPU time may end at any point: shape, dtype,
+# channels_last. ResNet's first and third group, CIFAR's maps, ResNet-50's last, logits, tokens, a segmentation map.
+DEVICE_POINTS: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...] = (
+    (RESNET_GROUP1, torch.bfloat16, False),
+    (RESNET_GROUP1, torch.float32, False),
+    (RESNET_GROUP1, torch.bfloat16, True),
+    (RESNET_GROUP1, torch.float32, True),
+    (CIFAR_MAP, torch.bfloat16, False),
+    (CIFAR_MAP, torch.float32, False),
+    (RESNET_GROUP3, torch.bfloat16, False),
+    (RESNET_GROUP3, torch.float32, False),
+    (RESNET_GROUP3, torch.bfloat16, True),
+    ((64, 512, 7, 7), torch.bfloat16, False),
+    ((64, 2048, 7, 7), torch.bfloat16, False),
+    ((128, 64, 16, 16), torch.bfloat16, False),
+    (WRN_GROUP3, torch.float32, False),
+    (LOGITS, torch.float32, False),
+    (TOKENS, torch.bfloat16, False),
+    (SEGMENTATION, torch.bfloat16, False),
+    (CIFAR_MAP, torch.bfloat16, True),
+    (RESNET_GROUP1, torch.float16, False),
+)
+# The same regimes in sizes that an emulated device takes in its stride.
+SMALL_DEVICE_POINTS: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...] = (
+    ((1, 2, 32, 33), torch.bfloat16, False),
+    ((3, 4, 7, 7), torch.float16, False),
+    ((2, 8, 5, 5), torch.float32, True),
+)
+
+
+def device_cases(suite: str, device: str, small: bool = False, indices: Sequence[int] = ()) -> list[Case]:
+    """The points on a GPU; `indices` picks some of them."""
+    points = SMALL_DEVICE_POINTS if small else DEVICE_POINTS
+    return [
+        Case(
+            suite,
+            shape,
+            dtype,
+            "channels_last" if last else "contiguous",
+            channel_dim=-1 if shape == TOKENS else 1,
+            device=device,
+            gradients=(1.0,),
+            # Every row is compared, and eager code takes long here: one eager formula is enough.
+            skip=SLOWEST if shape == RESNET_GROUP1 else SLOW,
+        )
+        for shape, dtype, last in (points if small or not indices else [points[i] for i in indices])
+    ]
+
+
 def kernel_cases(suite: str, full: bool, device: str) -> list[Case]:
     """Where the data exceed the cache, the kernel must keep the copy's rate; and the small ones, for the record."""
+    if torch.device(device).type == "cuda":
+        return device_cases(suite, device, indices=() if full else (0, 1, 2, 6))
     large = Case(suite, CIFAR_MAP, device=device, gradients=(1.0,))
     group3 = replace(large, shape=RESNET_GROUP3)
     cases = [large, group3, replace(group3, layout="channels_last"), replace(large, dtype=torch.bfloat16)]
@@ -203,7 +260,7 @@ def kernel_cases(suite: str, full: bool, device: str) -> list[Case]:
 
 def overhead_cases(suite: str, full: bool, device: str) -> list[Case]:
     """Thirty-two elements, always in the cache: what is left is the host."""
-    return [Case(suite, TINY, device=device, cold=False)]
+    return [Case(suite, TINY, device=device, cold=False, count_launches=True)]
 
 
 def vid_loss_cases(suite: str, full: bool, device: str) -> list[Case]:
@@ -224,6 +281,21 @@ def vid_loss_cases(suite: str, full: bool, device: str) -> list[Case]:
             extra={"student_channels": student},
         )
         for shape, student in (pairs if full else pairs[:1])
+    ]
+
+
+def small_module_cases(suite: str, full: bool, device: str) -> list[Case]:
+    """A pair and a distillation step of a size for an emulated device."""
+    del full
+    case = Case(suite, (2, 16, 8, 8), device=device, gradients=(1.0,))
+    return [
+        replace(case, note="from 8", extra={"student_channels": 8})
+        if suite == "VIDLoss"
+        else replace(
+            case,
+            note="WRN-10-1 to WRN-10-1",
+            extra={"teacher": "wrn-10-1", "student": "wrn-10-1", "regressor": "conv3", "side": 8, "classes": 4},
+        )
     ]
 
 

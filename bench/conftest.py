@@ -14,8 +14,6 @@ from bench.cases import Case
 from bench.interleave import Budget
 from bench.record import Opener, Row, file_row, measure, recorded_seconds
 
-CPU_FACTS = ("brand_raw", "arch", "count", "hz_advertised_friendly")
-SIMD_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "asimd", "sve")
 MEASUREMENTS = pytest.StashKey["Measurements"]()
 
 
@@ -119,9 +117,7 @@ def record(request: pytest.FixtureRequest, case: str, contender: str, benchmark:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)
-    cpu = machine_info.get("cpu", {})
-    machine_info["cpu"] = {name: cpu[name] for name in CPU_FACTS if name in cpu}
-    machine_info["cpu"]["simd"] = [flag for flag in SIMD_FLAGS if flag in cpu.get("flags", [])]
+    machine_info["cpu"] = machine.processor(machine_info.get("cpu", {}))
     machine_info["vidfast"] = machine.describe(device_of(config))
     machine_info["vidfast"]["vidfast"] = vidfast.info()
     machine_info["vidfast"]["selection"] = config.getoption("--bench-selection")

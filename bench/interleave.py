@@ -25,9 +25,15 @@ SLOW_SECONDS = 0.1
 
 
 class Contender(Protocol):
-    """Somebody who takes part: `prepare` makes a call ready outside the timing, `finish` cleans up after it."""
+    """One row: `prepare` makes a call ready outside the timing, `finish` cleans up after it.
+
+    A prepared call makes `calls` calls: one, or as many as a CUDA graph holds. Such a `replayed` one is timed on the
+    device alone, and once a sample, so that `finish` can undo what it wrote.
+    """
 
     name: str
+    calls: int
+    replayed: bool
 
     def prepare(self) -> Call: ...
 
@@ -55,12 +61,13 @@ class Timings:
     samples: list[Sample] = field(default_factory=list)
 
 
-def one_sample(contender: Contender, clock: Clock, calls: int) -> Sample:
-    prepared: list[Callable[[], object]] = [contender.prepare() for _ in range(calls)]
+def one_sample(contender: Contender, clock: Clock, count: int) -> Sample:
+    """Seconds of a call, over `count` prepared calls."""
+    prepared: list[Callable[[], object]] = [contender.prepare() for _ in range(count)]
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        sample = clock.time(prepared)
+        sample = clock.time(prepared, contender.calls, contender.replayed)
     finally:
         if was_enabled:
             gc.enable()
@@ -86,9 +93,12 @@ def interleave(
     wanted, timings = [], {}
     for contender, estimate in zip(contenders, estimates, strict=True):
         calls = min(max(math.ceil(SHORTEST_SAMPLE / max(estimate, 1e-9)), 1), MOST_CALLS, most_calls)
+        if contender.replayed:
+            calls = 1
         fewest = budget.fewest if estimate < SLOW_SECONDS else min(budget.fewest, budget.fewest_slow)
-        wanted.append(min(max(int(share / max(estimate * calls, 1e-9)), fewest), budget.most))
-        timings[contender.name] = Timings(calls)
+        seconds = estimate * calls * contender.calls
+        wanted.append(min(max(int(share / max(seconds, 1e-9)), fewest), budget.most))
+        timings[contender.name] = Timings(calls * contender.calls)
     rounds = max(wanted, default=0)
     for timing in timings.values():
         timing.case_rounds = rounds
@@ -100,5 +110,6 @@ def interleave(
             contender = contenders[index]
             timing = timings[contender.name]
             timing.rounds.append(number)
-            timing.samples.append(one_sample(contender, clock, timing.calls_per_sample))
+            prepared = timing.calls_per_sample // contender.calls
+            timing.samples.append(one_sample(contender, clock, prepared))
     return timings

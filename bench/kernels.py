@@ -37,7 +37,7 @@ def extents(case: Case) -> tuple[int, int, int]:
 class KernelContender:
     """One native call. In place the gradient lies over the mean; otherwise in one buffer that every call reuses."""
 
-    incoming = 1.0
+    incoming, calls, replayed = 1.0, 1, False
 
     def __init__(self, name: str, case: Case, pool: Pool) -> None:
         self.name, self.case, self.pool = name, case, pool

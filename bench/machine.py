@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -105,6 +108,22 @@ def last_level_cache(device: str) -> int:
         text = path.read_text().strip()
         found.append(int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text))
     return max(found, default=1 << 25)
+
+
+CPU_FACTS = ("brand_raw", "arch", "count", "hz_advertised_friendly")
+SIMD_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "asimd", "sve")
+
+
+def processor(found: Mapping[str, Any] | None = None) -> dict[str, object]:
+    """What is stored of the processor: its name and its vector instructions. Asks py-cpuinfo unless it is given."""
+    if found is None:
+        try:
+            from cpuinfo import get_cpu_info  # type: ignore[import-untyped]
+        except ImportError:  # comes with pytest-benchmark
+            return {"brand_raw": platform.processor() or platform.machine(), "simd": []}
+        found = get_cpu_info()
+    facts: dict[str, object] = {name: found[name] for name in CPU_FACTS if name in found}
+    return {**facts, "simd": [flag for flag in SIMD_FLAGS if flag in found.get("flags", [])]}
 
 
 def describe(device: str) -> dict[str, object]:

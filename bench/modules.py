@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -62,6 +62,8 @@ class ModuleContender:
     `exact`, the same numbers from fp64.
     """
 
+    calls, replayed = 1, False
+
     def __init__(
         self,
         name: str,
@@ -72,7 +74,7 @@ class ModuleContender:
         exact: Callable[[], Exact] | None = None,
         watch: TermWatch | None = None,
     ) -> None:
-        self.watch, self.pair_seconds = watch, list[float]()
+        self.watch, self.steps = watch, list[list[tuple[Any, Any]]]()
         self.module, self.step, self.incoming = module, step, incoming
         self.outputs, self.exact = outputs, exact
         self.provider = Provider(name, FAMILIES.get(name, "floor"), eager_formula, compared=False)
@@ -87,7 +89,7 @@ class ModuleContender:
             gradient = None if incoming == 1.0 else torch.full_like(loss, incoming)
             loss.backward(gradient)  # type: ignore[no-untyped-call]
             if self.watch is not None:
-                self.pair_seconds.append(self.watch.seconds)
+                self.steps.append(self.watch.intervals)
             return loss.detach()
 
         return run
@@ -97,7 +99,9 @@ class ModuleContender:
 
     def part_seconds(self, samples: int) -> float | None:
         """The median of what the pairs took in the last `samples` steps."""
-        return statistics.median(self.pair_seconds[-samples:]) if self.pair_seconds else None
+        if self.watch is None or not self.steps:
+            return None
+        return statistics.median(self.watch.seconds_of(step) for step in self.steps[-samples:])
 
     def traffic(self) -> traffic.Traffic | None:
         """Convolutions reuse what they read: a count of bytes would say nothing."""
@@ -234,18 +238,43 @@ class TermWatch:
     """Seconds that the pairs of a term take in a step, regressors and losses, forward and backward, and by whose code.
 
     The difference between two whole steps would drown in their spread. Autograd runs the nodes made last first, so all
-    that runs in backward between a pair's loss and its student feature is that pair's own.
+    that runs in backward between a pair's loss and its student feature is that pair's own. On a GPU the marks are
+    events on the current stream, read only when the seconds are asked for.
     """
 
-    def __init__(self) -> None:
-        self.seconds = self.started = 0.0
+    def __init__(self, device: str) -> None:
+        self.on_gpu = torch.device(device).type == "cuda"
         self.public_code = False
+        self.intervals: list[tuple[Any, Any]] = []
+        self.started: Any = None
+
+    def begin_step(self) -> None:
+        self.intervals = []
 
     def start(self) -> None:
-        self.started = time.perf_counter()
+        self.started = self._mark()
 
     def stop(self) -> None:
-        self.seconds += time.perf_counter() - self.started
+        self.intervals.append((self.started, self._mark()))
+
+    def _mark(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds_of(self, intervals: Sequence[tuple[Any, Any]]) -> float:
+        """The sum of a step's intervals; waits for the device."""
+        if not self.on_gpu:
+            return sum((stop - start for start, stop in intervals), 0.0)
+        torch.cuda.synchronize()
+        return sum((start.elapsed_time(stop) * 1e-3 for start, stop in intervals), 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Of the last step."""
+        return self.seconds_of(self.intervals)
 
 
 class StopsInBackward(torch.autograd.Function):
@@ -276,9 +305,9 @@ class StartsInBackward(torch.autograd.Function):
         return grads[0], None
 
 
-def watch_pairs(term: VID) -> TermWatch:
+def watch_pairs(term: VID, device: str = "cpu") -> TermWatch:
     """Time every pair of the term, and let the watch say whether the public repositories' code runs or ours."""
-    watch, ours = TermWatch(), term.pair_loss
+    watch, ours = TermWatch(device), term.pair_loss
 
     def public(index: int, student: torch.Tensor, teacher: torch.Tensor, factor: float) -> torch.Tensor:
         case = Case("", tuple(teacher.shape), teacher.dtype, device=str(teacher.device))
@@ -312,10 +341,10 @@ def distillation_of(case: Case) -> tuple[Callable[[], torch.Tensor], nn.Module, 
     labels = torch.randint(0, classes, (case.shape[0],), device=case.device)
     term = VID(pairs={tap: tap for tap in student.taps}, regressor=str(facts["regressor"]), weight=1.0)
     distiller = Distiller(student, teacher, terms=[term], example=images[:2]).to(case.device).train()
-    watch = watch_pairs(term)
+    watch = watch_pairs(term, case.device)
 
     def step() -> torch.Tensor:
-        watch.seconds = 0.0
+        watch.begin_step()
         loss: torch.Tensor = distiller(images, labels).loss
         return loss
 

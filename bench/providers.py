@@ -8,7 +8,7 @@ repositories of distillation methods write it: softplus as log(1 + exp), the var
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,9 @@ class Provider:
     writes_mean: bool = False
     # Whether its loss and gradients can be held against the oracle's.
     compared: bool = True
+
+    def named(self, name: str) -> Provider:
+        return replace(self, name=name)
 
 
 def eager_formula(case: Case) -> LossFunction:
@@ -138,6 +141,8 @@ class StepContender:
     accumulation into `.grad` is on the clock. They are released on the clock, as a training step would.
     """
 
+    calls, replayed = 1, False
+
     def __init__(
         self, provider: Provider, case: Case, pool: Pool, function: LossFunction, incoming: float
     ) -> None:
@@ -149,33 +154,44 @@ class StepContender:
             function,
             incoming,
         )
-        self.anchor = torch.zeros((), device=case.device, requires_grad=True)
         self.gradient: torch.Tensor | None = None
         self.used: list[Slot] = []
+
+    def inputs(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and alpha as a step finds them. Their nodes are made here and now, on the current stream: a graph under
+        capture must not meet a node that another stream has made."""
+        anchor = self.pool.alpha.detach().requires_grad_()
+        mean: torch.Tensor = Produce.apply(anchor, slot.mean)  # type: ignore[no-untyped-call]
+        return mean, self.pool.alpha.detach().requires_grad_()
 
     def prepare(self) -> Call:
         slot = self.pool.take()
         if self.provider.writes_mean:
             self.used.append(slot)
-        mean: torch.Tensor = Produce.apply(self.anchor, slot.mean)  # type: ignore[no-untyped-call]
-        target, alpha, function = slot.target, self.pool.alpha, self.function
+        mean, alpha = self.inputs(slot)
+        target, function = slot.target, self.function
         if self.incoming != 1.0 and self.gradient is None:
             loss = function(mean, target, alpha)
             self.gradient = torch.full_like(loss.detach(), self.incoming)
-            mean = Produce.apply(self.anchor, slot.mean)  # type: ignore[no-untyped-call]
+            mean, alpha = self.inputs(slot)
             if self.provider.writes_mean:
                 self.pool.restore(slot)
         gradient = self.gradient
 
         def step() -> object:
             loss = function(mean, target, alpha)
-            return loss, torch.autograd.grad(loss, (mean, alpha), gradient)
+            return loss.detach(), torch.autograd.grad(loss, (mean, alpha), gradient)
 
         return step
 
     def finish(self) -> None:
         for slot in self.used:
             self.pool.restore(slot)
+        self.used.clear()
+
+    def undo(self) -> None:
+        if self.provider.writes_mean:
+            self.pool.restore_all()
         self.used.clear()
 
     def traffic(self) -> traffic.Traffic:
@@ -185,7 +201,7 @@ class StepContender:
 class ForwardContender:
     """The loss alone, without gradients: evaluation."""
 
-    incoming = 1.0
+    incoming, calls, replayed = 1.0, 1, False
 
     def __init__(self, provider: Provider, case: Case, pool: Pool, function: LossFunction) -> None:
         self.name = provider.name
@@ -213,7 +229,7 @@ class ForwardContender:
 class CopyContender:
     """`mean.copy_(target)`: the rate that memory gives, on the very buffers that the others use."""
 
-    name, incoming = COPY, 1.0
+    name, incoming, calls, replayed = COPY, 1.0, 1, False
     provider = Provider(COPY, "copy", eager_formula, "copy", compared=False)
 
     def __init__(self, case: Case, pool: Pool) -> None:
@@ -231,42 +247,12 @@ class CopyContender:
             self.pool.restore(slot)
         self.used.clear()
 
+    def undo(self) -> None:
+        self.pool.restore_all()
+        self.used.clear()
+
     def traffic(self) -> traffic.Traffic:
         return traffic.of_strategy("copy", True, self.case.nbytes)
-
-
-class ReplayContender:
-    """Another contender's call, captured in a CUDA graph and replayed: what the kernels take without the launches."""
-
-    def __init__(self, inner: StepContender) -> None:
-        self.inner, self.incoming, self.case = inner, inner.incoming, inner.case
-        self.name = row_name(inner.provider, inner.incoming, " graph")
-        self.provider = Provider(
-            f"{inner.provider.name} graph",
-            inner.provider.family,
-            inner.provider.build,
-            inner.provider.strategy,
-        )
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                inner.prepare()()
-        torch.cuda.current_stream().wait_stream(side)
-        call = inner.prepare()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.kept = call()
-
-    def prepare(self) -> Call:
-        replay: Call = self.graph.replay
-        return replay
-
-    def finish(self) -> None:
-        self.inner.finish()
-
-    def traffic(self) -> traffic.Traffic:
-        return self.inner.traffic()
 
 
 def row_name(provider: Provider, incoming: float, suffix: str = "") -> str:
@@ -287,14 +273,14 @@ def traffic_of(
     return traffic.of_operators(prepare())
 
 
-def baselines(device: str) -> list[Provider]:
-    """What people run today."""
+def baselines(device: str, full: bool) -> list[Provider]:
+    """What people run today. A search of Inductor's (max-autotune) takes many seconds a case: in the full selection."""
     providers = [
         Provider(EAGER, "eager", eager_formula),
         Provider(TORCH_LOSS, "torch", torch_loss),
         Provider(COMPILE, "compile", compiled(None)),
     ]
-    if torch.device(device).type == "cuda":
+    if full and torch.device(device).type == "cuda":
         providers.append(Provider(MAX_AUTOTUNE, "compile", compiled("max-autotune-no-cudagraphs")))
     return providers
 

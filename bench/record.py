@@ -21,6 +21,7 @@ from bench.accuracy import Errors, Oracle
 from bench.buffers import EPS, Pool
 from bench.cases import DTYPE_NAMES, Case
 from bench.clock import clock_for
+from bench.graphs import GraphContender
 from bench.interleave import Budget, Contender, Timings, interleave, warm_up
 from bench.machine import LoadWindow
 from bench.providers import COMPILE, COPY, EAGER, Provider
@@ -111,7 +112,7 @@ def measure(case: Case, suite: Opener, names: list[str], budget: Budget) -> dict
                 continue
             try:
                 # Eager code has nothing to compile: its second call is like its first.
-                eager = contender.provider.family in {"eager", "torch", "reference"}
+                eager = contender.replayed or contender.provider.family in {"eager", "torch", "reference"}
                 estimate = warm_up(contender, clock, 1 if eager else budget.warm_ups)
                 rows[name].info = beside_the_time(case, contender, oracle)
             except Exception as failure:
@@ -138,12 +139,19 @@ def beside_the_time(case: Case, contender: Measurable, oracle: Oracle) -> dict[s
     moved = contender.traffic()
     contender.finish()
     call, results = contender.prepare(), list[Any]()
-    peak = memory.peak_extra_bytes(lambda: results.append(call()), case.device)
+    # A replay allocates nothing: its results have had their memory since the capture.
+    peak: int | None = None
+    if contender.replayed:
+        results.append(call())
+    else:
+        peak = memory.peak_extra_bytes(lambda: results.append(call()), case.device)
     error: Errors | None = None
     if contender.provider.compared:
         loss, grads = results.pop()
         error = oracle.errors(loss, grads, contender.incoming)
         del loss, grads
+        if isinstance(contender, GraphContender) and (differing := contender.differing()):
+            raise RuntimeError(f"{differing} of {contender.calls} calls on equal inputs gave other results")
     contender.finish()
     if isinstance(contender, WholeModule):
         error = contender.errors()
@@ -160,13 +168,14 @@ def beside_the_time(case: Case, contender: Measurable, oracle: Oracle) -> dict[s
         "elements": case.elements,
         "pass_bytes": case.nbytes,
         "incoming_gradient": contender.incoming,
+        "graph": contender.replayed,
         "threads": torch.get_num_threads(),
         "bytes": None if moved is None else moved.nbytes,
         "bytes_source": "none" if moved is None else moved.source,
         "peak_extra_bytes": peak,
         **case.extra,
     }
-    if torch.device(case.device).type == "cuda":
+    if case.on_gpu and case.count_launches and not contender.replayed:
         info["launches"] = memory.kernel_launches(contender.prepare())
         contender.finish()
     if error is not None:
@@ -189,11 +198,12 @@ def add_rates(case: Case, rows: dict[str, Row]) -> None:
         info["gb_per_s"] = gb_per_s
         info["case_rounds"] = row.timings.case_rounds
         info["calls_per_sample"] = row.timings.calls_per_sample
-        if copy_rate is not None and gb_per_s is not None:
+        if copy_rate is not None and gb_per_s:
             info["copy_gb_per_s"] = copy_rate
             info["share_of_copy"] = gb_per_s / copy_rate
-        # On the CPU the host computes: all of the time is its own, and nothing is launched.
-        info.setdefault("launches", 0)
+        if not case.on_gpu:
+            # The host computes: all of the time is its own, and nothing is launched.
+            info["launches"] = 0
         info["host_seconds"] = statistics.median(sample.host_seconds for sample in row.timings.samples)
         for key, baseline in (("times_eager", EAGER), ("times_compile", COMPILE)):
             # The same incoming gradient: a step with g = 1 is held against an eager step with g = 1.

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-
-from bench import kernels
+from bench import device_kernels, kernels
+from bench.backends import runnable
 from bench.buffers import Pool
 from bench.cases import Case
+from bench.device_kernels import DeviceKernel
+from bench.graphs import GraphContender
 from bench.providers import (
     COPY,
     CopyContender,
     ForwardContender,
     LossFunction,
     Provider,
-    ReplayContender,
     StepContender,
     baselines,
     row_name,
@@ -28,6 +28,8 @@ from bench.record import Measurable
 SAVE_AND_RETURN = "autograd.Function that saves and returns"
 # Without a gradient every strategy is the same two reads: the default and one a back end speak for all.
 FORWARD_ROWS = ("auto", "one_pass")
+# A step captured in a CUDA graph: what the device takes of it.
+GRAPH = " graph"
 Built = Iterator[tuple[str, "Measurable | Exception"]]
 
 
@@ -39,8 +41,14 @@ def built(name: str, build: Callable[[], Measurable]) -> tuple[str, Measurable |
         return name, failure
 
 
+def copy_of(case: Case, pool: Pool) -> Measurable:
+    """The copy on the case's buffers; on a GPU in a graph, since a small copy takes less than its launch."""
+    copy = CopyContender(case, pool)
+    return GraphContender(copy, COPY) if case.on_gpu else copy
+
+
 def providers_of(case: Case, full: bool) -> list[Provider]:
-    everyone = [*baselines(case.device), *vidfast_providers(case.device, full)]
+    everyone = [*baselines(case.device, full), *vidfast_providers(case.device, full)]
     return [provider for provider in everyone if provider.name not in case.skip]
 
 
@@ -65,9 +73,9 @@ class StepSuite:
         steps = [
             row_name(provider, incoming) for provider in self.providers(case) for incoming in case.gradients
         ]
-        if torch.device(case.device).type == "cuda":
+        if case.on_gpu:
             steps += [
-                row_name(provider, incoming, " graph")
+                row_name(provider, incoming, GRAPH)
                 for provider in self.providers(case)
                 if provider.family == "vidfast"
                 for incoming in case.gradients
@@ -76,14 +84,14 @@ class StepSuite:
 
     def contenders(self, case: Case, pool: Pool, names: list[str]) -> Built:
         if COPY in names:
-            yield built(COPY, lambda: CopyContender(case, pool))
+            yield built(COPY, lambda: copy_of(case, pool))
         for provider in self.providers(case):
             yield from self.of_provider(provider, case, pool, names)
 
     def of_provider(self, provider: Provider, case: Case, pool: Pool, names: list[str]) -> Built:
         wanted = [incoming for incoming in case.gradients if row_name(provider, incoming) in names]
         replayed = [
-            incoming for incoming in case.gradients if row_name(provider, incoming, " graph") in names
+            incoming for incoming in case.gradients if row_name(provider, incoming, GRAPH) in names
         ]
         if not wanted and not replayed:
             return
@@ -96,9 +104,13 @@ class StepSuite:
         for incoming in wanted:
             yield built(row_name(provider, incoming), lambda incoming=incoming: step(incoming))  # type: ignore[misc]
         for incoming in replayed:
+            name = row_name(provider, incoming, GRAPH)
+            captured = provider.named(provider.name + GRAPH)
             yield built(
-                row_name(provider, incoming, " graph"),
-                lambda incoming=incoming: ReplayContender(step(incoming)),  # type: ignore[misc]
+                name,
+                lambda incoming=incoming, name=name, captured=captured: GraphContender(  # type: ignore[misc]
+                    step(incoming), name, captured
+                ),
             )
 
 
@@ -124,7 +136,7 @@ class ForwardSuite:
 
     def contenders(self, case: Case, pool: Pool, names: list[str]) -> Built:
         if COPY in names:
-            yield built(COPY, lambda: CopyContender(case, pool))
+            yield built(COPY, lambda: copy_of(case, pool))
         for provider in self.providers(case):
             if provider.name in names:
                 yield built(
@@ -135,7 +147,7 @@ class ForwardSuite:
 
 @dataclass(frozen=True)
 class KernelSuite:
-    """The CPU kernels alone against the copy."""
+    """The kernels alone against the copy: the native calls on the CPU, every GPU back end's primitives in graphs."""
 
     name: str
     cases: Callable[[str, bool, str], list[Case]]
@@ -143,19 +155,30 @@ class KernelSuite:
     device: str
 
     def list_cases(self) -> list[Case]:
-        return (
-            self.cases(self.name, self.full, self.device) if torch.device(self.device).type == "cpu" else []
-        )
+        return self.cases(self.name, self.full, self.device)
 
     def names(self, case: Case) -> list[str]:
-        return [COPY, *kernels.PASSES_OF]
+        if not case.on_gpu:
+            return [COPY, *kernels.PASSES_OF]
+        rows = [
+            f"{backend} {primitive}"
+            for backend in runnable(case.device)
+            for primitive in device_kernels.PRIMITIVES
+        ]
+        return [COPY, *rows]
 
     def contenders(self, case: Case, pool: Pool, names: list[str]) -> Built:
         if COPY in names:
-            yield built(COPY, lambda: CopyContender(case, pool))
-        for name in kernels.PASSES_OF:
-            if name in names:
-                yield built(name, lambda name=name: kernels.KernelContender(name, case, pool))  # type: ignore[misc]
+            yield built(COPY, lambda: copy_of(case, pool))
+        for name in names:
+            if name != COPY:
+                yield built(name, lambda name=name: self.of_name(name, case, pool))  # type: ignore[misc]
+
+    def of_name(self, name: str, case: Case, pool: Pool) -> Measurable:
+        if not case.on_gpu:
+            return kernels.KernelContender(name, case, pool)
+        backend, primitive = name.split(" ", 1)
+        return GraphContender(DeviceKernel(backend, primitive, case, pool), name)
 
 
 @dataclass(frozen=True)
@@ -164,6 +187,6 @@ class ScalingSuite(StepSuite):
 
     def providers(self, case: Case) -> list[Provider]:
         families = {"eager", "vidfast"}
-        if torch.device(case.device).type == "cuda":
+        if case.on_gpu:
             families.add("compile")
         return [p for p in providers_of(case, full=False) if p.family in families and p.strategy != "auto"]

@@ -20,6 +20,9 @@ PASSES: Mapping[str, tuple[int, int]] = {
     "two_pass": (5, 5),
     "one_pass": (3, 5),
     "one_pass in place": (3, 5),
+    "backward": (3, 3),
+    # A gradient in place: nothing is touched where g is 1.
+    "scale": (0, 2),
     "copy": (2, 2),
 }
 # What no implementation of forward and gradient can go below: two reads and one write.

@@ -111,4 +111,5 @@ PYBIND11_MODULE(_C, m) {
   bind_cuda(m);
 #endif
   m.attr("version") = VIDFAST_VERSION;
+  m.attr("sources") = VIDFAST_SOURCES;
 }

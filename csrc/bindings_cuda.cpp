@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 
 #include "gaussian_nll.h"
+#ifdef VIDFAST_TUNE
+#include "cuda/chunks.h"
+#endif
 
 namespace py = pybind11;
 using vidfast::DType;
@@ -84,9 +87,52 @@ int64_t cuda_workspace_bytes(int64_t outer, int64_t channels, int64_t inner, int
                                         static_cast<DType>(mean_dtype), static_cast<DType>(target_dtype));
 }
 
+#ifdef VIDFAST_TUNE
+struct FreeNumber {
+  const char* name;
+  int64_t* value;
+};
+
+const FreeNumber* free_numbers() {
+  using namespace vidfast::cuda;
+  static const FreeNumber all[] = {
+      {"kPlane", &kPlane},
+      {"kFewestVectors", &kFewestVectors},
+      {"kMostVectors", &kMostVectors},
+      {"kChunks", &kChunks},
+      {"kFewestRows", &kFewestRows},
+      {"kMostRows", &kMostRows},
+      {"kBlocks", &kBlocks},
+      {"kLoads", &kLoads},
+      {nullptr, nullptr},
+  };
+  return all;
+}
+
+py::dict cuda_free_numbers() {
+  py::dict found;
+  for (const FreeNumber* n = free_numbers(); n->name != nullptr; ++n) found[n->name] = *n->value;
+  return found;
+}
+
+void cuda_set_free_number(const std::string& name, int64_t value) {
+  for (const FreeNumber* n = free_numbers(); n->name != nullptr; ++n) {
+    if (name != n->name) continue;
+    if (value < 1) throw py::value_error(name + " must be at least 1, got " + std::to_string(value));
+    *n->value = value;
+    return;
+  }
+  throw py::value_error("there is no free number " + name);
+}
+#endif
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
+#ifdef VIDFAST_TUNE
+  m.def("cuda_free_numbers", &cuda_free_numbers, "The free numbers of csrc/cuda/chunks.h by name, as they are now.");
+  m.def("cuda_set_free_number", &cuda_set_free_number);
+#endif
   m.def("cuda_forward", &cuda_forward);
   m.def("cuda_forward_grad", &cuda_forward_grad);
   m.def("cuda_backward", &cuda_backward);

@@ -1,6 +1,7 @@
 """The native extension; csrc/bindings.cpp."""
 
 version: str
+sources: str
 
 def cpu_forward(
     mean: int, mean_stride: int, mean_dtype: int,

@@ -13,9 +13,24 @@ import torch
 from torch import Tensor
 
 
+# Asked once: dynamo of torch 2.6 to 2.11 cannot trace `is_autocast_available`.
+_HAVE_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu")
+    if torch.amp.is_autocast_available(kind)
+)
+
+
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A block in which autocast is off on x's device; nothing where it is off already."""
+    """A block in which autocast is off on x's device; eagerly nothing where it is off already.
+
+    In a compiled graph it is always a region of its own, whatever autocast was while torch traced.
+    """
     kind = x.device.type
+    if torch.compiler.is_compiling():
+        if kind in _HAVE_AUTOCAST:
+            return torch.autocast(kind, enabled=False)
+        return contextlib.nullcontext()
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vidfast import dispatch, reference
+from vidfast._torch import any_global_hook
 from vidfast.arguments import DTYPES, check_initial_variance, check_options
 from vidfast.fused_regressor import fused_nll
 from vidfast.nll import gaussian_nll
@@ -71,15 +72,12 @@ def lay_out_for(regressor: nn.Module, student: Tensor) -> Tensor:
     return student.contiguous(memory_format=torch.channels_last)
 
 
-_any_global_hook: Callable[[], object] = torch.nn.modules.module._has_any_global_hook
-
-
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody's hook sees, and may keep, what goes into the module or a part of it or comes out.
 
     A backward hook counts: what it wraps cannot be written over. So does a hook for all modules.
     """
-    return bool(_any_global_hook()) or any(
+    return any_global_hook() or any(
         part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
         for part in module.modules()
     )

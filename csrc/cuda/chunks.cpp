@@ -14,13 +14,6 @@ int64_t floor_power_of_two(int64_t n) {
   return p;
 }
 
-// A warp's chunk: 4 to 32 vectors a lane. At the upper end a lane's running sums take 32 values each, the partial
-// sums are next to no traffic, and even a small problem has this many chunks:
-constexpr int64_t kFewestVectors = 128, kMostVectors = 1024, kChunks = 4096;
-
-// A thread's rows in a chunk, and the blocks' chunks wanted.
-constexpr int64_t kFewestRows = 4, kMostRows = 64, kBlocks = 1024;
-
 }  // namespace
 
 PlaneChunks cut_planes(int64_t outer, int64_t channels, int64_t inner, int width) {

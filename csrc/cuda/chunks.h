@@ -34,8 +34,29 @@ struct RowChunks {
 };
 
 constexpr int64_t kGroup = 32;
+
+// The free numbers of the host's code: any value gives right sums, and which is fastest is for a GPU to say. What
+// decided each is in docs/kernel-notes.md. With VIDFAST_TUNE a search may change them while the program runs
+// (`bench/gpu`); otherwise they are constants.
+#ifdef VIDFAST_TUNE
+#define VIDFAST_FREE inline int64_t
+#else
+#define VIDFAST_FREE constexpr int64_t
+#endif
 // From this many neighbouring elements on a plane is walked as a plane.
-constexpr int64_t kPlane = 1024;
+VIDFAST_FREE kPlane = 1024;
+// A warp's chunk of planes: 4 to 32 vectors a lane. At the upper end a lane's running sums take 32 values each and the
+// partial sums are next to no traffic; even a small problem has kChunks chunks.
+VIDFAST_FREE kFewestVectors = 128;
+VIDFAST_FREE kMostVectors = 1024;
+VIDFAST_FREE kChunks = 4096;
+// A thread's rows in a chunk, and the blocks' chunks wanted.
+VIDFAST_FREE kFewestRows = 4;
+VIDFAST_FREE kMostRows = 64;
+VIDFAST_FREE kBlocks = 1024;
+// Full loads of the device in a grid, at most.
+VIDFAST_FREE kLoads = 4;
+#undef VIDFAST_FREE
 
 PlaneChunks cut_planes(int64_t outer, int64_t channels, int64_t inner, int width);
 // back_to_back: every tensor's outer stride is channels * inner.

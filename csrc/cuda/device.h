@@ -16,6 +16,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "chunks.h"
+
 namespace vidfast::cuda {
 
 using bf16 = __nv_bfloat16;
@@ -85,7 +87,6 @@ void launch(const char* name, void (*kernel)(Args), int64_t blocks, size_t share
 
 // Launches a kernel that walks `blocks` blocks' worth of chunks: some full loads of the device, so that the hardware
 // evens out the ends, and no more.
-constexpr int64_t kLoads = 4;
 template <class Args>
 void launch_chunks(const char* name, void (*kernel)(Args), Residency& residency, int64_t blocks, size_t shared,
                    cudaStream_t stream, const Args& args) {

@@ -40,6 +40,8 @@ LAYOUTS = [
 class Recorder:
     """A contender that takes no time and writes down when it ran."""
 
+    calls, replayed = 1, False
+
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
 
@@ -150,7 +152,7 @@ def test_every_provider_computes_the_loss_and_leaves_the_buffers_as_they_were(
     """torch.compile, whose formula is eager's, is left to the benchmark: compiling takes seconds a case."""
     pool = Pool(case)
     oracle = Oracle(case, pool.pristine, pool.slots[0].target, pool.alpha, EPS)
-    providers = [p for p in [*baselines("cpu"), *vidfast_providers("cpu", True)] if p.family != "compile"]
+    providers = [p for p in [*baselines("cpu", full=True), *vidfast_providers("cpu", True)] if p.family != "compile"]
     assert {"eager", "torch", "vidfast", "reference"} <= {provider.family for provider in providers}
     for provider in providers:
         contender = StepContender(provider, case, pool, provider.build(case), incoming)

@@ -19,6 +19,10 @@ RELATIVE = {torch.float32: 1e-6, torch.float64: 1e-13}
 # Units in the last place of d/d mean and d/d target; one more rounding where one_pass meets g != 1.
 ULPS = {torch.float32: 3, torch.float64: 4, torch.bfloat16: 1, torch.float16: 1}
 ULPS_SCALED = {torch.float32: 4, torch.float64: 4, torch.bfloat16: 2, torch.float16: 2}
+# Compiled for a GPU, fp64 is farther off there: k / v_c, the product with r and that with g are rounded one after
+# another, and v_c comes from CUDA's exp and log1p, which are not the host's. The PTX of both GPU back ends,
+# interpreted over random problems, reached 5.
+ULPS_SCALED_ON_GPU = {**ULPS_SCALED, torch.float64: 6}
 # Mean signed error in units in the last place: rounding to nearest has none, truncation has a half.
 BIAS = {torch.float32: 0.15, torch.bfloat16: 0.02, torch.float16: 0.02}
 
@@ -116,6 +120,13 @@ def check_unbiased(what: str, got: Tensor, want: Array, bound: float | None = No
         assert abs(mean) <= bound, f"{what}: the mean error {direction} is {mean:+.4f} ulp, allowed {bound}"
 
 
+def ulps_allowed(dtype: torch.dtype, scaled: bool, on_gpu: bool) -> int:
+    """Of a gradient of an activation. scaled: one_pass met g != 1."""
+    if not scaled:
+        return ULPS[dtype]
+    return (ULPS_SCALED_ON_GPU if on_gpu else ULPS_SCALED)[dtype]
+
+
 def check_results(
     want: Expected,
     loss: Tensor,
@@ -134,7 +145,7 @@ def check_results(
     scaled = one_pass and g != 1.0
     for name, got, exact in (("mean", grad_mean, want.grad_mean), ("target", grad_target, want.grad_target)):
         if got is not None:
-            ulps = (ULPS_SCALED if scaled else ULPS)[got.dtype]
+            ulps = ulps_allowed(got.dtype, scaled, on_gpu=got.device.type != "cpu")
             check_gradient(f"d/d {name}", got, exact, ulps, g, scaled)
 
 

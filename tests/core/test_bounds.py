@@ -14,6 +14,7 @@ from bounds import (
     round_to,
     ulp_distance,
     ulp_of,
+    ulps_allowed,
 )
 from oracle import expected
 from problems import BF16, BY_NAME, DTYPES, FP16, FP32, FP64, Case, short
@@ -77,6 +78,17 @@ def test_one_ulp_too_many_is_caught(dtype: torch.dtype) -> None:
     got[index] = torch.nextafter(got[index], torch.tensor(torch.inf, dtype=dtype))
     with pytest.raises(AssertionError, match=r"1 of \d+ values are out of bounds"):
         check_gradient("one beyond", got, want.grad_mean, ULPS[dtype])
+
+
+def test_only_a_gpu_and_only_fp64_in_one_pass_with_g_is_allowed_more() -> None:
+    """fp32 3 and 4, fp64 4 and 4 (6 in GPU code), bf16 1 and 2."""
+    for dtype in DTYPES:
+        assert ulps_allowed(dtype, False, True) == ulps_allowed(dtype, False, False) == ULPS[dtype]
+        extra = ulps_allowed(dtype, True, True) - ulps_allowed(dtype, True, False)
+        assert extra == (2 if dtype is FP64 else 0)
+    assert [ulps_allowed(FP64, True, on_gpu) for on_gpu in (False, True)] == [4, 6]
+    assert [ulps_allowed(FP32, scaled, False) for scaled in (False, True)] == [3, 4]
+    assert [ulps_allowed(BF16, scaled, False) for scaled in (False, True)] == [1, 2]
 
 
 def test_wrong_results_are_caught() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 FLAGS = (
     "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing",
     "-Wall", "-Wextra", "-Wno-unknown-pragmas",
-    "-DVIDFAST_EMULATION", '-DVIDFAST_CUDA_ARCHITECTURES="emulated"',
+    "-DVIDFAST_EMULATION", "-DVIDFAST_TUNE", '-DVIDFAST_CUDA_ARCHITECTURES="emulated"',
 )  # fmt: skip
 
 
@@ -67,14 +68,29 @@ def link(objects: Sequence[Path], out: Path, flags: Sequence[str] = ()) -> Path:
     return out
 
 
+def digest_of_sources() -> str:
+    """As setup.py makes it: by it a build knows whether it is stale."""
+    spec = importlib.util.spec_from_file_location("vidfast_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    digest: str = setup.digest()
+    return digest
+
+
 def build_module(into: Path) -> Path:
     """The back end's functions as a Python module `vidfast_emulated`."""
     import pybind11
 
     sources = [CSRC / "cuda" / name for name in (*KERNELS, "probe.cu")]
     sources += [CSRC / "bindings_cuda.cpp", HERE / "module.cpp", HERE / "emulation.cpp"]
-    includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
-    return link(compile_all(sources, into, flags=includes), into / "vidfast_emulated.so", ["-shared"])
+    flags = (
+        f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_path('include')}",
+        f'-DVIDFAST_SOURCES="{digest_of_sources()}"',
+    )
+    return link(compile_all(sources, into, flags=flags), into / "vidfast_emulated.so", ["-shared"])
 
 
 def build_check(into: Path, csrc: Path = CSRC, flags: Sequence[str] = ()) -> Path:

@@ -10,6 +10,7 @@ void bind_cuda(py::module_& m);
 PYBIND11_MODULE(vidfast_emulated, m) {
   m.doc() = "The CUDA kernels of vidfast, run on the host.";
   bind_cuda(m);
+  m.attr("sources") = VIDFAST_SOURCES;
   py::class_<emulation::Machine>(m, "Machine")
       .def_readwrite("seed", &emulation::Machine::seed)
       .def_readwrite("device", &emulation::Machine::device)

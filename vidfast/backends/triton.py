@@ -78,7 +78,7 @@ class TritonBackend:
             from vidfast.backends.triton_math import INTERPRETED
 
             if INTERPRETED.value:
-                return None, "cpu"
+                return _interpreter_fault(), "cpu"
             from triton.runtime import driver
 
             kind = str(driver.active.get_active_torch_device().type)
@@ -338,6 +338,27 @@ class TritonBackend:
             IN_PLACE=in_place, VEC=flat.vec, TILE=flat.tile, CHUNK=flat.chunk, SHORT=flat.short, WIDE=wide,
             ALPHA_BLOCK=ALPHA_BLOCK, num_warps=flat.warps, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def _interpreter_fault() -> str | None:
+    """Why this Triton's interpreter cannot run here, or None. Triton 3.6 cannot count with numpy 2.5."""
+    import numpy
+    import triton
+
+    from vidfast.backends.triton_math import counts
+
+    found = torch.full((2,), -1, dtype=torch.int32, device="cpu")
+    try:
+        counts[(1,)](found, 7)
+    except Exception as error:
+        versions = f"triton {triton.__version__} with numpy {numpy.__version__}"
+        return (
+            f"the interpreter of {versions} fails ({error}): install another version of one of them, "
+            "or unset TRITON_INTERPRET"
+        )
+    if found.tolist() != [0, 2]:
+        return f"the interpreter of triton {triton.__version__} counts wrong: {found.tolist()} for [0, 2]"
+    return None
 
 
 def _empty_loss(mean: Tensor, target: Tensor) -> Tensor:

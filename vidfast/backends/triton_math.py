@@ -26,6 +26,14 @@ def device_function(fn: Callable[..., Any]) -> Any:
     return jitted.rewrite() if _interpreted and hasattr(jitted, "rewrite") else jitted
 
 
+@triton.jit
+def counts(out, n):
+    """Interpreted only, to learn whether the interpreter can: a loop whose bound is a number of the program's."""
+    most = tl.minimum(n, 4)
+    for i in range(0, most, 2):
+        tl.store(out + i // 2, i)
+
+
 @device_function
 def widened(x, dtype: tl.constexpr):
     """x in the type that r is computed in: fp32, or fp64 where mean or target is."""

@@ -1,0 +1,123 @@
+"""A GPU back end's primitives alone, without autograd: what `bench/graphs.py` captures for the kernel suite.
+
+The rows of a whole step measure Python wherever a kernel takes less than the 70 to 100 us of the host's part; these
+are the device's own time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench import traffic
+from bench.buffers import EPS, Pool, Slot
+from bench.cases import SCALER_FACTOR, WEIGHTED, Case
+from bench.clock import Call
+from bench.providers import Provider, eager_formula
+from vidfast import dispatch
+from vidfast.layout import prepare
+
+FORWARD, FORWARD_GRAD, IN_PLACE = "forward", "forward_grad", "forward_grad in place"
+BACKWARD, SCALE_BY_ONE, SCALE = "backward", "scale g=1", f"scale g={WEIGHTED:g}"
+# Primitive -> how many passes it makes: a key of traffic.PASSES.
+PRIMITIVES = {
+    FORWARD: "forward",
+    FORWARD_GRAD: "one_pass",
+    IN_PLACE: "one_pass in place",
+    BACKWARD: "backward",
+    SCALE_BY_ONE: "scale",
+    SCALE: "scale",
+}
+
+
+class DeviceKernel:
+    """One primitive of a back end (`vidfast.backends.Backend`) at reduction "mean", slot by slot.
+
+    fp16 has a loss scaler's factor as its incoming gradient. forward_grad comes before that factor, so that its fp16
+    gradient, about 1/N, is zero: there it is timed but not compared.
+    """
+
+    calls, replayed = 1, False
+
+    def __init__(self, backend: str, primitive: str, case: Case, pool: Pool) -> None:
+        self.name = f"{backend} {primitive}"
+        self.case, self.pool, self.primitive = case, pool, primitive
+        half = case.dtype is torch.float16
+        writes_mean, ahead = primitive == IN_PLACE, primitive in (FORWARD_GRAD, IN_PLACE)
+        self.provider = Provider(
+            self.name,
+            "kernel",
+            eager_formula,
+            PRIMITIVES[primitive],
+            writes_mean,
+            compared=not (half and ahead),
+        )
+        self.backend = dispatch.load(backend)
+        self.factor = SCALER_FACTOR if half and not ahead else 1.0
+        self.incoming = self.factor * (WEIGHTED if primitive == SCALE else 1.0)
+        self.channel = case.channel_dim % len(case.shape)
+        self.layout = prepare(pool.pristine, pool.slots[0].target, self.channel)[2]
+        self.gradients: list[torch.Tensor] = []
+        self.turn = 0
+        self.call = self._build()
+
+    def _build(self) -> Callable[[Slot], object]:
+        """slot -> (loss, gradients). What a primitive is given by an earlier one is made here, once."""
+        backend, layout, alpha = self.backend, self.layout, self.pool.alpha.detach()
+        k, in_place = 1.0 / self.case.elements, self.primitive == IN_PLACE
+        first = self.pool.slots[0]
+
+        def forward_grad(slot: Slot) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+            loss, grad_mean, grad_alpha = backend.forward_grad(
+                slot.mean, slot.target, alpha, layout, k, EPS, False, in_place
+            )
+            return loss, (grad_mean, grad_alpha)
+
+        if self.primitive == FORWARD:
+            return lambda slot: (
+                backend.forward(slot.mean, slot.target, alpha, layout, k, EPS, False)[0],
+                None,
+            )
+        if self.primitive in (FORWARD_GRAD, IN_PLACE):
+            return forward_grad
+
+        loss, sum_sq = backend.forward(first.mean, first.target, alpha, layout, k, EPS, False)
+        g = torch.full((), self.factor, dtype=loss.dtype, device=self.case.device)
+
+        def backward(slot: Slot) -> tuple[torch.Tensor, tuple[Any, Any]]:
+            want = (True, False, True)
+            grads = backend.backward(g, slot.mean, slot.target, alpha, sum_sq, layout, k, EPS, want)
+            return loss, (grads[0], grads[2])
+
+        if self.primitive == BACKWARD:
+            return backward
+        self.made = backward(first)[1][0]
+        self.gradients = [self.made.clone() for _ in self.pool.slots]
+        grad_alpha = self.factor * forward_grad(first)[1][1]
+        factor = torch.full_like(g, WEIGHTED if self.primitive == SCALE else 1.0)
+
+        def scale(_: Slot) -> object:
+            gradient = self.gradients[self.turn % len(self.gradients)]
+            self.turn += 1
+            return loss, backend.scale(factor, gradient, self.channel, grad_alpha, alpha.dtype, True)
+
+        return scale
+
+    def prepare(self) -> Call:
+        slot, call = self.pool.take(), self.call
+        return lambda: call(slot)
+
+    def finish(self) -> None:
+        self.undo()
+
+    def undo(self) -> None:
+        if self.primitive == IN_PLACE:
+            self.pool.restore_all()
+        if self.primitive == SCALE:
+            for gradient in self.gradients:
+                gradient.copy_(self.made)
+
+    def traffic(self) -> traffic.Traffic:
+        return traffic.of_strategy(PRIMITIVES[self.primitive], self.primitive != SCALE, self.case.nbytes)

@@ -1,0 +1,66 @@
+"""What this library needs to know from a GPU, in order of value, within a limit; see docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.gpu.runner import Runner, free_folder
+from bench.gpu.stages import STAGES, prepare
+
+LIMIT_SECONDS = 430.0
+
+
+def gpu_name() -> str | None:
+    """As nvidia-smi gives it, fit for a folder's name."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    names = done.stdout.splitlines()
+    return re.sub(r"[^A-Za-z0-9]+", "-", names[0]).strip("-").lower() if names else None
+
+
+def parser() -> argparse.ArgumentParser:
+    names = [stage.name for stage in STAGES]
+    arguments = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
+    arguments.add_argument(
+        "--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help="of the whole run (default: 430)"
+    )
+    arguments.add_argument(
+        "--only", action="append", choices=names, metavar="STAGE", help=f"this one; may be repeated: {', '.join(names)}"
+    )
+    arguments.add_argument("--small", action="store_true", help="every stage's shortest way: to try the run itself")
+    arguments.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for the results (default: $OUT, else runs/gpu-NAME)"
+    )
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    if not arguments.limit > 0:
+        parser().error(f"--limit must be a positive number of seconds, got {arguments.limit:g}")
+    wanted = [stage for stage in STAGES if arguments.only is None or stage.name in arguments.only]
+    name = gpu_name()
+    if name is None:
+        print("bench/gpu.sh: nvidia-smi finds no NVIDIA GPU on this machine", file=sys.stderr)
+        return 2
+    given = arguments.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
+    try:
+        out = given or free_folder(Path("runs") / f"gpu-{name}")
+        runner = Runner(wanted, out.resolve(), arguments.limit, arguments.small, prepare)
+    except FileExistsError as error:
+        print(f"bench/gpu.sh: {error}", file=sys.stderr)
+        return 2
+    return runner.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The native extension with its CUDA part: one that is in place, or built here by CMake.
+
+    python -m bench.gpu.build [FOLDER]     build into FOLDER (default: the package), whatever is in place
+
+A prebuilt one saves a minute of a GPU's time. It is built on any machine with nvcc, by the Python version of the
+machine with the GPU and for its architecture:
+
+    TORCH_CUDA_ARCH_LIST=9.0 python3.12 -m bench.gpu.build
+
+Every build here has VIDFAST_TUNE, so that a search can change the free numbers of the host's code; the kernels are
+the same.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "vidfast"
+
+
+def in_place() -> Path | None:
+    """The extension that this Python would import from the package, if it is there."""
+    found = (PACKAGE / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in found if path.exists()), None)
+
+
+def fault(path: Path) -> str | None:
+    """Why the extension cannot serve a GPU run, or None."""
+    try:
+        native = load_extension(path)
+    except ImportError as error:
+        return f"it does not load: {error}"
+    if not hasattr(native, "cuda_forward"):
+        return "it was built without CUDA"
+    if getattr(native, "sources", None) != _setup().digest():
+        return "it was built from other sources"
+    if not hasattr(native, "cuda_free_numbers"):
+        return "it was built without VIDFAST_TUNE"
+    reason = str(native.cuda_unavailable() or native.cuda_device_unsupported())
+    return reason or None
+
+
+def load_extension(path: Path) -> Any:
+    """The module, apart from the one that the package may have imported."""
+    return _load("vidfast._C", path)
+
+
+def build(into: Path = PACKAGE) -> None:
+    """Builds it with CUDA into the folder `into`, by setup.py's own function. pip and setuptools play no part in it."""
+    os.environ["VIDFAST_CUDA"] = "1"
+    os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+    with tempfile.TemporaryDirectory() as scratch:
+        _setup().build(into.resolve(), Path(scratch), options=["-DVIDFAST_TUNE=ON"])
+
+
+def _setup() -> Any:
+    return _load("vidfast_setup", ROOT / "setup.py")
+
+
+def _load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) > 1 or any(a.startswith("-") for a in arguments):
+        print(__doc__)
+        return 2
+    into = Path(arguments[0]) if arguments else PACKAGE
+    into.mkdir(parents=True, exist_ok=True)
+    build(into)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""Runs stages one after another within a limit, so that whatever is cut off costs only itself.
+
+Every stage is a process of its own, with what it prints in a file of its own. Results are lines of JSON, written as
+they are measured. After each stage the archive and the summary are written anew, so that what is in the folder is whole
+at any time:
+
+    results.jsonl   what was measured (bench/lines.py)
+    summary.txt     a line a stage
+    all.tgz         both, every stage's output, and the files that stages left (a profile)
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from bench.lines import Lines
+
+RESULTS, SUMMARY, ARCHIVE = "results.jsonl", "summary.txt", "all.tgz"
+# A stage that returns this has nothing to do here, and has said why in the last line that it printed.
+NOT_HERE = 77
+# A stage that is cut off has this long to end by itself.
+GRACE_SECONDS = 5.0
+# With less than this left nothing more is begun.
+SHORTEST_STAGE_SECONDS = 3.0
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage is given."""
+
+    out: Path  # the folder of results
+    work: Path  # for files of its own, which end in the archive
+    lines: Lines
+    seconds: float  # until it is cut off
+    deadline: float  # by time.monotonic(), with time left to end in order: nothing long is begun after it
+    small: bool  # the shortest way through: for an emulated device
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`run` returns an exit code, None for 0; or it replaces its process by a command, which then does.
+
+    prepared: it needs what `Runner.prepare` imports; where that is done once, before the first such stage, no stage
+    waits for it. The device must not be used there: a forked process cannot use it then.
+    """
+
+    name: str
+    what: str
+    most_seconds: float
+    run: Callable[[Job], int | None]
+    prepared: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    stage: str
+    verdict: str  # ok, not here, failed, cut off, left out
+    seconds: float
+    last_line: str
+    code: int | None = None
+
+    @property
+    def text(self) -> str:
+        return f"{self.stage:<12} {self.verdict:<9} {self.seconds:6.1f} s  {self.last_line[:140]}".rstrip()
+
+
+class Runner:
+    """One run: `run()` returns the exit code, 0 unless a stage failed (1) or it was interrupted (130)."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        out: Path,
+        limit: float,
+        small: bool = False,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.stages, self.out, self.small = stages, out, small
+        self.prepare, self.is_prepared = prepare, False
+        self.deadline = time.monotonic() + limit
+        self.outcomes: list[Outcome] = []
+        self.stopped = False
+        self.child: int | None = None
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (RESULTS, SUMMARY, ARCHIVE):
+            if (out / name).exists():
+                raise FileExistsError(f"{out / name} is an earlier run's: name another folder, or move it away")
+        self.lines = Lines(out / RESULTS)
+
+    def run(self) -> int:
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with tempfile.TemporaryDirectory() as work:
+                for stage in self.stages:
+                    self._file(self._outcome_of(stage, Path(work)), Path(work))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        print(f"\n{self.summary()}\nresults in {self.out}")
+        if self.stopped:
+            return INTERRUPTED
+        return 1 if any(outcome.verdict == "failed" for outcome in self.outcomes) else 0
+
+    def summary(self) -> str:
+        return "\n".join(outcome.text for outcome in self.outcomes)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """Ends the stage that is running and begins no other; what is done is kept."""
+        del number, frame
+        self.stopped = True
+        if self.child is not None:
+            _signal_group(self.child, signal.SIGINT)
+
+    def _outcome_of(self, stage: Stage, work: Path) -> Outcome:
+        if self.stopped:
+            return Outcome(stage.name, "left out", 0.0, "interrupted before")
+        if stage.prepared and not self.is_prepared:
+            self.prepare()
+            self.is_prepared = True
+        seconds = min(stage.most_seconds, self.deadline - time.monotonic())
+        if seconds < SHORTEST_STAGE_SECONDS:
+            return Outcome(stage.name, "left out", 0.0, "no time was left")
+        print(f"{stage.name}: {stage.what}", flush=True)
+        begin = time.monotonic()
+        deadline = begin + max(0.9 * seconds - 1.0, 0.5 * seconds)
+        log = work / f"{stage.name}.log"
+        code, cut_off = self._in_a_process(
+            stage, Job(self.out, work, self.lines, seconds, deadline, self.small), log
+        )
+        verdict = {0: "ok", NOT_HERE: "not here"}.get(code, "failed")
+        if cut_off or self.stopped:
+            verdict = "cut off"
+        return Outcome(stage.name, verdict, time.monotonic() - begin, _last_line(log), code)
+
+    def _in_a_process(self, stage: Stage, job: Job, log: Path) -> tuple[int, bool]:
+        """(exit code, whether it was cut off) of the stage, in a forked process that heads a group of its own."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            _in_the_child(stage, job, log)
+        try:
+            os.setpgid(child, child)  # the child does so too: whoever comes first
+        except (PermissionError, ProcessLookupError):
+            pass
+        self.child = child
+        end = time.monotonic() + job.seconds
+        cut_off, kill_at = False, float("inf")
+        while True:
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                break
+            now = time.monotonic()
+            if now > kill_at:
+                _signal_group(child, signal.SIGKILL)
+            elif kill_at == float("inf") and (now > end or self.stopped):
+                cut_off, kill_at = True, now + GRACE_SECONDS
+                _signal_group(child, signal.SIGINT)
+            time.sleep(0.02)
+        self.child = None
+        _signal_group(child, signal.SIGKILL)  # what the stage started and left behind
+        return os.waitstatus_to_exitcode(status), cut_off
+
+    def _file(self, outcome: Outcome, work: Path) -> None:
+        self.outcomes.append(outcome)
+        print(outcome.text, flush=True)
+        self.lines.write(
+            "stage",
+            stage=outcome.stage,
+            verdict=outcome.verdict,
+            seconds=round(outcome.seconds, 1),
+            code=outcome.code,
+            last_line=outcome.last_line[:400],
+        )
+        (self.out / SUMMARY).write_text(self.summary() + "\n", encoding="utf-8")
+        beside = self.out / f"{ARCHIVE}.part"
+        with tarfile.open(beside, "w:gz", compresslevel=3) as archive:
+            for path in (self.out / RESULTS, self.out / SUMMARY, *sorted(work.iterdir())):
+                archive.add(path, path.name)
+        beside.replace(self.out / ARCHIVE)
+
+
+def _in_the_child(stage: Stage, job: Job, log: Path) -> None:
+    """Never returns."""
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+        code = stage.run(job) or 0
+    except KeyboardInterrupt:
+        print("cut off")
+        code = INTERRUPTED
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _signal_group(process: int, number: int) -> None:
+    try:
+        os.killpg(process, number)
+    except ProcessLookupError:
+        pass
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def free_folder(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, ... in which no run's results are."""
+    for number in range(1, 1000):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        if not (folder / RESULTS).exists():
+            return folder
+    raise FileExistsError(f"{wanted} and its successors are all taken")

@@ -1,0 +1,28 @@
+"""A run as lines of JSON, each written when it is known: a run that is cut off keeps what it has measured.
+
+One object a line, `kind` says which: `machine` (once, first), `row` (a contender of a case, as pytest-benchmark's file
+has it), `failure` (a row that raised), `left_out` (a case for which no time was left), `check` (correctness) and
+`stage` (what ran and how it ended). `vidfast report` reads them as it reads pytest-benchmark's files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Lines:
+    """The file, opened anew for every line, so that several processes may append to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, kind: str, **facts: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **facts}, default=str) + "\n")
+
+
+def one_line(error: BaseException) -> str:
+    """An error as a field of a line: its type and its text, 500 characters at most."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]

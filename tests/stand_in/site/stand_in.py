@@ -1,0 +1,261 @@
+"""A GPU that is not there: "cuda" is the CPU's memory, with stand-ins for events, streams and graphs.
+
+The back end `cuda` is the emulated one (tests/emulation), `triton` the interpreter. So everything that a run on a GPU
+does is done, and its numbers are right; only its times say nothing.
+
+A graph is one: what is called during a capture does not run, its results are NaN until a replay, and a replay runs on
+the memory that was captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+L2_BYTES = 512
+
+
+def on_the_cpu(value: Any) -> Any:
+    """A device or its name, "cuda" made "cpu"; anything else as it is."""
+    if isinstance(value, str) and value.split(":")[0] == "cuda":
+        return "cpu"
+    if isinstance(value, torch.device) and value.type == "cuda":
+        return torch.device("cpu")
+    return value
+
+
+class Graph:
+    """torch.cuda.CUDAGraph."""
+
+    capturing: Graph | None = None
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[[], Any], Any]] = []
+
+    def capture_begin(self, *_: Any, **__: Any) -> None:
+        assert Graph.capturing is None, "a capture is under way"
+        Graph.capturing = self
+
+    def capture_end(self) -> None:
+        assert Graph.capturing is self
+        Graph.capturing = None
+
+    def replay(self) -> None:
+        for call, results in self.calls:
+            for old, new in zip(tensors_in(results), tensors_in(call()), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.detach().copy_(new.detach())
+
+    def record(self, call: Callable[[], Any], arguments: Any) -> Any:
+        """What `call` returns, of the right shapes and at the right addresses, but not yet computed."""
+        given = tensors_in(arguments)
+        before = [x.detach().clone() for x in given]
+        Graph.capturing = None
+        try:
+            results = call()
+            for x, old in zip(given, before, strict=True):
+                x.detach().copy_(old)
+            own = {x.data_ptr() for x in given}
+            for x in tensors_in(results):
+                if x.data_ptr() not in own:
+                    x.detach().fill_(torch.nan)
+        finally:
+            Graph.capturing = self
+        self.calls.append((call, results))
+        return results
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [x for item in value for x in tensors_in(item)]
+    return []
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Every device named in a call of torch is the CPU; copies under capture are recorded."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        kwargs = dict(kwargs or {})
+        if func is torch.device or ("device" in name and name != "to"):
+            return func(*args, **kwargs)
+        args = tuple(map(on_the_cpu, args))
+        if "device" in kwargs:
+            kwargs["device"] = on_the_cpu(kwargs["device"])
+        if name == "copy_" and Graph.capturing is not None:
+            return Graph.capturing.record(lambda: func(*args, **kwargs), args)
+        return func(*args, **kwargs)
+
+
+class Event:
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self, *_: Any) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Everything has happened."""
+
+    def elapsed_time(self, other: Event) -> float:
+        return (other.at - self.at) * 1e3
+
+
+class Stream:
+    cuda_stream = 0
+
+    def wait_stream(self, stream: Stream) -> None:
+        """Everything has happened."""
+
+    def synchronize(self) -> None:
+        """Everything has happened."""
+
+
+class Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> Any:
+        return super().__new__(cls, device=on_the_cpu(device))
+
+    def __init__(self, device: Any = "cpu") -> None:
+        """All was done before."""
+
+
+@contextlib.contextmanager
+def stream(_: Stream) -> Iterator[None]:
+    yield
+
+
+class Captured:
+    """A back end whose primitives a capture records, with the free numbers of that moment, as a launch would be."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self.name = inner, inner.name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def _numbers(self) -> dict[str, int]:
+        return self._inner._native.cuda_free_numbers() if self.name == "cuda" else {}
+
+    def _set(self, numbers: dict[str, int]) -> None:
+        for name, value in numbers.items():
+            self._inner._native.cuda_set_free_number(name, value)
+        if numbers:
+            self._inner._workspace_bytes.cache_clear()
+
+    def _run(self, primitive: str, arguments: tuple[Any, ...]) -> Any:
+        run = getattr(self._inner, primitive)
+        if Graph.capturing is None:
+            return run(*arguments)
+        numbers = self._numbers()
+
+        def launch() -> Any:
+            others = self._numbers()
+            self._set(numbers)
+            try:
+                return run(*arguments)
+            finally:
+                self._set(others)
+
+        return Graph.capturing.record(launch, arguments)
+
+    def forward(self, *arguments: Any) -> Any:
+        return self._run("forward", arguments)
+
+    def forward_grad(self, *arguments: Any) -> Any:
+        return self._run("forward_grad", arguments)
+
+    def backward(self, *arguments: Any) -> Any:
+        return self._run("backward", arguments)
+
+    def scale(self, *arguments: Any) -> Any:
+        return self._run("scale", arguments)
+
+
+class Profile:
+    """torch.profiler.profile, as far as it counts what is put on the device: the emulated back end's operations."""
+
+    machine: Any = None
+
+    def __init__(self, **_: Any) -> None:
+        self.before = self.after = 0
+
+    def count(self) -> int:
+        return int(self.machine.launches + self.machine.memsets)
+
+    def __enter__(self) -> Profile:
+        self.before = self.count()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.after = self.count()
+
+    def events(self) -> list[Any]:
+        event = SimpleNamespace(device_type=SimpleNamespace(name="CUDA"))
+        return [event] * (self.after - self.before)
+
+
+def emulated(path: str) -> ModuleType:
+    """The module that tests/emulation builds."""
+    spec = importlib.util.spec_from_file_location("vidfast_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def install(path: str) -> None:
+    """For all of this process, and of those that are forked from it."""
+    cuda: Any = torch.cuda
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: 1
+    cuda.current_device = lambda: 0
+    cuda.get_device_name = lambda *_: "Stand-in"
+    cuda.synchronize = lambda *_: None
+    cuda.Event, cuda.Stream, cuda.CUDAGraph, cuda.stream = Event, Stream, Graph, stream
+    cuda.current_stream = lambda *_: Stream()
+    cuda.get_device_properties = lambda *_: SimpleNamespace(
+        name="Stand-in",
+        total_memory=1 << 30,
+        L2_cache_size=L2_BYTES,
+        major=9,
+        minor=0,
+        multi_processor_count=3,
+    )
+    cuda.memory_allocated = cuda.max_memory_allocated = lambda *_: 0
+    cuda.reset_peak_memory_stats = cuda.empty_cache = lambda *_: None
+    torch.Generator = Generator  # type: ignore[misc]
+
+    # Compiling for the CPU would take most of the time, and says nothing of a GPU.
+    torch.compile = lambda model=None, **_: model  # type: ignore[assignment]
+
+    import bench.backends
+    import bench.buffers
+    import bench.gpu.build
+    import bench.memory
+    from vidfast import dispatch
+    from vidfast.backends.cuda import CudaBackend
+
+    native = emulated(path)
+    dispatch._loaded["cuda"] = Captured(CudaBackend(native, None, "cpu", lambda index: 0))
+    dispatch._loaded["triton"] = Captured(dispatch.load("triton"))
+    dispatch._CPU_FIRST = dispatch.NAMES
+    bench.backends.runnable = lambda device: ["cuda", "triton"]
+    bench.buffers.HOT_SLOTS = bench.buffers.FEWEST_SLOTS_OF_A_GRAPH = 2  # an interpreted call takes 15 ms
+    Profile.machine = native.machine()
+    bench.memory.profile = Profile  # type: ignore[misc, assignment]
+    bench.gpu.build.in_place = lambda: Path(path)
+    bench.gpu.build.load_extension = lambda path: native
+    OnTheCpu().__enter__()
