@@ -294,7 +294,13 @@ def small_module_cases(suite: str, full: bool, device: str) -> list[Case]:
         else replace(
             case,
             note="WRN-10-1 to WRN-10-1",
-            extra={"teacher": "wrn-10-1", "student": "wrn-10-1", "regressor": "conv3", "side": 8, "classes": 4},
+            extra={
+                "teacher": "wrn-10-1",
+                "student": "wrn-10-1",
+                "regressor": "conv3",
+                "side": 8,
+                "classes": 4,
+            },
         )
     ]
 

@@ -8,8 +8,12 @@ has it), `failure` (a row that raised), `left_out` (a case for which no time was
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
 
 
 class Lines:
@@ -19,8 +23,17 @@ class Lines:
         self.path = path
 
     def write(self, kind: str, **facts: Any) -> None:
+        text = without_paths(json.dumps({"kind": kind, **facts}, default=str))
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **facts}, default=str) + "\n")
+            file.write(text + "\n")
+
+
+def without_paths(text: str) -> str:
+    """The text without this machine's own folders: a stored run speaks of the project alone."""
+    for folder in (str(ROOT), sys.prefix, str(Path.home()), tempfile.gettempdir()):
+        if len(folder) > 1:
+            text = text.replace(folder + "/", "")
+    return text
 
 
 def one_line(error: BaseException) -> str:

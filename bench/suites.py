@@ -90,9 +90,7 @@ class StepSuite:
 
     def of_provider(self, provider: Provider, case: Case, pool: Pool, names: list[str]) -> Built:
         wanted = [incoming for incoming in case.gradients if row_name(provider, incoming) in names]
-        replayed = [
-            incoming for incoming in case.gradients if row_name(provider, incoming, GRAPH) in names
-        ]
+        replayed = [incoming for incoming in case.gradients if row_name(provider, incoming, GRAPH) in names]
         if not wanted and not replayed:
             return
         # One build serves every incoming gradient: torch.compile compiles once a case.

@@ -1,14 +1,28 @@
-"""What all test folders share: the `slow` mark, off unless asked for."""
+"""What all test folders share: the `slow` mark, off unless asked for, and the emulated CUDA back end."""
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
 # Before torch comes in: threads that wait spin otherwise, and beside a busy neighbour each region of two
 # threads then takes fifty times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture(scope="session")
+def emulated_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA back end's functions compiled for the host (tests/emulation), built once."""
+    pytest.importorskip("pybind11", reason="pybind11 is needed to build the emulated module")
+    sys.path.insert(0, str(Path(__file__).parent / "emulation"))
+    from emulated import build_module, compiler
+
+    if compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    return build_module(tmp_path_factory.mktemp("emulated"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-
 # Asked once: dynamo of torch 2.6 to 2.11 cannot trace `is_autocast_available`.
 _HAVE_AUTOCAST = frozenset(
     kind

@@ -31,12 +31,22 @@ def parser() -> argparse.ArgumentParser:
     names = [stage.name for stage in STAGES]
     arguments = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
     arguments.add_argument(
-        "--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help="of the whole run (default: 430)"
+        "--limit",
+        type=float,
+        default=LIMIT_SECONDS,
+        metavar="SECONDS",
+        help="of the whole run (default: 430)",
     )
     arguments.add_argument(
-        "--only", action="append", choices=names, metavar="STAGE", help=f"this one; may be repeated: {', '.join(names)}"
+        "--only",
+        action="append",
+        choices=names,
+        metavar="STAGE",
+        help=f"this one; may be repeated: {', '.join(names)}",
     )
-    arguments.add_argument("--small", action="store_true", help="every stage's shortest way: to try the run itself")
+    arguments.add_argument(
+        "--small", action="store_true", help="every stage's shortest way: to try the run itself"
+    )
     arguments.add_argument(
         "--out", type=Path, metavar="FOLDER", help="for the results (default: $OUT, else runs/gpu-NAME)"
     )

@@ -33,8 +33,8 @@ def in_place() -> Path | None:
     return next((path for path in found if path.exists()), None)
 
 
-def fault(path: Path) -> str | None:
-    """Why the extension cannot serve a GPU run, or None."""
+def stale(path: Path) -> str | None:
+    """Why the extension must be built anew for this device, or None."""
     try:
         native = load_extension(path)
     except ImportError as error:
@@ -45,8 +45,14 @@ def fault(path: Path) -> str | None:
         return "it was built from other sources"
     if not hasattr(native, "cuda_free_numbers"):
         return "it was built without VIDFAST_TUNE"
-    reason = str(native.cuda_unavailable() or native.cuda_device_unsupported())
-    return reason or None
+    if native.cuda_unavailable():
+        return None  # no build would help
+    return str(native.cuda_device_unsupported()) or None
+
+
+def unavailable(path: Path) -> str | None:
+    """Why no build of the extension could run here, or None."""
+    return str(load_extension(path).cuda_unavailable()) or None
 
 
 def load_extension(path: Path) -> Any:

@@ -11,6 +11,7 @@ at any time:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -95,7 +96,9 @@ class Runner:
         out.mkdir(parents=True, exist_ok=True)
         for name in (RESULTS, SUMMARY, ARCHIVE):
             if (out / name).exists():
-                raise FileExistsError(f"{out / name} is an earlier run's: name another folder, or move it away")
+                raise FileExistsError(
+                    f"{out / name} is an earlier run's: name another folder, or move it away"
+                )
         self.lines = Lines(out / RESULTS)
 
     def run(self) -> int:
@@ -150,10 +153,8 @@ class Runner:
         child = os.fork()
         if child == 0:
             _in_the_child(stage, job, log)
-        try:
-            os.setpgid(child, child)  # the child does so too: whoever comes first
-        except (PermissionError, ProcessLookupError):
-            pass
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            os.setpgid(child, child)  # the child does so too, whichever comes first
         self.child = child
         end = time.monotonic() + job.seconds
         cut_off, kill_at = False, float("inf")
@@ -201,6 +202,7 @@ def _in_the_child(stage: Stage, job: Job, log: Path) -> None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         code = stage.run(job) or 0
     except KeyboardInterrupt:
         print("cut off")
@@ -214,10 +216,8 @@ def _in_the_child(stage: Stage, job: Job, log: Path) -> None:
 
 
 def _signal_group(process: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process, number)
-    except ProcessLookupError:
-        pass
 
 
 def _last_line(log: Path) -> str:

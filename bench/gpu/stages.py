@@ -60,21 +60,26 @@ def build(job: Job) -> int | None:
     """Uses the extension that is in place, if it is of these sources and runs here; else builds it."""
     del job
     path = extension.in_place()
-    reason = "there is none in place" if path is None else extension.fault(path)
-    if reason is None:
-        print(f"the prebuilt {path.name if path else ''} is of these sources and runs here")
-        return 0
-    print(f"{reason}: it is built", flush=True)
-    extension.build()
-    path = extension.in_place()
-    reason = "the build left nothing behind" if path is None else extension.fault(path)
-    print(reason or "built")
+    reason = "there is none in place" if path is None else extension.stale(path)
+    if reason is not None:
+        print(f"{reason}: it is built", flush=True)
+        extension.build()
+        path = extension.in_place()
+        reason = "the build left nothing behind" if path is None else extension.stale(path)
+    if reason is None and path is not None:
+        reason = extension.unavailable(path)
+    print(reason or f"{path.name if path else ''} is of these sources and runs here")
     return 0 if reason is None else 1
 
 
 def machine(job: Job) -> int | None:
     """Device, driver, compilers, packages; the head of the results."""
-    for tool in (("nvidia-smi",), ("nvcc", "--version"), ("ncu", "--version"), ("compute-sanitizer", "--version")):
+    for tool in (
+        ("nvidia-smi",),
+        ("nvcc", "--version"),
+        ("ncu", "--version"),
+        ("compute-sanitizer", "--version"),
+    ):
         print(f"$ {' '.join(tool)}", flush=True)
         try:
             subprocess.run(tool, check=False, timeout=20)
@@ -82,7 +87,16 @@ def machine(job: Job) -> int | None:
             print(f"  {error}")
     from importlib.metadata import PackageNotFoundError, version
 
-    packages = ("torch", "triton", "numpy", "setuptools", "pybind11", "pytest", "pytest-xdist", "pytest-benchmark")
+    packages = (
+        "torch",
+        "triton",
+        "numpy",
+        "setuptools",
+        "pybind11",
+        "pytest",
+        "pytest-xdist",
+        "pytest-benchmark",
+    )
     for package in packages:
         try:
             print(f"{package} {version(package)}")
@@ -181,7 +195,7 @@ def rates(job: Job) -> int | None:
 
 
 def warm(job: Job, cases: Sequence[Any]) -> None:
-    """Compiles Triton's kernels for the cases in processes side by side: into its cache, from which the rest is read."""
+    """Compiles Triton's kernels for the cases in processes side by side, into its cache on disk."""
     from bench.buffers import Pool
     from bench.device_kernels import PRIMITIVES, DeviceKernel
     from bench.gpu.workers import share
@@ -261,7 +275,7 @@ def tune(job: Job) -> int | None:
 
 
 def tests(*arguments: str, **environment: str) -> int:
-    """Runs tests, with as many processes as there are cores; without pytest-xdist in this process, which is prepared."""
+    """Runs tests, in a process a core; without pytest-xdist in this process, which is prepared."""
     words = ("-q", "-p", "no:cacheprovider", *arguments)
     if importlib.util.find_spec("xdist") is not None:
         parallel = ("-n", str(processes()))
@@ -283,8 +297,8 @@ def core_cuda(job: Job) -> int | None:
 
 def on_the_gpu(job: Job) -> int | None:
     """Streams, graphs, launches."""
-    del job
-    return tests("tests/cuda/test_cuda_gpu.py", "tests/cuda/test_cuda_backend.py")
+    apart = () if job.small else ("tests/cuda/test_cuda_backend.py",)
+    return tests("tests/cuda/test_cuda_gpu.py", *apart)
 
 
 def core_triton(job: Job) -> int | None:
@@ -317,7 +331,7 @@ def profile(job: Job) -> int | None:
 
 
 def memcheck(job: Job) -> int | None:
-    """compute-sanitizer's memcheck over few shapes; without the caching allocator every tensor has bounds of its own."""
+    """compute-sanitizer's memcheck over few shapes, each tensor with an allocation and so bounds of its own."""
     sanitizer = toolkit("compute-sanitizer")
     if sanitizer is None:
         return not_here("compute-sanitizer is not on this machine")
@@ -329,9 +343,7 @@ def memcheck(job: Job) -> int | None:
     return None
 
 
-def stage(
-    name: str, most_seconds: float, run: Callable[[Job], int | None], prepared: bool = False
-) -> Stage:
+def stage(name: str, most_seconds: float, run: Callable[[Job], int | None], prepared: bool = False) -> Stage:
     assert run.__doc__ is not None
     return Stage(name, run.__doc__.splitlines()[0].rstrip("."), most_seconds, run, prepared)
 

@@ -152,7 +152,9 @@ def test_every_provider_computes_the_loss_and_leaves_the_buffers_as_they_were(
     """torch.compile, whose formula is eager's, is left to the benchmark: compiling takes seconds a case."""
     pool = Pool(case)
     oracle = Oracle(case, pool.pristine, pool.slots[0].target, pool.alpha, EPS)
-    providers = [p for p in [*baselines("cpu", full=True), *vidfast_providers("cpu", True)] if p.family != "compile"]
+    providers = [
+        p for p in [*baselines("cpu", full=True), *vidfast_providers("cpu", True)] if p.family != "compile"
+    ]
     assert {"eager", "torch", "vidfast", "reference"} <= {provider.family for provider in providers}
     for provider in providers:
         contender = StepContender(provider, case, pool, provider.build(case), incoming)

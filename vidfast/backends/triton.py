@@ -341,7 +341,7 @@ class TritonBackend:
 
 
 def _interpreter_fault() -> str | None:
-    """Why this Triton's interpreter cannot run here, or None. Triton 3.6 cannot count with numpy 2.5."""
+    """Why this Triton's interpreter cannot run here, or None. Triton 3.6 cannot count with numpy 2.4 and later."""
     import numpy
     import triton
 

@@ -20,7 +20,11 @@ HELP = "pages of tables and plots from stored benchmark runs"
 
 def add_arguments(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument(
-        "results", nargs="+", type=Path, metavar="RESULTS.json", help="stored by `python -m pytest bench`"
+        "results",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS",
+        help="stored by `python -m pytest bench` (.json) or bench/gpu.sh (.jsonl)",
     )
     arguments.add_argument(
         "--compare", type=Path, metavar="OLD.json", help="mark what changed since this run beyond noise"
@@ -30,7 +34,9 @@ def add_arguments(arguments: argparse.ArgumentParser) -> None:
     )
     arguments.add_argument("--title", default="vidfast benchmarks", help="the page's title")
     arguments.add_argument(
-        "--readme", type=Path, help="write the table between this file's markers instead of a page"
+        "--readme",
+        type=Path,
+        help="write what the runs say between this file's markers (README.md, docs/kernel-notes.md) instead of a page",
     )
     arguments.add_argument(
         "--check", action="store_true", help="with --readme: write nothing, fail if it is not current"

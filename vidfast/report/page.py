@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
-from vidfast.report import figures, tables
+from vidfast.report import device, figures, tables
 from vidfast.report.document import Figure, Page, Section, Table
 from vidfast.report.results import FORWARD, KERNEL, OVERHEAD, SCALING, STEP, Run, contended_share
 
@@ -85,7 +85,10 @@ def describe_backends(own: dict[str, Any]) -> str:
 def of_run(run: Run, drawn: Iterable[Figure]) -> list[Section]:
     """The sections of one run."""
     head = Section(f"{run.name}: {run.device}", 2, [facts(run)])
+    drawn = list(drawn)
     sections = [head]
+    if run.gpu:
+        sections += device.sections(run)
     if run.of(STEP):
         text = "Time of forward and backward at g = 1 (nothing multiplies the loss outside), and what vidfast gains."
         blocks: list[str | Table | Figure] = [text, tables.summary(run), *drawn]
@@ -95,7 +98,9 @@ def of_run(run: Run, drawn: Iterable[Figure]) -> list[Section]:
             sections.append(
                 Section(f"Loss step at g = {incoming:g}", 3, [tables.summary(run, STEP, incoming)])
             )
-    if run.of(KERNEL):
+    elif drawn:
+        sections.append(Section("Figures", 3, [*drawn]))
+    if run.of(KERNEL) and not run.gpu:
         text = "The native calls over existing buffers, without allocation or autograd; shares are of the copy's rate."
         sections.append(Section("Kernels alone", 3, [text, tables.kernels(run)]))
     if run.of(FORWARD):
@@ -110,7 +115,7 @@ def of_run(run: Run, drawn: Iterable[Figure]) -> list[Section]:
     for suite in others_of(run):
         sections.append(Section(suite[:1].upper() + suite[1:], 3, [MODULES_TEXT, tables.modules(run, suite)]))
     sections.append(Section("Where vidfast does not lead", 3, [listing(tables.shortfalls(run))]))
-    details = [suite for suite in (STEP, FORWARD, KERNEL, OVERHEAD, SCALING) if run.of(suite)]
+    details = [suite for suite in (STEP, FORWARD, KERNEL, OVERHEAD, SCALING, device.TUNING) if run.of(suite)]
     sections.append(Section("Every row", 3, [LEGEND]))
     sections += [
         Section(f"{suite}: {case}", 4, [tables.detail(run, suite, case)], folded=True)
@@ -122,7 +127,7 @@ def of_run(run: Run, drawn: Iterable[Figure]) -> list[Section]:
 
 def others_of(run: Run) -> list[str]:
     """The suites without a section of their own: whole modules and training steps."""
-    known = {STEP, FORWARD, KERNEL, SCALING, OVERHEAD}
+    known = {STEP, FORWARD, KERNEL, SCALING, OVERHEAD, device.TUNING}
     return [suite for suite in dict.fromkeys(row.suite for row in run.rows) if suite not in known]
 
 

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from vidfast.report import device
 from vidfast.report.document import Figure
 from vidfast.report.results import COMPILE, COPY, EAGER, KERNEL, SCALING, STEP, TORCH_LOSS, Row, Run
 from vidfast.report.tables import short, strategies
@@ -103,7 +104,8 @@ def roofline(run: Run, plt: Any) -> Figure | None:
             line(
                 axes, mine, rates, label=short(provider), color=colour(provider), marker=marker(run, provider)
             )
-    for provider in dict.fromkeys(row.provider for row in run.of(KERNEL) if "in place" in row.provider):
+    in_place = (row.provider for row in run.of(KERNEL) if "in place" in row.provider and run.gpu is None)
+    for provider in dict.fromkeys(in_place):
         mine = [row for row in run.of(KERNEL) if row.provider == provider and row.facts["dtype"] == "float32"]
         line(
             axes,
@@ -124,6 +126,45 @@ def roofline(run: Run, plt: Any) -> Figure | None:
         "Rate against size. Above the copy's line is possible in place: a store finds its line in the cache, where "
         "the copy first reads what it overwrites.",
     )
+    plt.close(figure)
+    return drawn
+
+
+def device_kernels(run: Run, plt: Any) -> Figure | None:
+    """A GPU's kernels alone: the share of the copy's rate that one pass reaches, case by case."""
+    names = device.backends(run) if run.gpu else []
+    cases = run.cases(KERNEL)
+    if not names or not cases:
+        return None
+    figure, axes = plt.subplots(figsize=(7.2, 0.9 + 0.3 * len(cases)))
+    for number, backend in enumerate(names):
+        for primitive in device.ONE_PASS:
+            points = [
+                (100 * row.share_of_copy, index)
+                for index, case in enumerate(cases)
+                if (row := device.kernel(run, case, backend, primitive)) is not None
+                and row.share_of_copy is not None
+            ]
+            axes.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                linestyle="",
+                marker=MARKERS[number % len(MARKERS)],
+                color=COLOURS["in place" if "place" in primitive else "one_pass"],
+                label=f"{backend} {primitive}",
+            )
+    for index, case in enumerate(cases):
+        size = next(row.pass_bytes for row in run.of(KERNEL) if row.case == case)
+        aim = next((share for least, share in device.SHARES if size >= least), None)
+        if aim is not None:
+            axes.plot([100 * aim] * 2, [index - 0.4, index + 0.4], color=COLOURS[COMPILE], linewidth=1.5)
+    axes.axvline(100, color=INK, linestyle="--", linewidth=1)
+    axes.set(xlabel="share of the copy's rate, % (bar: the aim for this size)", xlim=(0, None))
+    axes.set_yticks(range(len(cases)), cases)
+    axes.invert_yaxis()
+    axes.set_title(f"One pass, device time, cold ({run.device})")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    drawn = draw(figure, "kernels", "Share of the copy's rate that one pass reaches, from CUDA graphs.")
     plt.close(figure)
     return drawn
 
@@ -195,24 +236,26 @@ def memory(run: Run, plt: Any) -> Figure | None:
     rows = [
         row
         for row in run.of(STEP)
-        if row.case == large.case and row.family != "copy" and row.provider != "vidfast default"
+        if row.case == large.case
+        and row.family != "copy"
+        and row.provider != "vidfast default"
+        and not row.graph
     ]
     providers = list(dict.fromkeys(row.provider for row in rows))
     figure, axes = plt.subplots(figsize=(7.2, 0.9 + 0.36 * len(providers)))
     for index, provider in enumerate(providers):
-        for row in (row for row in rows if row.provider == provider):
+        for row, peak in ((row, row.peak_passes) for row in rows if row.provider == provider):
+            assert peak is not None, "only a graph's is not known"
             unit = row.incoming == 1.0
             offset = -0.18 if unit else 0.18
             axes.barh(
                 index + offset,
-                row.peak_passes,
+                peak,
                 height=0.34,
                 color=colour(provider),
                 alpha=1.0 if unit else 0.45,
             )
-            axes.text(
-                row.peak_passes + 0.05, index + offset, f"{row.peak_passes:.1f}", va="center", fontsize=7
-            )
+            axes.text(peak + 0.05, index + offset, f"{peak:.1f}", va="center", fontsize=7)
     axes.set_yticks(range(len(providers)), [short(provider) for provider in providers])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -277,6 +320,7 @@ def all_figures(run: Run) -> Iterable[Figure]:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    drawing = (device_kernels, roofline, against_eager, against_compile, memory, scaling)
     with plt.rc_context(STYLE):
-        drawn = [plot(run, plt) for plot in (roofline, against_eager, against_compile, memory, scaling)]
+        drawn = [plot(run, plt) for plot in drawing]
     return [figure for figure in drawn if figure is not None]

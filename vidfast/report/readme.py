@@ -1,4 +1,7 @@
-"""The README's benchmark table, between two markers: generated, and checked to be the stored result."""
+"""Parts of documents that stored runs make, between two markers: generated, and checked to be what is stored.
+
+The README's table, and what docs/kernel-notes.md says of GPUs.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from vidfast.report import figures, tables
+from vidfast.report import device, figures, tables
 from vidfast.report.document import Table
 from vidfast.report.results import COMPILE, EAGER, STEP, Run, contended_share
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+NOTES_BEGIN, NOTES_END = "<!-- measured on GPUs: begin -->", "<!-- measured on GPUs: end -->"
 
 
 def best(run: Run, ending: str) -> list[str]:
@@ -71,6 +75,9 @@ def block(runs: Sequence[Run]) -> str:
     parts: list[str] = []
     spinning = [run for run in runs if not sleeping(run)]
     for run in runs:
+        if run.gpu:
+            parts.append(device.summary(run))
+            continue
         sentence = cost_of_sleeping(run, spinning) if sleeping(run) else None
         if sentence is not None:
             parts.append(sentence)
@@ -79,17 +86,24 @@ def block(runs: Sequence[Run]) -> str:
         busy, cases = contended_share(run.rows)
         load = f"; {busy} of {cases} cases beside other work" if busy else ""
         parts.append(f"**{run.device}**, torch {torch}, {run.date[:10]}{load}:\n\n{table(run).markdown()}")
-    if not any(run.machine.get("vidfast", {}).get("gpu") for run in runs):
+    if not any(run.gpu for run in runs):
         parts.append("GPU figures are pending: no stored run was made on a GPU.")
     return "\n\n".join(parts)
 
 
 def insert(text: str, runs: Sequence[Run]) -> str:
-    """`text` with the block between its markers. ValueError if it does not have each marker once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"wanted the markers {BEGIN} and {END} once each, in this order")
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    return f"{head}\n{block(runs)}\n{tail}"
+    """`text` with its blocks anew, whichever it has the markers of.
+
+    ValueError if it has neither pair of markers, or not each once and in order.
+    """
+    blocks = ((BEGIN, END, block), (NOTES_BEGIN, NOTES_END, device.notes))
+    written = [(begin, end, make) for begin, end, make in blocks if begin in text or end in text]
+    for begin, end, make in written or blocks[:1]:
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(f"wanted the markers {begin} and {end} once each, in this order")
+        head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+        text = f"{head}\n{make(runs)}\n{tail}"
+    return text
 
 
 def update(path: Path, runs: Sequence[Run]) -> bool:

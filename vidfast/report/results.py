@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,15 @@ class Row:
         return None if share is None else float(share)
 
     @property
-    def peak_passes(self) -> float:
-        """Peak extra memory as a multiple of one tensor of the case."""
-        return float(self.facts["peak_extra_bytes"]) / self.pass_bytes
+    def peak_passes(self) -> float | None:
+        """Peak extra memory as a multiple of one tensor of the case; None for a graph, which allocates nothing."""
+        peak = self.facts["peak_extra_bytes"]
+        return None if peak is None else float(peak) / self.pass_bytes
+
+    @property
+    def graph(self) -> bool:
+        """Whether a CUDA graph was replayed: the device's time alone."""
+        return bool(self.facts.get("graph", False))
 
     @property
     def useful_gb_per_s(self) -> float:
@@ -108,13 +115,23 @@ class Run:
     commit: dict[str, Any]
     machine: dict[str, Any]
     rows: list[Row] = field(repr=False)
+    # Of a run on a GPU (`bench/gpu.sh`): its stages in order, its checks, rows that failed and cases left out.
+    stages: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    checks: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    failures: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    left_out: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def gpu(self) -> dict[str, Any] | None:
+        """Name, memory and software of the GPU that was measured, if it was one."""
+        found: dict[str, Any] | None = self.machine.get("vidfast", {}).get("gpu")
+        return found
 
     @property
     def device(self) -> str:
         """What the figures were measured on, by name."""
-        gpu = self.machine.get("vidfast", {}).get("gpu")
-        if gpu:
-            return str(gpu["name"])
+        if self.gpu:
+            return str(self.gpu["name"])
         cpu = self.machine.get("cpu", {})
         threads = self.machine.get("vidfast", {}).get("torch_threads")
         return f"{cpu.get('brand_raw', 'CPU')}, {threads} threads"
@@ -142,10 +159,12 @@ class Run:
 
 
 def load(path: Path) -> Run:
-    """Read a file that `python -m pytest bench` stored.
+    """Read a file that `python -m pytest bench` (.json) or `bench/gpu.sh` (.jsonl) stored.
 
     Raises FileNotFoundError, or ValueError if the file is no such result.
     """
+    if path.suffix == ".jsonl":
+        return load_lines(path)
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -157,11 +176,42 @@ def load(path: Path) -> Run:
     rows = [read_row(path, row) for row in stored["benchmarks"]]
     if not rows:
         raise ValueError(f"{path}: holds no benchmark")
+    return run_of(path, stored, rows)
+
+
+def load_lines(path: Path) -> Run:
+    """Read lines of JSON (bench/lines.py). A last line that was cut off while it was written is left away."""
+    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            found = json.loads(line)
+            lines[found.pop("kind")].append(found)
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            raise ValueError(
+                f"{path}: line {number}: wanted an object with a 'kind' (bench/lines.py), got {line.strip()[:60]!r}"
+            ) from None
+    if len(lines["machine"]) != 1:
+        raise ValueError(f"{path}: wanted one line of kind 'machine', got {len(lines['machine'])}")
+    rows = [read_row(path, row) for row in lines["row"]]
+    run = run_of(path, lines["machine"][0], rows)
+    return replace(
+        run,
+        stages=lines["stage"],
+        checks=lines["check"],
+        failures=lines["failure"],
+        left_out=lines["left_out"],
+    )
+
+
+def run_of(path: Path, head: dict[str, Any], rows: list[Row]) -> Run:
     return Run(
         path.stem,
-        str(stored.get("datetime", "")),
-        stored.get("commit_info", {}),
-        stored["machine_info"],
+        str(head.get("datetime", "")),
+        head.get("commit_info", {}),
+        head["machine_info"],
         rows,
     )
 
@@ -171,15 +221,17 @@ def read_row(path: Path, stored: dict[str, Any]) -> Row:
     missing = [name for name in REQUIRED if name not in facts]
     if missing:
         raise ValueError(
-            f"{path}: {stored.get('fullname', 'a row')} was not stored by vidfast's bench: no {', '.join(missing)}"
+            f"{path}: {name_of(stored)} was not stored by vidfast's bench: no {', '.join(missing)}"
         )
     data = stored.get("stats", {}).get("data")
     if not data:
-        raise ValueError(
-            f"{path}: {stored.get('fullname', 'a row')} has no samples; store with --benchmark-json"
-        )
+        raise ValueError(f"{path}: {name_of(stored)} has no samples; store with --benchmark-json")
     key = f"{facts['suite']}: {facts['case']} | {facts['provider']} g={facts['incoming_gradient']:g}"
     return Row(key, facts, Samples.spread(data, int(facts.get("case_rounds", len(data)))))
+
+
+def name_of(stored: dict[str, Any]) -> str:
+    return str(stored.get("fullname") or stored.get("name") or "a row")
 
 
 def contended_share(rows: Iterable[Row]) -> tuple[int, int]:

@@ -30,7 +30,9 @@ def strategies(run: Run) -> list[str]:
     """The back ends' rows, by name, in the order measured."""
     return list(
         dict.fromkeys(
-            row.provider for row in run.of(STEP) if row.family == "vidfast" and row.provider != DEFAULT
+            row.provider
+            for row in run.of(STEP)
+            if row.family == "vidfast" and row.provider != DEFAULT and not row.graph
         )
     )
 
@@ -203,6 +205,7 @@ def shortfalls(run: Run) -> list[str]:
             )
         if (
             row.suite == KERNEL
+            and run.gpu is None  # a GPU's have aims by size: device.aims
             and row.provider != COPY
             and row.cold
             and (row.share_of_copy or 1.0) < KERNEL_SHARE

@@ -1,0 +1,214 @@
+"""What the report says of a run on a GPU: lines that were cut, aims, which back end is faster, and the documents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stored_runs import Row, stored_row
+
+from vidfast.report import device, main, readme
+from vidfast.report.results import Run, load
+
+NOISE = (1.0, 1.02, 0.98, 1.01, 0.99)
+LARGE, MIDDLE, SMALL = 200_000_000, 50_000_000, 1_000_000
+
+
+def samples(seconds: float) -> list[float]:
+    return [seconds * factor for factor in NOISE]
+
+
+def kernel(provider: str, seconds: float, share: float, nbytes: int = LARGE, **facts: object) -> Row:
+    return stored_row(
+        provider,
+        samples(seconds),
+        suite="kernel alone",
+        case=f"case of {nbytes}",
+        pass_bytes=nbytes,
+        share_of_copy=share,
+        graph=True,
+        peak_extra_bytes=None,
+        **facts,
+    )
+
+
+def kernels(cuda: float = 0.95, triton: float = 0.85, nbytes: int = LARGE) -> list[Row]:
+    rows = [kernel("copy", 1e-4, 1.0, nbytes, family="copy")]
+    for name, share in (("cuda", cuda), ("triton", triton)):
+        rows += [kernel(f"{name} {p}", 1.5e-4 / share, share, nbytes) for p in device.ONE_PASS]
+    return rows
+
+
+HEAD = {
+    "kind": "machine",
+    "machine_info": {
+        "cpu": {"brand_raw": "Processor X"},
+        "python_version": "3.12",
+        "vidfast": {
+            "torch": "2.11.0",
+            "gpu": {"name": "GPU Y", "memory_bytes": 1 << 36, "capability": "9.0", "cuda": "13.0"},
+            "vidfast": {"vidfast": "0.1.0", "backends": {"triton": {"triton": "3.6.0"}}},
+        },
+    },
+    "commit_info": {"id": "0123456789abcdef", "dirty": False},
+    "datetime": "2030-01-02T03:04:05",
+}
+CHECK = {"kind": "check", "backend": "cuda", "calls": 7, "wrong": 0, "errors": []}
+
+
+def store(path: Path, rows: Sequence[Row] = (), others: Sequence[dict[str, Any]] = ()) -> Path:
+    lines = [HEAD, *({"kind": "row", **row} for row in rows), *others]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run_of(tmp_path: Path, rows: Sequence[Row], others: Sequence[dict[str, Any]] = ()) -> Run:
+    return load(store(tmp_path / "gpu-y.jsonl", rows, others))
+
+
+def test_a_line_that_was_cut_off_is_left_away(tmp_path: Path) -> None:
+    path = store(tmp_path / "run.jsonl", kernels())
+    whole = load(path)
+    path.write_text(path.read_text()[:-40])
+    assert len(load(path).rows) == len(whole.rows) - 1
+    assert whole.device == "GPU Y"
+    assert whole.date.startswith("2030-01-02")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "one line of kind 'machine', got 0"),
+        (json.dumps(HEAD) + "\n" + json.dumps(HEAD) + "\n", "one line of kind 'machine', got 2"),
+        ("{}\n", "line 1: wanted an object with a 'kind'"),
+        ("[1]\n", "line 1: wanted an object with a 'kind'"),
+        (json.dumps(HEAD) + "\nnonsense\n" + json.dumps(CHECK) + "\n", "line 2: wanted an object"),
+        (json.dumps(HEAD) + '\n{"kind": "row", "name": "x"}\n', "x was not stored by vidfast's bench"),
+    ],
+)
+def test_lines_that_are_no_result_are_one_line(
+    text: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text(text)
+    assert main([str(path), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_aims_are_by_size_and_can_be_missed(tmp_path: Path) -> None:
+    rows = [*kernels(0.91, 0.89), *kernels(0.81, 0.79, MIDDLE), *kernels(0.2, 0.1, SMALL)]
+    found = {(aim.what, aim.wanted): aim.met for aim in device.aims(run_of(tmp_path, rows))}
+    for size, wanted in ((LARGE, "90%"), (MIDDLE, "80%")):
+        for primitive in device.ONE_PASS:
+            assert found.pop((f"case of {size}: cuda {primitive}", f"{wanted} of the copy"))
+            assert not found.pop((f"case of {size}: triton {primitive}", f"{wanted} of the copy"))
+    assert not found, "no aim for a small tensor"
+
+
+@pytest.mark.parametrize(("ours", "met"), [(1e-3, [True, True]), (2e-3, [False, False])])
+def test_aims_of_steps_are_against_eager_and_compile(
+    ours: float, met: list[bool], tmp_path: Path
+) -> None:
+    seconds = {"eager": 7e-3, "torch.compile": 1.7e-3, "vidfast default": ours}
+    rows = [stored_row(name, samples(s), pass_bytes=LARGE) for name, s in seconds.items()]
+    found = device.aims(run_of(tmp_path, rows))
+    assert [aim.wanted for aim in found] == ["6.00x", "1.60x"]
+    assert [aim.met for aim in found] == met
+
+
+@pytest.mark.parametrize(("cuda", "triton", "first"), [(0.9, 0.8, "cuda"), (0.8, 0.9, "triton")])
+def test_which_back_end_is_the_faster(cuda: float, triton: float, first: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path, [*kernels(cuda, triton), *kernels(cuda, triton, MIDDLE)])
+    assert device.backends(run) == ["cuda", "triton"]
+    assert device.faster(run, "cuda", "triton") == pytest.approx(cuda / triton)
+    assert device.order(run)[0] == first
+    alone = run_of(tmp_path, [row for row in kernels() if "triton" not in row["fullname"]])
+    assert device.order(alone) == ["cuda"]
+    assert device.compared(alone) == ""
+
+
+def test_tuning_shows_what_differs_beyond_the_spread(tmp_path: Path) -> None:
+    def row(provider: str, seconds: float) -> Row:
+        return stored_row(provider, samples(seconds), suite="tuning", graph=True)
+
+    rows = [row("copy", 1e-4), row("as built", 1e-4), row("kLoads=1", 2e-4), row("kLoads=2", 1e-4)]
+    rows += [row("kPlane=256", 8e-5), row("kBlocks=512", 1e-4)]
+    table = device.tuning(run_of(tmp_path, rows))
+    assert list(table.header) == ["case", "as built", "kLoads", "kPlane", "kBlocks"]
+    assert [list(cells) for cells in table.rows] == [
+        ["8x4x2x2 float32", "100 us", "1: -50%", "256: +25%", "tie"]
+    ]
+
+
+def test_a_page_shows_what_went_wrong(tmp_path: Path) -> None:
+    others: list[dict[str, Any]] = [
+        {**CHECK, "wrong": 1, "errors": [{"problem": "cuda 2x3", "error": "d mean: 5 of 6"}]},
+        {"kind": "failure", "suite": "loss step", "case": "c", "row": "r", "error": "RuntimeError: no"},
+        {"kind": "left_out", "suite": "tuning", "case": "the last"},
+        {
+            "kind": "stage",
+            "stage": "rates",
+            "verdict": "cut off",
+            "seconds": 9.0,
+            "code": 130,
+            "last_line": "cut",
+        },
+    ]
+    path = store(tmp_path / "gpu-y.jsonl", kernels(), others)
+    assert main([str(path), "--output", str(tmp_path / "page")]) == 0
+    text = (tmp_path / "page" / "report.md").read_text()
+    for expected in (
+        "- cuda 2x3: d mean: 5 of 6",
+        "- loss step, c, r: RuntimeError: no",
+        "- tuning, the last",
+        "| rates | cut off | 9 | cut |",
+        "| case of 200000000: triton forward_grad | 90% of the copy | 85% | missed |",
+        "cuda 1.12 times as fast as triton",
+    ):
+        assert expected in text
+    svg = (tmp_path / "page" / "gpu-y-kernels.svg").read_text()
+    assert svg.startswith("<svg")
+
+
+def test_a_run_without_a_row_is_still_a_page(tmp_path: Path) -> None:
+    """Cut off before anything was measured: what was checked is told."""
+    path = store(tmp_path / "gpu-y.jsonl", [], [CHECK])
+    assert main([str(path), "--output", str(tmp_path / "page")]) == 0
+    assert "GPU Y" in (tmp_path / "page" / "report.md").read_text()
+    assert "cuda: 7 calls, 0 wrong" in readme.block([load(path)])
+
+
+def test_the_readme_has_device_time_and_whole_steps(tmp_path: Path) -> None:
+    steps = {"eager": 9e-3, "torch.compile": 3e-3, "vidfast default": 1e-3, "vidfast default graph": 8e-4}
+    rows = [*kernels(), *(stored_row(n, samples(s), graph="graph" in n) for n, s in steps.items())]
+    text = readme.block([run_of(tmp_path, rows, [CHECK])])
+    assert "**GPU Y**, torch 2.11.0, Triton 3.6.0, CUDA 13.0, 2030-01-02." in text
+    assert "| case of 200000000 | 200 MB |" in text
+    assert "158 us (95%)" in text
+    assert "| 8x4x2x2 float32 | 9.00 ms | 3.00 ms | 1.00 ms | 800 us | 9.00x | 3.00x |" in text
+    assert "pending" not in text
+
+
+def test_the_notes_are_written_between_their_markers(tmp_path: Path) -> None:
+    page = tmp_path / "notes.md"
+    page.write_text(f"before\n{readme.NOTES_BEGIN}\nold\n{readme.NOTES_END}\nafter\n")
+    cpu = tmp_path / "cpu.json"
+    machine = {"machine_info": {"cpu": {}}, "benchmarks": [stored_row("eager", samples(1.0))]}
+    cpu.write_text(json.dumps(machine))
+    assert main([str(cpu), "--readme", str(page)]) == 0
+    assert "No run on a GPU is stored" in page.read_text()
+    gpu = store(tmp_path / "gpu-y.jsonl", kernels(0.85))
+    assert main([str(cpu), str(gpu), "--readme", str(page), "--check"]) == 1
+    assert main([str(cpu), str(gpu), "--readme", str(page)]) == 0
+    text = page.read_text()
+    assert "`bench/results/gpu-y.jsonl`" in text
+    assert "Aims met: 0 of 4." in text
+    assert "- missed: case of 200000000: cuda forward_grad: 85%, aim 90% of the copy" in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")

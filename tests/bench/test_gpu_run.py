@@ -1,0 +1,250 @@
+"""`bench/gpu.sh` on the stand-in of a GPU (tests/stand_in): every stage, its results, and what a cut leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.gpu.stages import STAGES
+from vidfast.report import main, readme
+from vidfast.report.results import KERNEL, OVERHEAD, STEP, Run, load
+
+ROOT = Path(__file__).parents[2]
+STAND_IN = ROOT / "tests" / "stand_in"
+NAMES = [stage.name for stage in STAGES]
+
+
+@pytest.fixture(scope="module")
+def environment(emulated_module: Path) -> dict[str, str]:
+    pytest.importorskip("triton")
+    return {
+        **os.environ,
+        "VIDFAST_EMULATED_CUDA": str(emulated_module),
+        "VIDFAST_TEST_DEVICE": "cpu",
+        "TRITON_INTERPRET": "1",
+        "PYTHON": sys.executable,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(STAND_IN / "site"), str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PATH": os.pathsep.join([str(STAND_IN / "bin"), os.environ.get("PATH", "")]),
+    }
+
+
+def gpu_sh(*arguments: str) -> list[str]:
+    return ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
+
+
+@pytest.fixture(scope="module")
+def finished(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run. The limit is no test: a busy machine may take its time."""
+    out = tmp_path_factory.mktemp("gpu") / "out"
+    done = subprocess.run(
+        gpu_sh("--limit", "400", "--small", "--out", str(out)), env=environment, capture_output=True, text=True
+    )
+    logs = logs_of(out) if (out / "all.tgz").exists() else {}
+    assert done.returncode == 0, done.stdout + done.stderr + "\n".join(logs.values())[-8000:]
+    return out
+
+
+def logs_of(out: Path) -> dict[str, str]:
+    with tarfile.open(out / "all.tgz") as archive:
+        return {
+            name: archive.extractfile(name).read().decode(errors="replace")  # type: ignore[union-attr]
+            for name in archive.getnames()
+            if name.endswith(".log")
+        }
+
+
+def lines_of(out: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def test_every_stage_runs_to_its_end(finished: Path) -> None:
+    stages = lines_of(finished, "stage")
+    assert [line["stage"] for line in stages] == NAMES
+    assert {line["verdict"] for line in stages} == {"ok"}, stages
+    summary = (finished / "summary.txt").read_text().splitlines()
+    assert [line.split()[:2] for line in summary] == [[name, "ok"] for name in NAMES]
+    logs = logs_of(finished)
+    assert set(logs) == {f"{name}.log" for name in NAMES}
+    for name in ("core-cuda", "core-triton"):
+        assert " passed" in logs[f"{name}.log"]
+    assert "0 of them wrong" in logs["memcheck.log"]
+    with tarfile.open(finished / "all.tgz") as archive:
+        assert "ncu.ncu-rep" in archive.getnames()
+    assert len(list(finished.iterdir())) <= 8
+
+
+def test_the_first_line_tells_the_machine(finished: Path) -> None:
+    first = json.loads((finished / "results.jsonl").read_text().splitlines()[1])
+    assert first["kind"] == "machine", "the build's stage comes first, then this"
+    own = first["machine_info"]["vidfast"]
+    assert own["gpu"]["name"] == "Stand-in"
+    assert own["vidfast"]["vidfast"]
+    assert len(own["sources"]) == 12
+    assert first["datetime"]
+    text = (finished / "results.jsonl").read_text()
+    for folder in (ROOT, Path.home(), Path(sys.prefix), Path(tempfile.gettempdir())):
+        assert f"{folder}/" not in text, "a stored run names no folder of the machine"
+
+
+def run_of(finished: Path) -> Run:
+    return load(finished / "results.jsonl")
+
+
+def test_every_row_is_right_and_has_a_rate(finished: Path) -> None:
+    run = run_of(finished)
+    assert not run.failures
+    assert not run.left_out
+    assert {row.suite for row in run.rows} == {
+        KERNEL,
+        OVERHEAD,
+        STEP,
+        "VIDLoss",
+        "training step",
+        "tuning",
+    }
+    for row in run.rows:
+        bound = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 2e-3}[row.facts["dtype"]]
+        for error in (row.facts.get("error") or {}).values():
+            assert error is None or error < bound, row.key
+    kernels = [row for row in run.of(KERNEL) if row.provider != "copy"]
+    assert {row.provider.split()[0] for row in kernels} == {"cuda", "triton"}
+    assert all(row.graph and row.cold for row in kernels)
+    for row in kernels:
+        assert (row.share_of_copy is None) == row.provider.endswith("scale g=1"), row.key
+    passes = {row.provider.split(" ", 1)[1]: row.facts["bytes"] / row.pass_bytes for row in kernels}
+    assert passes == {
+        "forward": 2,
+        "forward_grad": 3,
+        "forward_grad in place": 3,
+        "backward": 3,
+        "scale g=1": 0,
+        "scale g=0.37": 2,
+    }
+    assert all(row.facts.get("error") for row in kernels if row.facts["dtype"] != "float16")
+
+
+def test_launches_and_the_host_are_counted_in_the_overhead_alone(finished: Path) -> None:
+    run = run_of(finished)
+    case = run.cases(OVERHEAD)[0]
+    one_pass = run.find(OVERHEAD, case, "vidfast cuda one_pass")
+    assert one_pass is not None
+    assert one_pass.facts["launches"] == 3, "a memset, the kernel, and the scaling"
+    assert one_pass.facts["host_seconds"] > 0
+    assert all("launches" not in row.facts for row in run.of(STEP))
+
+
+def test_the_pairs_of_a_training_step_are_clocked_by_events(finished: Path) -> None:
+    rows = run_of(finished).of("training step")
+    assert len(rows) == 2
+    for row in rows:
+        assert 0 < row.facts["pair_seconds"] < 1.5 * row.seconds.high
+
+
+def test_the_free_numbers_are_tried_beside_the_built_ones(finished: Path) -> None:
+    rows = run_of(finished).of("tuning")
+    names = {row.provider for row in rows}
+    assert {"copy", "as built", "kLoads=1"} <= names
+    assert all(row.graph for row in rows)
+
+
+def test_the_report_reads_it(finished: Path, tmp_path: Path) -> None:
+    assert main([str(finished / "results.jsonl"), "--output", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    for heading in ("What ran", "Kernels alone", "Free numbers of the CUDA back end", "Host overhead"):
+        assert f"### {heading}" in text
+    assert "cuda: 58 calls, 0 wrong" in text
+    assert (tmp_path / "results-kernels.svg").exists()
+    block = readme.block([run_of(finished)])
+    assert "**Stand-in**" in block
+    assert "pending" not in block
+
+
+def test_the_checks_on_the_stand_in(environment: dict[str, str]) -> None:
+    """What needs a device in this process: graphs, events."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(STAND_IN)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    last = done.stdout.splitlines()[-1]
+    assert " passed" in last
+    assert "skipped" not in last
+
+
+def test_interrupted_after_a_third_the_finished_stages_are_there(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        gpu_sh("--limit", "400", "--small", "--out", str(out)),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for _ in range(2400):
+        if (out / "results.jsonl").exists() and any(row["extra_info"] for row in lines_of(out, "row")):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    verdicts = {line["stage"]: line["verdict"] for line in lines_of(out, "stage")}
+    assert verdicts == {
+        **dict.fromkeys(("build", "machine", "smoke"), "ok"),
+        "rates": "cut off",
+        **dict.fromkeys(NAMES[4:], "left out"),
+    }
+    run = load(out / "results.jsonl")
+    assert run.checks[0]["wrong"] == 0
+    assert run.of(KERNEL), "what was measured before the cut"
+    assert set(logs_of(out)) == {f"{name}.log" for name in NAMES[:4]}
+    assert main([str(out / "results.jsonl"), "--output", str(tmp_path / "page")]) == 0
+
+
+def test_one_stage_alone(environment: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = gpu_sh("--small", "--only", "smoke", "--only", "machine")
+    done = subprocess.run(command, env={**environment, "OUT": str(out)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line["stage"] for line in lines_of(out, "stage")] == ["machine", "smoke"]
+    again = subprocess.run(command, env={**environment, "OUT": str(out)}, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "earlier run" in again.stderr
+    assert again.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [(("--only", "smok"), "invalid choice"), (("--limit", "0"), "positive number"), (("--limit", "x"), "float")],
+)
+def test_wrong_use_is_said(arguments: tuple[str, ...], complaint: str) -> None:
+    done = subprocess.run(
+        gpu_sh(*arguments), env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert complaint in done.stderr
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    """nvidia-smi fails here, wherever these tests run."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]),
+    }
+    done = subprocess.run(gpu_sh("--out", str(tmp_path / "out")), env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no NVIDIA GPU" in done.stderr
+    assert not (tmp_path / "out").exists()

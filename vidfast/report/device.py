@@ -1,0 +1,274 @@
+"""What a run on a GPU says: the kernels alone against the copy, the back ends against each other, aims and tuning."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vidfast.report import figures, tables
+from vidfast.report.document import Section, Table
+from vidfast.report.noise import times_faster
+from vidfast.report.results import COMPILE, COPY, EAGER, KERNEL, STEP, Row, Run
+
+TUNING, AS_BUILT = "tuning", "as built"
+ONE_PASS = ("forward_grad", "forward_grad in place")
+# What one pass of a kernel should reach of the copy's rate, by the bytes of a tensor: (from, share).
+SHARES = ((100e6, 0.90), (20e6, 0.80))
+# What a step of the default should gain on maps of this many bytes: over eager and over torch.compile.
+LARGE_MAP, OVER_EAGER, OVER_COMPILE = 100e6, 6.0, 1.6
+
+KERNELS_TEXT = (
+    "Device time alone, from CUDA graphs: one call for each of a set of buffers of four times the L2, so that inputs "
+    "are cold and nothing of the host is on the clock. Shares are of `copy_`, measured likewise on the same buffers."
+)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """One figure and what it was to be."""
+
+    what: str
+    wanted: str
+    found: str
+    met: bool
+
+
+def backends(run: Run) -> list[str]:
+    """The back ends whose kernels were measured alone, in the order of preference that the run had."""
+    return list(dict.fromkeys(row.provider.split()[0] for row in run.of(KERNEL) if row.provider != COPY))
+
+
+def kernel(run: Run, case: str, backend: str, primitive: str) -> Row | None:
+    return run.find(KERNEL, case, f"{backend} {primitive}")
+
+
+def kernels(run: Run, backend: str) -> Table:
+    """A line a case: the copy, and each of the back end's primitives."""
+    primitives = list(
+        dict.fromkeys(
+            row.provider.removeprefix(f"{backend} ")
+            for row in run.of(KERNEL)
+            if row.provider.startswith(f"{backend} ")
+        )
+    )
+    rows = []
+    for case in run.cases(KERNEL):
+        copy = run.find(KERNEL, case, COPY)
+        found = [kernel(run, case, backend, primitive) for primitive in primitives]
+        known = [row for row in (copy, *found) if row is not None]
+        cells = [tables.mark(case, known), figures.nbytes(known[0].pass_bytes)]
+        cells.append("" if copy is None else f"{figures.rate(copy.gb_per_s)} GB/s")
+        rows.append([*cells, *map(time_and_share, found)])
+    return Table([f"{backend}: case", "tensor", "copy", *primitives], rows)
+
+
+def time_and_share(row: Row | None) -> str:
+    if row is None:
+        return ""
+    share = figures.share(row.share_of_copy)
+    return figures.time(row.seconds.middle) + (f" ({share})" if share else "")
+
+
+def faster(run: Run, one: str, other: str) -> float | None:
+    """How many times faster `one`'s single passes are than the other's: the geometric mean over all cases."""
+    ratios = []
+    for case in run.cases(KERNEL):
+        for primitive in ONE_PASS:
+            ours, theirs = (kernel(run, case, name, primitive) for name in (one, other))
+            if ours is not None and theirs is not None:
+                ratios.append(times_faster(ours.samples, theirs.samples).value)
+    return statistics.geometric_mean(ratios) if ratios else None
+
+
+def order(run: Run) -> list[str]:
+    """The back ends, the fastest first: what `auto` should take, by this run."""
+    names = backends(run)
+    return sorted(names, key=lambda name: -(faster(run, name, names[0]) or 1.0))
+
+
+def aims(run: Run) -> list[Aim]:
+    """Every aim that the run has a figure for."""
+    found = []
+    for row in run.of(KERNEL):
+        if row.provider == COPY or row.provider.split(" ", 1)[1] not in ONE_PASS or row.share_of_copy is None:
+            continue
+        wanted = next((share for size, share in SHARES if row.pass_bytes >= size), None)
+        if wanted is not None and row.cold:
+            met = row.share_of_copy >= wanted
+            what = f"{row.case}: {row.provider}"
+            found.append(
+                Aim(what, f"{figures.share(wanted)} of the copy", figures.share(row.share_of_copy), met)
+            )
+    for row in run.of(STEP):
+        if row.provider != tables.DEFAULT or row.incoming != 1.0 or row.pass_bytes < LARGE_MAP:
+            continue
+        for baseline, wanted in ((EAGER, OVER_EAGER), (COMPILE, OVER_COMPILE)):
+            ratio = run.ratio(row, baseline)
+            if ratio is not None:
+                what = f"{row.case}: a step against {baseline}"
+                found.append(
+                    Aim(
+                        what,
+                        f"{figures.digits(wanted)}x",
+                        f"{figures.digits(ratio.value)}x",
+                        ratio.value >= wanted,
+                    )
+                )
+    return found
+
+
+def tuning(run: Run) -> Table:
+    """A line a case: every free number's values that beat the built one beyond the spread, or that lose to it."""
+    names = list(dict.fromkeys(row.provider.split("=")[0] for row in run.of(TUNING) if "=" in row.provider))
+    rows = []
+    for case in run.cases(TUNING):
+        built = run.find(TUNING, case, AS_BUILT)
+        if built is None:
+            continue
+        cells = [case, figures.time(built.seconds.middle)]
+        for name in names:
+            gains = []
+            for row in run.of(TUNING):
+                if row.case != case or row.provider.split("=")[0] != name:
+                    continue
+                ratio = times_faster(row.samples, built.samples)
+                if not ratio.tie:
+                    gains.append(f"{row.provider.split('=')[1]}: {100 * (ratio.value - 1):+.0f}%")
+            cells.append(", ".join(gains) or "tie")
+        rows.append(cells)
+    return Table(["case", AS_BUILT, *names], rows)
+
+
+def stages(run: Run) -> Table:
+    return Table(
+        ["stage", "", "seconds", "last line"],
+        [
+            [str(s["stage"]), str(s["verdict"]), f"{s['seconds']:.0f}", str(s["last_line"])[:100]]
+            for s in run.stages
+        ],
+        left=4,
+    )
+
+
+def checked(run: Run) -> str:
+    """One sentence on the checks against fp64 on the device."""
+    parts = [f"{c['backend']}: {c['calls']} calls, {c['wrong']} wrong" for c in run.checks]
+    return f"Checked against fp64 on the device: {'; '.join(parts)}." if parts else "Nothing was checked."
+
+
+def compared(run: Run) -> str:
+    """One sentence on which back end is the faster."""
+    names = backends(run)
+    ratios = [
+        f"{one} {figures.digits(ratio)} times as fast as {other}"
+        for index, one in enumerate(names)
+        for other in names[index + 1 :]
+        if (ratio := faster(run, one, other)) is not None
+    ]
+    return f"One pass, geometric mean over all cases: {'; '.join(ratios)}." if ratios else ""
+
+
+def sections(run: Run) -> list[Section]:
+    """What a page says of a run on a GPU beyond the tables that every run has."""
+    found = []
+    if run.stages:
+        found.append(Section("What ran", 3, [stages(run), checked(run)]))
+    wrong = [f"- {error['problem']}: {error['error']}" for check in run.checks for error in check["errors"]]
+    if wrong:
+        found.append(Section("Wrong results", 3, ["\n".join(wrong)]))
+    if run.failures:
+        lines = [f"- {f['suite']}, {f['case']}, {f['row']}: {f['error']}" for f in run.failures]
+        found.append(Section("Rows that failed", 3, ["\n".join(lines)]))
+    if run.left_out:
+        lines = [f"- {item['suite']}, {item['case']}" for item in run.left_out]
+        found.append(Section("Left out for want of time", 3, ["\n".join(lines)]))
+    listed = aims(run)
+    if listed:
+        rows = [[aim.what, aim.wanted, aim.found, "met" if aim.met else "missed"] for aim in listed]
+        found.append(Section("Aims", 3, [Table(["figure", "aim", "found", ""], rows)]))
+    if backends(run):
+        found.append(
+            Section(
+                "Kernels alone", 3, [KERNELS_TEXT, compared(run), *(kernels(run, b) for b in backends(run))]
+            )
+        )
+    if run.of(TUNING):
+        text = (
+            "One pass in place with one free number changed; what differs from the build beyond the spread."
+        )
+        found.append(Section("Free numbers of the CUDA back end", 3, [text, tuning(run)]))
+    return found
+
+
+def summary(run: Run) -> str:
+    """The README's part: device time of one pass, and whole steps."""
+    names = backends(run)
+    header = ["one pass, device time (share of the copy's rate)", "tensor", "copy"]
+    header += [f"{name}{' in place' if 'place' in p else ''}" for name in names for p in ONE_PASS]
+    rows = []
+    for case in run.cases(KERNEL):
+        copy = run.find(KERNEL, case, COPY)
+        found = [kernel(run, case, name, primitive) for name in names for primitive in ONE_PASS]
+        known = [row for row in (copy, *found) if row is not None]
+        size, rate = (
+            figures.nbytes(known[0].pass_bytes),
+            "" if copy is None else f"{figures.rate(copy.gb_per_s)} GB/s",
+        )
+        rows.append([tables.mark(case, known), size, rate, *map(time_and_share, found)])
+    head = f"**{run.device}**, {software(run)}, {run.date[:10]}. {checked(run)} {compared(run)}".strip()
+    parts = [head]
+    if rows:
+        parts.append(Table(header, rows).markdown())
+    whole = whole_steps(run)
+    if whole.rows:
+        parts.append(whole.markdown())
+    return "\n\n".join(parts)
+
+
+def whole_steps(run: Run) -> Table:
+    """Forward and backward through autograd, the host included; and what of ours the device takes."""
+    columns = (EAGER, COMPILE, tables.DEFAULT, f"{tables.DEFAULT} graph")
+    rows = []
+    for case in run.cases(STEP):
+        found = [run.find(STEP, case, name, 1.0) for name in columns]
+        ours = found[2]
+        if ours is None:
+            continue
+        cells = ["" if row is None else figures.time(row.seconds.middle) for row in found]
+        gains = [figures.times(run.ratio(ours, base)) for base in (EAGER, COMPILE)]
+        rows.append([tables.mark(case, [row for row in found if row is not None]), *cells, *gains])
+    header = ["step, g = 1", EAGER, COMPILE, "vidfast", "of it the device", "vs eager", "vs compile"]
+    return Table(header, rows)
+
+
+def software(run: Run) -> str:
+    own = run.machine.get("vidfast", {})
+    triton = own.get("vidfast", {}).get("backends", {}).get("triton", {}).get("triton")
+    cuda = (run.gpu or {}).get("cuda")
+    parts = [f"torch {own.get('torch', '?')}"]
+    parts += [f"Triton {triton}"] if triton else []
+    parts += [f"CUDA {cuda}"] if cuda else []
+    return ", ".join(parts)
+
+
+def notes(runs: Sequence[Run]) -> str:
+    """What stands in docs/kernel-notes.md between its markers: what was measured, or that nothing was."""
+    on_gpus = [run for run in runs if run.gpu]
+    if not on_gpus:
+        return (
+            "No run on a GPU is stored: every figure of a GPU's time on this page is a prediction, and so is what "
+            "decided each default above."
+        )
+    parts = []
+    for run in on_gpus:
+        listed = aims(run)
+        met = sum(aim.met for aim in listed)
+        parts.append(f"`bench/results/{run.name}.jsonl`: {summary(run)}")
+        parts.append(
+            f"Aims met: {met} of {len(listed)}."
+            + "".join(f"\n- missed: {a.what}: {a.found}, aim {a.wanted}" for a in listed if not a.met)
+        )
+        if run.of(TUNING):
+            parts.append(tuning(run).markdown())
+    return "\n\n".join(parts)
