@@ -39,8 +39,9 @@ bench: $(VENV)/.dev
 	env -u OMP_WAIT_POLICY $(BENCH) --bench-selection=full --benchmark-json=bench/results/cpu.json $(ARGS)
 	OMP_WAIT_POLICY=passive $(BENCH) -k "loss_step or kernel or overhead or training_step" \
 	  --benchmark-json=bench/results/cpu-passive.json $(ARGS)
-	$(BIN)/vidfast report bench/results/*.json --output report
-	$(BIN)/vidfast report bench/results/*.json --readme README.md
+	$(BIN)/vidfast report bench/results/*.json* --output report
+	$(BIN)/vidfast report bench/results/*.json* --readme README.md
+	$(BIN)/vidfast report bench/results/*.json* --readme docs/kernel-notes.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info vidfast/_C*.so

@@ -14,7 +14,8 @@ from vidfast.backends import Backend
 
 log = logging.getLogger("vidfast")
 
-# The order of preference; a back end is one module `vidfast.backends.<name>` with a BACKEND.
+# The order of preference; a back end is one module `vidfast.backends.<name>` with a BACKEND. CUDA before Triton is
+# predicted, not measured: docs/kernel-notes.md, "Defaults, and what decided them".
 NAMES = ("cuda", "triton", "cpu")
 
 _CPU_FIRST = NAMES[::-1]  # for tensors there: an interpreted GPU kernel is never what `auto` means

@@ -112,9 +112,7 @@ def test_aims_are_by_size_and_can_be_missed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ours", "met"), [(1e-3, [True, True]), (2e-3, [False, False])])
-def test_aims_of_steps_are_against_eager_and_compile(
-    ours: float, met: list[bool], tmp_path: Path
-) -> None:
+def test_aims_of_steps_are_against_eager_and_compile(ours: float, met: list[bool], tmp_path: Path) -> None:
     seconds = {"eager": 7e-3, "torch.compile": 1.7e-3, "vidfast default": ours}
     rows = [stored_row(name, samples(s), pass_bytes=LARGE) for name, s in seconds.items()]
     found = device.aims(run_of(tmp_path, rows))

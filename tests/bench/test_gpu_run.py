@@ -26,14 +26,20 @@ NAMES = [stage.name for stage in STAGES]
 
 @pytest.fixture(scope="module")
 def environment(emulated_module: Path) -> dict[str, str]:
-    pytest.importorskip("triton")
+    sys.path.insert(0, str(ROOT / "tests" / "triton"))
+    from interpreter import interpreter_fault
+
+    if (fault := interpreter_fault()) is not None:
+        pytest.skip(fault)
     return {
         **os.environ,
         "VIDFAST_EMULATED_CUDA": str(emulated_module),
         "VIDFAST_TEST_DEVICE": "cpu",
         "TRITON_INTERPRET": "1",
         "PYTHON": sys.executable,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(STAND_IN / "site"), str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(STAND_IN / "site"), str(ROOT), os.environ.get("PYTHONPATH")])
+        ),
         "PATH": os.pathsep.join([str(STAND_IN / "bin"), os.environ.get("PATH", "")]),
     }
 
@@ -47,7 +53,10 @@ def finished(environment: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     """The folder of a whole run. The limit is no test: a busy machine may take its time."""
     out = tmp_path_factory.mktemp("gpu") / "out"
     done = subprocess.run(
-        gpu_sh("--limit", "400", "--small", "--out", str(out)), env=environment, capture_output=True, text=True
+        gpu_sh("--limit", "400", "--small", "--out", str(out)),
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     logs = logs_of(out) if (out / "all.tgz").exists() else {}
     assert done.returncode == 0, done.stdout + done.stderr + "\n".join(logs.values())[-8000:]
@@ -225,7 +234,11 @@ def test_one_stage_alone(environment: dict[str, str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [(("--only", "smok"), "invalid choice"), (("--limit", "0"), "positive number"), (("--limit", "x"), "float")],
+    [
+        (("--only", "smok"), "invalid choice"),
+        (("--limit", "0"), "positive number"),
+        (("--limit", "x"), "float"),
+    ],
 )
 def test_wrong_use_is_said(arguments: tuple[str, ...], complaint: str) -> None:
     done = subprocess.run(
@@ -244,7 +257,9 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
         "PYTHON": sys.executable,
         "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]]),
     }
-    done = subprocess.run(gpu_sh("--out", str(tmp_path / "out")), env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        gpu_sh("--out", str(tmp_path / "out")), env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "no NVIDIA GPU" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -180,12 +180,3 @@ def test_a_training_step_shows_what_of_it_the_losses_take(store: Store, tmp_path
 def test_a_readme_without_its_markers_is_an_error(text: str, store: Store) -> None:
     with pytest.raises(ValueError, match="once each"):
         readme.insert(text, [load(store("run", step()))])
-
-
-ROOT = Path(__file__).parents[2]
-STORED = sorted((ROOT / "bench" / "results").glob("*.json"))
-
-
-@pytest.mark.skipif(not STORED, reason="no run is stored under bench/results")
-def test_the_projects_readme_holds_the_stored_runs() -> None:
-    assert main([*map(str, STORED), "--readme", str(ROOT / "README.md"), "--check"]) == 0

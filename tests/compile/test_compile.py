@@ -156,6 +156,25 @@ def test_the_reference_is_traced_as_it_is(options: dict[str, Any]) -> None:
     torch.testing.assert_close(compiled, model(*inputs))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("options", [{"backend": "reference"}, {"reduction": "none"}], ids=str)
+def test_no_question_about_autocast_is_traced(
+    options: dict[str, Any], autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamo of torch 2.6 to 2.11 cannot trace these; and what it was told while tracing may not be so later."""
+    for module, name in ((torch.amp, "is_autocast_available"), (torch, "is_autocast_enabled")):
+        untraceable = torch._dynamo.disable(getattr(module, name))
+        monkeypatch.setattr(module, name, untraceable)
+    x, target, alpha = torch.randn(4, 6, 5), torch.randn(4, 6, 5), torch.randn(6)
+
+    def loss(x: Tensor) -> Tensor:
+        return vidfast.gaussian_nll(x, target, alpha, **options).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=TRACER)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.testing.assert_close(compiled(x), loss(x), rtol=1e-6, atol=0)
+
+
 def test_inplace_leaves_mean_alone() -> None:
     def loss_and_mean(x: Tensor, target: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         mean = x * 2

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif("VIDFAST_EMULATED_CUDA" not in os.environ, reason="needs the stand-in of a GPU")
+pytestmark = pytest.mark.skipif(
+    "VIDFAST_EMULATED_CUDA" not in os.environ, reason="needs the stand-in of a GPU"
+)
 
 if "VIDFAST_EMULATED_CUDA" in os.environ:
     from bench.accuracy import Oracle

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from interpreter import interpreter_fault
 
 import vidfast
 from vidfast.backends import triton as module
@@ -62,8 +64,8 @@ assert had or "triton" not in sys.modules
     run(code)
 
 
+@pytest.mark.skipif(interpreter_fault() is not None, reason=f"{interpreter_fault()}")
 def test_interpreted_it_takes_cpu_tensors_and_says_so() -> None:
-    pytest.importorskip("triton")
     code = """
 import torch, vidfast
 x = torch.randn(4, 6, 5)
@@ -82,3 +84,44 @@ def test_the_search_is_off_unless_asked_for(
 ) -> None:
     monkeypatch.setenv("VIDFAST_AUTOTUNE", value)
     assert module.autotunes() is wanted
+
+
+def test_an_interpreter_that_cannot_run_is_a_reason() -> None:
+    """Triton 3.6 cannot count with numpy 2.4: it raises where a loop's bound becomes a Python number."""
+    pytest.importorskip("triton")
+    code = """
+import logging, torch, vidfast
+from vidfast.backends import triton_math
+
+class Broken:
+    def __getitem__(self, grid):
+        def launch(*arguments):
+            raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+        return launch
+
+triton_math.counts = Broken()
+x = torch.randn(4, 6)
+assert torch.isfinite(vidfast.gaussian_nll(x, x * 2, x[0]))  # auto goes on
+try:
+    vidfast.gaussian_nll(x, x * 2, x[0], backend="triton")
+except RuntimeError as error:
+    print(error)
+print(vidfast.info()["backends"]["triton"]["reason"])
+"""
+    by_name, in_info = run(code, TRITON_INTERPRET="1").splitlines()
+    for said in (by_name, in_info):
+        assert "the interpreter of triton" in said
+        assert "with numpy" in said
+        assert "install another version" in said
+    assert by_name.startswith("backend='triton' cannot run here: ")
+
+
+def test_an_interpreter_that_counts_wrong_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+
+    class Idle:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments: None
+
+    monkeypatch.setattr("vidfast.backends.triton_math.counts", Idle())
+    assert "counts wrong: [-1, -1]" in str(module._interpreter_fault())

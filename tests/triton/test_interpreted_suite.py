@@ -7,13 +7,13 @@ All of them: VIDFAST_TEST_PER_FUNCTION=0 pytest tests/triton/test_interpreted_su
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from interpreter import interpreter_fault
 from thinning import kept
 
 HERE = Path(__file__).parent
@@ -21,7 +21,7 @@ PROCESSES = 2
 # Not about kernels, but slow: many examples of random problems, and processes that these tests start.
 LEFT_OUT = "not random and not fake_tensors and not another_default_device and not training_finds"
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(interpreter_fault() is not None, reason=f"{interpreter_fault()}")
 
 
 def interpreted(share: str, per_function: str, *arguments: str) -> subprocess.Popen[str]:

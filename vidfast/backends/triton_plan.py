@@ -1,7 +1,8 @@
 """How a sweep is cut into programs: the rule, from shapes, strides and dtypes alone.
 
 Nothing here is measured at run time, so the first call of a shape costs no search and the order of summation
-never depends on timing. docs/triton.md explains the numbers; `Tuning` holds those that a search may change.
+never depends on timing. docs/triton.md explains the numbers, docs/kernel-notes.md says what decided each; `Tuning`
+holds those that a search may change.
 """
 
 from __future__ import annotations
