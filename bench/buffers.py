@@ -12,7 +12,7 @@ from bench.machine import last_level_cache
 
 # The set of buffers in rotation is this many times the last-level cache.
 CACHE_MULTIPLE = 4
-MOST_SLOTS = 512
+MOST_SLOTS = 4096
 # On a GPU a graph holds one call a slot: few slots would leave it too short to time.
 FEWEST_SLOTS_OF_A_GRAPH = 4
 # Calls in one sample of a small case: each needs buffers of its own where it runs in place.

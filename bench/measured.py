@@ -76,6 +76,8 @@ def commit() -> dict[str, object]:
         return done.stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT.resolve():
+            return {"id": "unknown", "dirty": False}  # another project's checkout around this one
         return {"id": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return {"id": "unknown", "dirty": False}

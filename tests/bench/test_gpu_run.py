@@ -189,6 +189,38 @@ def test_the_checks_on_the_stand_in(environment: dict[str, str]) -> None:
     assert "skipped" not in last
 
 
+def test_the_suites_of_pytest_run_on_a_gpu_too(environment: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", "--bench-device=cuda"]
+    command += ["-k", "overhead and (saves or cuda)", "--bench-seconds=0.01"]
+    command += ["--benchmark-quiet", f"--benchmark-json={path}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run = load(path)
+    assert run.device == "Stand-in"
+    graphs = [row.provider for row in run.rows if row.graph and row.incoming == 1.0]
+    assert graphs == [f"vidfast cuda {s} graph" for s in ("two_pass", "one_pass", "one_pass in place")]
+
+
+def test_what_stages_share_does_not_touch_the_device() -> None:
+    """A process that is forked from one that has used CUDA cannot use it."""
+    code = """
+import torch
+def touched(*arguments, **options):
+    raise AssertionError("the device was asked")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = touched
+for name in ("_cuda_getDeviceCount", "_cuda_init"):
+    if hasattr(torch._C, name):
+        setattr(torch._C, name, touched)
+from bench.gpu import stages
+stages.prepare()
+assert not torch.cuda.is_initialized()
+print("untouched")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "untouched", done.stderr
+
+
 def test_interrupted_after_a_third_the_finished_stages_are_there(
     environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -33,9 +33,10 @@ if "VIDFAST_EMULATED_CUDA" in os.environ:
     CASE = Case("test", (3, 4, 5, 5), device="cuda", gradients=(1.0, 0.37))
     LAST = replace(CASE, layout="channels_last")
     HALF = replace(CASE, dtype=torch.float16)
+    TOKENS = Case("test", (3, 7, 6), channel_dim=-1, device="cuda")
     BF16 = replace(CASE, dtype=torch.bfloat16, shape=(2, 3, 33, 33))
 else:
-    CASE = LAST = HALF = BF16 = None  # type: ignore[assignment]
+    CASE = LAST = HALF = BF16 = TOKENS = None  # type: ignore[assignment]
     PRIMITIVES = {}
 
 
@@ -50,7 +51,7 @@ def worst(errors: Any) -> float:
 @pytest.mark.parametrize("primitive", list(PRIMITIVES))
 @pytest.mark.parametrize(
     ("backend", "case"),
-    [*(("cuda", case) for case in (CASE, LAST, HALF, BF16)), ("triton", CASE)],
+    [*(("cuda", case) for case in (CASE, LAST, HALF, BF16, TOKENS)), ("triton", CASE)],
     ids=lambda x: x if x is None or isinstance(x, str) else x.title,
 )
 def test_every_primitive_is_right_in_a_graph_time_after_time(

@@ -47,7 +47,7 @@ def facts(run: Run) -> Table:
         *gpu_facts(own.get("gpu")),
         ("torch, Python", f"{own.get('torch', '?')}, {run.machine.get('python_version', '?')}"),
         ("vidfast", describe_backends(own)),
-        ("commit", commit),
+        ("commit", commit + (f", sources {own['sources']}" if "sources" in own else "")),
         ("date", run.date[:19].replace("T", " ") + " UTC"),
         ("selection", f"{own.get('selection', '?')}, {len(run.rows)} rows in {cases} cases"),
         (
