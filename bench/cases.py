@@ -189,7 +189,8 @@ def forward_cases(suite: str, full: bool, device: str) -> list[Case]:
 
 
 # What a GPU's kernels are measured on, in order of value, since GPU time may end at any point: shape, dtype,
-# channels_last. ResNet's first and third group, CIFAR's maps, ResNet-50's last, logits, tokens, a segmentation map.
+# channels_last. ResNet's first and third group, CIFAR's widest map, ResNets' last groups, small maps, logits, tokens, a
+# segmentation map, the remaining layers of the papers' pairs.
 DEVICE_POINTS: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...] = (
     (RESNET_GROUP1, torch.bfloat16, False),
     (RESNET_GROUP1, torch.float32, False),
@@ -209,6 +210,10 @@ DEVICE_POINTS: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...] = (
     (SEGMENTATION, torch.bfloat16, False),
     (CIFAR_MAP, torch.bfloat16, True),
     (RESNET_GROUP1, torch.float16, False),
+    ((128, 32, 32, 32), torch.bfloat16, False),
+    ((128, 128, 8, 8), torch.bfloat16, False),
+    ((128, 16, 32, 32), torch.float32, False),
+    (RESNET_GROUP3, torch.float16, True),
 )
 # The same regimes in sizes that an emulated device takes in its stride.
 SMALL_DEVICE_POINTS: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...] = (
@@ -230,8 +235,6 @@ def device_cases(suite: str, device: str, small: bool = False, indices: Sequence
             channel_dim=-1 if shape == TOKENS else 1,
             device=device,
             gradients=(1.0,),
-            # Every row is compared, and eager code takes long here: one eager formula is enough.
-            skip=SLOWEST if shape == RESNET_GROUP1 else SLOW,
         )
         for shape, dtype, last in (points if small or not indices else [points[i] for i in indices])
     ]

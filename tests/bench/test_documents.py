@@ -16,6 +16,14 @@ ROOT = Path(__file__).parents[2]
 NOTES = ROOT / "docs" / "kernel-notes.md"
 STORED = sorted((ROOT / "bench" / "results").glob("*.json*"))
 HEADING = "## Defaults, and what decided them"
+# Rules of the kernels themselves, which no search changes.
+FIXED = (
+    ("kGroup", "csrc/cuda/chunks.h", r"^constexpr int64_t kGroup = (\d+);"),
+    ("kWarps", "csrc/cuda/device.h", r"^constexpr int kWarps = (\d+);"),
+    ("kReduceUnroll", "csrc/cuda/reduce.h", r"^constexpr int kReduceUnroll = (\d+);"),
+    ("bytes of loads that a thread has in flight", "csrc/cuda/element.h", r"int batch = any \? 2 : (\d+) /"),
+    ("vectors of a warp's piece in `scale`", "csrc/cuda/gaussian_nll.cu", r"a\.piece = (\d+) \*"),
+)
 # Said as long as no run on a GPU is stored, and not a day longer.
 UNMEASURED = {
     "README.md": ("GPU figures are pending", "**not yet run or measured on a GPU**"),
@@ -37,7 +45,7 @@ def table() -> dict[str, tuple[str, str, str]]:
     found = {}
     for row in rows:
         rule, value, where, decided = (cell.strip() for cell in row.strip("|").split("|"))
-        found[rule.strip("`")] = (value, where.strip("`"), decided)
+        found[rule if "` " in rule or " `" in rule else rule.strip("`")] = (value, where.strip("`"), decided)
     return found
 
 
@@ -50,6 +58,10 @@ def in_the_code() -> dict[str, tuple[str, str]]:
             r"^VIDFAST_FREE (k\w+) = (\d+);", (ROOT / header).read_text(), re.MULTILINE
         )
     }
+    for rule, file, pattern in FIXED:
+        values = re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)
+        assert len(values) == 1, f"{file}: {pattern}"
+        found[rule] = (values[0], file)
     plan = "vidfast/backends/triton_plan.py"
     for name, value in triton_plan.RULE._asdict().items():
         if name != "lanes":  # the device's own
