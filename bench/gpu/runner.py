@@ -126,11 +126,11 @@ class Runner:
             _signal_group(self.child, signal.SIGINT)
 
     def _outcome_of(self, stage: Stage, work: Path) -> Outcome:
-        if self.stopped:
-            return Outcome(stage.name, "left out", 0.0, "interrupted before")
-        if stage.prepared and not self.is_prepared:
+        if stage.prepared and not self.is_prepared and not self.stopped:
             self.prepare()
             self.is_prepared = True
+        if self.stopped:
+            return Outcome(stage.name, "left out", 0.0, "interrupted before")
         seconds = min(stage.most_seconds, self.deadline - time.monotonic())
         if seconds < SHORTEST_STAGE_SECONDS:
             return Outcome(stage.name, "left out", 0.0, "no time was left")

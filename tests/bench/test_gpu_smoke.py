@@ -1,0 +1,123 @@
+"""The checks of a GPU's first minute, on the CPU back end: right results pass, each kind of wrong one is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.gpu import smoke
+from bench.gpu.smoke import BF16, F16, F32, F64, LAYOUTS, PAIRS, STRATEGIES, Problem, check, problems
+from vidfast import dispatch
+
+SHAPES = ((2, 3, 9, 9), (4, 24, 7, 7), (33, 10), (2, 5, 103))
+
+
+def test_every_combination_is_there() -> None:
+    found = problems(["cuda"], SHAPES)
+    assert {p.strategy for p in found} == set(STRATEGIES)
+    assert {p.layout for p in found} == set(LAYOUTS)
+    assert {(p.mean_dtype, p.target_dtype) for p in found} == set(PAIRS)
+    assert {dtype for pair in PAIRS for dtype in pair} == {F32, F64, BF16, F16}
+    assert len(set(found)) == len(found)
+    assert len({p.title for p in found}) == len(found)
+    assert {p.shape for p in problems(["triton"], smoke.SHAPES)} == set(smoke.SHAPES[: smoke.TRITON_SHAPES])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_right_back_end_passes(shape: tuple[int, ...]) -> None:
+    for problem in problems(["cpu"], [shape]):
+        assert check(problem, "cpu") == {}, problem.title
+
+
+def spoiled(primitive: str, spoil: Callable[[list[Any]], None]) -> Callable[..., Any]:
+    """The primitive of the CPU back end with its results changed."""
+    original = getattr(dispatch.load("cpu"), primitive)
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        results = list(original(*arguments, **options))
+        spoil(results)
+        return tuple(results)
+
+    return run
+
+
+def at(index: int, change: Callable[[Tensor], None]) -> Callable[[list[Any]], None]:
+    def spoil(results: list[Any]) -> None:
+        if results[index] is not None:
+            change(results[index])
+
+    return spoil
+
+
+def last_element(x: Tensor) -> Tensor:
+    return x.view(-1)[-1:] if x.is_contiguous() else x[(-1,) * x.dim()].unsqueeze(0)
+
+
+CHANGES: dict[str, tuple[str, str, Callable[[list[Any]], None], str]] = {
+    "loss": ("one_pass", "forward_grad", at(0, lambda x: x.mul_(1 + 1e-4)), "loss"),
+    "loss without gradients": ("forward", "forward", at(0, lambda x: x.add_(1.0)), "loss"),
+    "a loss that is NaN": ("forward", "forward", at(0, lambda x: x.fill_(torch.nan)), "loss"),
+    "one element of d mean": (
+        "one_pass",
+        "forward_grad",
+        at(1, lambda x: last_element(x).mul_(1.05)),
+        "d mean: 1 of",
+    ),
+    "an element that nobody wrote": (
+        "one_pass in place",
+        "forward_grad",
+        at(1, lambda x: last_element(x).fill_(torch.nan)),
+        "d mean: 1 of",
+    ),
+    "one channel of d alpha": (
+        "one_pass",
+        "forward_grad",
+        at(2, lambda x: x[-1:].mul_(1.01)),
+        "d alpha: 1 of",
+    ),
+    "d mean in backward": ("two_pass", "backward", at(0, lambda x: x.mul_(1.05)), "d mean"),
+    "d target": ("two_pass", "backward", at(1, lambda x: last_element(x).neg_()), "d target: 1 of"),
+    "the scale": ("one_pass", "scale", at(0, lambda x: x.mul_(1.05)), "d mean"),
+}
+
+
+@pytest.mark.parametrize("pair", [(F32, F32), (BF16, BF16)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("what", list(CHANGES))
+def test_a_wrong_result_is_noticed(
+    what: str, pair: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy, primitive, spoil, says = CHANGES[what]
+    monkeypatch.setattr(dispatch.load("cpu"), primitive, spoiled(primitive, spoil))
+    problem = Problem("cpu", SHAPES[0], *pair, "contiguous", strategy)
+    assert says in check(problem, "cpu").get("error", "nothing was noticed")
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_the_bound_of_a_gradient_is_a_few_units_of_its_dtype(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three times the bound is noticed in every dtype: no bound hides a wrong digit."""
+    factor = 1 + 3 * smoke.UNITS[dtype] * torch.finfo(dtype).eps
+    change = at(1, lambda x: x.copy_(x.double() * factor))
+    monkeypatch.setattr(dispatch.load("cpu"), "forward_grad", spoiled("forward_grad", change))
+    problem = Problem("cpu", SHAPES[0], dtype, dtype, "contiguous", "one_pass")
+    assert "d mean" in check(problem, "cpu").get("error", "nothing was noticed")
+
+
+def test_as_a_program_it_counts_and_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = smoke.check
+    monkeypatch.setattr(smoke, "check", lambda problem, device: original(problem, "cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert smoke.main(["cpu", "--smallest"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].endswith(" calls, 0 of them wrong")
+    monkeypatch.setattr(smoke, "check", lambda problem, device: {"error": "d mean: all"})
+    assert smoke.main(["cpu", "--smallest"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "cpu 2x2x33x33 float32/float32 contiguous one_pass: d mean: all"
