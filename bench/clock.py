@@ -50,8 +50,9 @@ class DeviceClock:
     """CUDA events around the calls, and the host's clock until the last of them was issued."""
 
     name = "torch.cuda.Event"
-    # What a read of this many times the L2 takes covers the launch of a graph several times over.
-    LEAD_MULTIPLE = 4
+    # So many reads of so many times the L2 take most of a millisecond: longer than launching a graph of hundreds of
+    # nodes.
+    LEAD_READS, LEAD_MULTIPLE = 12, 4
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -82,7 +83,8 @@ class DeviceClock:
             nbytes = self.LEAD_MULTIPLE * last_level_cache(self.device)
             self._lead = torch.ones(nbytes // 4, dtype=torch.float32, device=self.device)
             torch.cuda.synchronize()
-        self._lead.amax()
+        for _ in range(self.LEAD_READS):
+            self._lead.amax()
 
 
 def clock_for(device: str) -> Clock:

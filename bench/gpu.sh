@@ -7,4 +7,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-exec "${PYTHON:-python3}" -m bench.gpu "$@"
+python=${PYTHON:-python3}
+if ! command -v "$python" >/dev/null; then
+  echo "bench/gpu.sh: PYTHON must name an interpreter, got $python" >&2
+  exit 2
+fi
+exec "$python" -m bench.gpu "$@"

@@ -19,9 +19,10 @@ from bench.record import Opener, Row, measure
 ROOT = Path(__file__).parents[1]
 
 
-def write_machine(lines: Lines, device: str) -> None:
-    """The head: what pytest-benchmark stores of the machine, the commit and the date."""
+def write_machine(lines: Lines, device: str, selection: str) -> None:
+    """The head: what pytest-benchmark stores of the machine, the commit and the date, and what was asked for."""
     own = machine.describe(device)
+    own["selection"] = selection
     own["vidfast"] = vidfast.info()
     own["sources"] = digest_of_sources()
     lines.write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -10,10 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.gpu.runner import Runner, free_folder
-from bench.gpu.stages import STAGES, prepare
+from bench.gpu.runner import LIMIT_SECONDS, Runner, free_folder
+from bench.gpu.stages import ALWAYS, STAGES, prepare
 
-LIMIT_SECONDS = 430.0
+# What every run imports. The stages that want more (pytest-xdist, ncu) do without, or say so.
+PACKAGES = ("torch", "triton", "numpy", "psutil", "pytest", "pybind11")
 
 
 def gpu_name() -> str | None:
@@ -27,6 +29,10 @@ def gpu_name() -> str | None:
     return re.sub(r"[^A-Za-z0-9]+", "-", names[0]).strip("-").lower() if names else None
 
 
+def missing_packages() -> list[str]:
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
 def parser() -> argparse.ArgumentParser:
     names = [stage.name for stage in STAGES]
     arguments = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
@@ -35,14 +41,14 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=LIMIT_SECONDS,
         metavar="SECONDS",
-        help="of the whole run (default: 430)",
+        help=f"of the whole run (default: {LIMIT_SECONDS:g}); with more, every stage may take longer in proportion",
     )
     arguments.add_argument(
         "--only",
         action="append",
         choices=names,
         metavar="STAGE",
-        help=f"this one; may be repeated: {', '.join(names)}",
+        help=f"this one, after {' and '.join(ALWAYS)}; may be repeated: {', '.join(names)}",
     )
     arguments.add_argument(
         "--small", action="store_true", help="every stage's shortest way: to try the run itself"
@@ -57,19 +63,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if not arguments.limit > 0:
         parser().error(f"--limit must be a positive number of seconds, got {arguments.limit:g}")
-    wanted = [stage for stage in STAGES if arguments.only is None or stage.name in arguments.only]
+    wanted = [stage for stage in STAGES if arguments.only is None or stage.name in (*ALWAYS, *arguments.only)]
     name = gpu_name()
     if name is None:
-        print("bench/gpu.sh: nvidia-smi finds no NVIDIA GPU on this machine", file=sys.stderr)
-        return 2
+        return wrong(
+            "nvidia-smi finds no NVIDIA GPU on this machine; docs/benchmarks.md says how to rehearse without one"
+        )
+    if lacking := missing_packages():
+        return wrong(
+            f"{sys.executable} lacks {', '.join(lacking)}: name another interpreter (PYTHON=...), or pip install them"
+        )
     given = arguments.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
     try:
         out = given or free_folder(Path("runs") / f"gpu-{name}")
         runner = Runner(wanted, out.resolve(), arguments.limit, arguments.small, prepare)
     except FileExistsError as error:
-        print(f"bench/gpu.sh: {error}", file=sys.stderr)
-        return 2
+        return wrong(str(error))
+    except OSError as error:
+        return wrong(f"--out must be a folder that can be written, got {error.filename}: {error.strerror}")
     return runner.run()
+
+
+def wrong(message: str) -> int:
+    print(f"bench/gpu.sh: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

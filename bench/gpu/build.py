@@ -1,11 +1,11 @@
 """The native extension with its CUDA part: one that is in place, or built here by CMake.
 
-    python -m bench.gpu.build [FOLDER]     build into FOLDER (default: the package), whatever is in place
-
 A prebuilt one saves a minute of a GPU's time. It is built on any machine with nvcc, by the Python version of the
-machine with the GPU and for its architecture:
+machine with the GPU (with pybind11, CMake and Ninja) and for its architecture:
 
     TORCH_CUDA_ARCH_LIST=9.0 python3.12 -m bench.gpu.build
+
+It is then vidfast/_C.cpython-312-*.so, which git ignores: it has to be taken along by name.
 
 Every build here has VIDFAST_TUNE, so that a search can change the free numbers of the host's code; the kernels are
 the same.
@@ -13,9 +13,11 @@ the same.
 
 from __future__ import annotations
 
+import argparse
 import importlib.machinery
 import importlib.util
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -82,13 +84,19 @@ def _load(name: str, path: Path) -> ModuleType:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) > 1 or any(a.startswith("-") for a in arguments):
-        print(__doc__)
-        return 2
-    into = Path(arguments[0]) if arguments else PACKAGE
-    into.mkdir(parents=True, exist_ok=True)
-    build(into)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.build",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=PACKAGE, help="default: the package")
+    into: Path = parser.parse_args(argv).folder
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        build(into)
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        print(f"bench.gpu.build: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -223,8 +223,12 @@ def check(problem: Problem, device: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.smoke", description=__doc__)
-    parser.add_argument("backends", nargs="*", default=["cuda", "triton"], metavar="BACKEND")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.smoke", description="Checks GPU back ends against fp64 on the device."
+    )
+    parser.add_argument(
+        "backends", nargs="*", default=["cuda", "triton"], metavar="BACKEND", help="default: both"
+    )
     parser.add_argument("--few", action="store_true", help="six small shapes: for compute-sanitizer")
     parser.add_argument(
         "--smallest", action="store_true", help="some calls on four tiny shapes: for an emulated device"

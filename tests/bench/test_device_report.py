@@ -56,7 +56,7 @@ HEAD = {
     "commit_info": {"id": "0123456789abcdef", "dirty": False},
     "datetime": "2030-01-02T03:04:05",
 }
-CHECK = {"kind": "check", "backend": "cuda", "calls": 7, "wrong": 0, "errors": []}
+CHECK = {"kind": "check", "backend": "cuda", "calls": 7, "wanted": 9, "wrong": 0, "errors": []}
 
 
 def store(path: Path, rows: Sequence[Row] = (), others: Sequence[dict[str, Any]] = ()) -> Path:
@@ -103,12 +103,14 @@ def test_lines_that_are_no_result_are_one_line(
 
 def test_aims_are_by_size_and_can_be_missed(tmp_path: Path) -> None:
     rows = [*kernels(0.91, 0.89), *kernels(0.81, 0.79, MIDDLE), *kernels(0.2, 0.1, SMALL)]
-    found = {(aim.what, aim.wanted): aim.met for aim in device.aims(run_of(tmp_path, rows))}
+    run = run_of(tmp_path, rows)
+    found = {(aim.by, aim.what, aim.wanted): aim.met for aim in device.aims(run)}
     for size, wanted in ((LARGE, "90%"), (MIDDLE, "80%")):
         for primitive in device.ONE_PASS:
-            assert found.pop((f"case of {size}: cuda {primitive}", f"{wanted} of the copy"))
-            assert not found.pop((f"case of {size}: triton {primitive}", f"{wanted} of the copy"))
+            assert found.pop(("cuda", f"case of {size}: {primitive}", f"{wanted} of the copy"))
+            assert not found.pop(("triton", f"case of {size}: {primitive}", f"{wanted} of the copy"))
     assert not found, "no aim for a small tensor"
+    assert device.aims_met(run) == "Aims met: cuda 4 of 4, triton 0 of 4."
 
 
 @pytest.mark.parametrize(("ours", "met"), [(1e-3, [True, True]), (2e-3, [False, False])])
@@ -118,6 +120,7 @@ def test_aims_of_steps_are_against_eager_and_compile(ours: float, met: list[bool
     found = device.aims(run_of(tmp_path, rows))
     assert [aim.wanted for aim in found] == ["6.00x", "1.60x"]
     assert [aim.met for aim in found] == met
+    assert {aim.by for aim in found} == {"steps"}
 
 
 @pytest.mark.parametrize(("cuda", "triton", "first"), [(0.9, 0.8, "cuda"), (0.8, 0.9, "triton")])
@@ -144,6 +147,23 @@ def test_tuning_shows_what_differs_beyond_the_spread(tmp_path: Path) -> None:
     ]
 
 
+def test_a_value_is_taken_only_if_it_is_slower_nowhere(tmp_path: Path) -> None:
+    def rows_of(case: str, **seconds: float) -> list[Row]:
+        return [
+            stored_row(provider, samples(s), suite="tuning", case=case, graph=True)
+            for provider, s in {"as built": 1e-4, **seconds}.items()
+        ]
+
+    rows = rows_of("a", **{"k=1": 8e-5, "k=2": 7e-5, "k=3": 1e-4})
+    rows += rows_of("b", **{"k=1": 9e-5, "k=2": 1.1e-4, "k=3": 1e-4})
+    found = {cells[0]: list(cells[1:]) for cells in device.tuning_over_all(run_of(tmp_path, rows)).rows}
+    assert found == {
+        "k=1": ["+17.9%", "+11.1%", "0", "take"],
+        "k=2": ["+14.0%", "-9.1%", "1", "keep as built"],
+        "k=3": ["+0.0%", "+0.0%", "0", "keep as built"],
+    }
+
+
 def test_a_page_shows_what_went_wrong(tmp_path: Path) -> None:
     others: list[dict[str, Any]] = [
         {**CHECK, "wrong": 1, "errors": [{"problem": "cuda 2x3", "error": "d mean: 5 of 6"}]},
@@ -166,7 +186,7 @@ def test_a_page_shows_what_went_wrong(tmp_path: Path) -> None:
         "- loss step, c, r: RuntimeError: no",
         "- tuning, the last",
         "| rates | cut off | 9 | cut |",
-        "| case of 200000000: triton forward_grad | 90% of the copy | 85% | missed |",
+        "| triton | case of 200000000: forward_grad | 90% of the copy | 85% | missed |",
         "cuda 1.12 times as fast as triton",
     ):
         assert expected in text
@@ -179,7 +199,7 @@ def test_a_run_without_a_row_is_still_a_page(tmp_path: Path) -> None:
     path = store(tmp_path / "gpu-y.jsonl", [], [CHECK])
     assert main([str(path), "--output", str(tmp_path / "page")]) == 0
     assert "GPU Y" in (tmp_path / "page" / "report.md").read_text()
-    assert "cuda: 7 calls, 0 wrong" in readme.block([load(path)])
+    assert "cuda: 7 of 9 calls, 0 wrong" in readme.block([load(path)])
 
 
 def test_the_readme_has_device_time_and_whole_steps(tmp_path: Path) -> None:
@@ -206,7 +226,7 @@ def test_the_notes_are_written_between_their_markers(tmp_path: Path) -> None:
     assert main([str(cpu), str(gpu), "--readme", str(page)]) == 0
     text = page.read_text()
     assert "`bench/results/gpu-y.jsonl`" in text
-    assert "Aims met: 0 of 4." in text
-    assert "- missed: case of 200000000: cuda forward_grad: 85%, aim 90% of the copy" in text
+    assert "Aims met: cuda 0 of 2, triton 0 of 2." in text
+    assert "- missed, cuda: case of 200000000: forward_grad: 85%, aim 90% of the copy" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")

@@ -113,4 +113,5 @@ def test_a_stored_run_on_a_gpu_is_named_by_device_and_date() -> None:
         run = load(path)
         assert bool(run.gpu) == path.name.startswith("gpu-"), path.name
         assert run.device != "Stand-in", "a rehearsal is no result"
+        assert "rehearsal" not in str(run.machine["vidfast"].get("selection", "")), path.name
         assert run.date, path.name

@@ -93,6 +93,42 @@ def test_each_stage_has_its_verdict_its_output_and_a_line(tmp_path: Path) -> Non
     assert len(list(out.iterdir())) == 3, "few files, so that all of them come back from a lent machine"
 
 
+@pytest.mark.parametrize(
+    ("last_line", "verdict"),
+    [
+        ("22 skipped in 1.37s", "not here"),
+        ("3 skipped, 5 deselected in 0.10s", "not here"),
+        ("2 passed, 22 skipped in 3.47s", "ok"),
+        ("594 passed in 12.00s (0:00:12)", "ok"),
+        ("every row was measured", "ok"),
+    ],
+)
+def test_tests_that_were_all_skipped_are_not_ok(last_line: str, verdict: str, tmp_path: Path) -> None:
+    Runner([stage("tests", says(last_line))], tmp_path, 60).run()
+    assert verdicts(tmp_path) == {"tests": verdict}
+
+
+def test_a_longer_limit_stretches_every_stage(tmp_path: Path) -> None:
+    def tells(job: Job) -> None:
+        print(f"{job.seconds:.0f}")
+
+    Runner([stage("a", tells, most=10.0)], tmp_path, 2 * runner.LIMIT_SECONDS).run()
+    assert lines_of(tmp_path, "stage")[0]["last_line"] == "20"
+
+
+def test_where_nothing_ran_the_run_has_failed(tmp_path: Path) -> None:
+    assert Runner([stage("a", says("a"))], tmp_path, 0.01).run() == 1
+    assert verdicts(tmp_path) == {"a": "left out"}
+
+
+def test_a_folder_that_is_a_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError):
+            Runner([stage("a", says("a"))], out, 60)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_all_good_is_zero(tmp_path: Path) -> None:
     stages = [stage("a", says("a")), stage("b", says("not needed", NOT_HERE))]
     assert Runner(stages, tmp_path, 60).run() == 0

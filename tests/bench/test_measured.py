@@ -117,7 +117,7 @@ class Broken(Sleeps):
 
 def test_the_head_makes_a_file_that_the_report_reads(tmp_path: Path) -> None:
     lines = Lines(tmp_path / "x.jsonl")
-    write_machine(lines, "cpu")
+    write_machine(lines, "cpu", "some")
     for _ in measure_all(Suite(lambda: Sleeps(0.0)), [CASE], lines, ONCE, time.monotonic() + 60):
         pass
     run = load(lines.path)

@@ -125,6 +125,45 @@ def test_a_missing_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.write_bytes(b"\x1f\x8b\xff\xfe"), "got something that is no text"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    make: Callable[[Path], object], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "all.json"
+    make(path)
+    assert main([str(path), "--output", str(tmp_path / "page")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"vidfast report: {path}: ")
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+def test_check_alone_is_wrong_use(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = store("run", step())
+    monkeypatch.chdir(tmp_path)
+    assert main([str(path), "--check"]) == 2
+    assert "--check goes with --readme FILE" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_file_without_markers_is_named(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "PAGE.md"
+    page.write_text("no markers")
+    assert main([str(store("run", step())), "--readme", str(page)]) == 2
+    assert f"{page}: wanted the markers" in capsys.readouterr().err
+    assert page.read_text() == "no markers"
+
+
 def test_readme_table_is_written_between_the_markers_and_checked(store: Store, tmp_path: Path) -> None:
     path = store("run", step())
     page = tmp_path / "README.md"

@@ -52,13 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """0 if all went well, 1 if --check finds an old table, 2 for input that cannot be read."""
+    if arguments.check and arguments.readme is None:
+        print("vidfast report: --check goes with --readme FILE", file=sys.stderr)
+        return 2
     try:
         runs = [load(path) for path in arguments.results]
         if arguments.readme is not None:
             return write_readme(arguments.readme, runs, arguments.check)
         before = None if arguments.compare is None else load(arguments.compare)
         write_page(arguments.output, arguments.title, runs, before)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        print(f"vidfast report: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"vidfast report: {error}", file=sys.stderr)
         return 2
     return 0

@@ -54,7 +54,7 @@ def facts(run: Run) -> Table:
             "load",
             f"{busy} of {cases} cases beside others (marked)"
             if busy
-            else "alone on the machine in every case",
+            else "alone on the machine's processor in every case",
         ),
     ]
     return Table(["", run.name], rows, left=2)
@@ -63,11 +63,20 @@ def facts(run: Run) -> Table:
 def gpu_facts(gpu: dict[str, Any] | None) -> list[tuple[str, str]]:
     if not gpu:
         return [("GPU", "none: GPU figures are pending")]
+    facts = [gpu["name"], figures.nbytes(gpu["memory_bytes"]), f"compute capability {gpu['capability']}"]
+    facts += [f"L2 {figures.nbytes(gpu['l2_bytes'])}"] if "l2_bytes" in gpu else []
+    facts += [f"{gpu['multiprocessors']} multiprocessors"] if "multiprocessors" in gpu else []
+    software = [
+        f"{name} {gpu[key]}" for name, key in (("CUDA", "cuda"), ("driver", "driver_version")) if gpu.get(key)
+    ]
+    limits = [
+        f"{name} {gpu[key]}"
+        for name, key in (("power limit", "power.limit"), ("highest clock", "clocks.max.sm"))
+        if key in gpu
+    ]
     return [
-        (
-            "GPU",
-            f"{gpu['name']}, {figures.nbytes(gpu['memory_bytes'])}, compute capability {gpu['capability']}",
-        )
+        ("GPU", ", ".join(map(str, facts))),
+        *([("driver", ", ".join([*software, *limits]))] if software or limits else []),
     ]
 
 

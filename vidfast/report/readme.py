@@ -109,7 +109,7 @@ def insert(text: str, runs: Sequence[Run]) -> str:
 def update(path: Path, runs: Sequence[Run]) -> bool:
     """Write the block into the file; whether that changed it."""
     before = path.read_text(encoding="utf-8")
-    after = insert(before, runs)
+    after = inserted(path, before, runs)
     if after != before:
         path.write_text(after, encoding="utf-8")
     return after != before
@@ -118,4 +118,12 @@ def update(path: Path, runs: Sequence[Run]) -> bool:
 def is_current(path: Path, runs: Sequence[Run]) -> bool:
     """Whether the file holds what these runs would generate."""
     text = path.read_text(encoding="utf-8")
-    return insert(text, runs) == text
+    return inserted(path, text, runs) == text
+
+
+def inserted(path: Path, text: str, runs: Sequence[Run]) -> str:
+    """`insert`, with the file's name in its error."""
+    try:
+        return insert(text, runs)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -163,10 +163,16 @@ def load(path: Path) -> Run:
 
     Raises FileNotFoundError, or ValueError if the file is no such result.
     """
-    if path.suffix == ".jsonl":
-        return load_lines(path)
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{path}: wanted a stored run (.json, .jsonl), got something that is no text"
+        ) from None
+    if path.suffix == ".jsonl":
+        return load_lines(path, text)
+    try:
+        stored = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: wanted a pytest-benchmark JSON file, got something that is no JSON: {error}"
@@ -179,10 +185,9 @@ def load(path: Path) -> Run:
     return run_of(path, stored, rows)
 
 
-def load_lines(path: Path) -> Run:
+def load_lines(path: Path, text: str) -> Run:
     """Read lines of JSON (bench/lines.py). A last line that was cut off while it was written is left away."""
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    text = path.read_text(encoding="utf-8")
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break
@@ -194,7 +199,10 @@ def load_lines(path: Path) -> Run:
                 f"{path}: line {number}: wanted an object with a 'kind' (bench/lines.py), got {line.strip()[:60]!r}"
             ) from None
     if len(lines["machine"]) != 1:
-        raise ValueError(f"{path}: wanted one line of kind 'machine', got {len(lines['machine'])}")
+        raise ValueError(
+            f"{path}: wanted one line of kind 'machine', got {len(lines['machine'])}: "
+            "it is written by the stage of that name, which a run that was cut off sooner does not have"
+        )
     rows = [read_row(path, row) for row in lines["row"]]
     run = run_of(path, lines["machine"][0], rows)
     return replace(

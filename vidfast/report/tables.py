@@ -143,7 +143,7 @@ def overhead(run: Run, case: str) -> Table:
     """The host's time of a step on almost nothing, in multiples of the least that an autograd.Function costs."""
     rows = []
     for row in run.of(OVERHEAD):
-        if row.case != case:
+        if row.case != case or row.graph:  # a graph has no host
             continue
         floor = run.ratio(row, FLOOR)
         multiple = "" if floor is None else f"{figures.digits(1 / floor.value)}x"
@@ -197,7 +197,11 @@ def shortfalls(run: Run) -> list[str]:
                     found.append(
                         f"{row.suite}, {row.case}, g = {row.incoming:g}: {slower} times the time of {short(baseline)}"
                     )
-        floor = run.ratio(row, FLOOR) if row.suite == OVERHEAD and row.family == "vidfast" else None
+        floor = (
+            run.ratio(row, FLOOR)
+            if row.suite == OVERHEAD and row.family == "vidfast" and not row.graph
+            else None
+        )
         if floor is not None and floor.interval.high < 1 / HOST_MULTIPLE:
             multiple = figures.digits(1 / floor.value)
             found.append(
