@@ -8,6 +8,7 @@ has it), `failure` (a row that raised), `left_out` (a case for which no time was
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -23,13 +24,17 @@ class Lines:
         self.path = path
 
     def write(self, kind: str, **facts: Any) -> None:
-        text = without_paths(json.dumps({"kind": kind, **facts}, default=str))
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        text = without_paths(json.dumps({"kind": kind, **facts}, default=str)) + "\n"
+        with self.path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END) > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a process was killed while it wrote
+                    text = "\n" + text
+            file.write(text.encode())
 
 
 def without_paths(text: str) -> str:
-    """The text without this machine's own folders: a stored run speaks of the project alone."""
+    """The text without this machine's own folders, which do not belong into a stored run."""
     for folder in (str(ROOT), sys.prefix, str(Path.home()), tempfile.gettempdir()):
         if len(folder) > 1:
             text = text.replace(folder + "/", "")

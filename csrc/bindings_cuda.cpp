@@ -122,7 +122,9 @@ void cuda_set_free_number(const std::string& name, int64_t value) {
     *n->value = value;
     return;
   }
-  throw py::value_error("there is no free number " + name);
+  std::string names;
+  for (const FreeNumber* n = free_numbers(); n->name != nullptr; ++n) names += std::string(n->name) + ", ";
+  throw py::value_error("name must be one of " + names + "got " + name);
 }
 #endif
 

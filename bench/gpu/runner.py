@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from bench.lines import Lines
+from bench.lines import Lines, one_line
 
 # What the stages' own limits are meant for; in a longer run each may take longer in proportion.
 LIMIT_SECONDS = 430.0
@@ -38,6 +38,8 @@ GRACE_SECONDS = 5.0
 # With less than this left nothing more is begun.
 SHORTEST_STAGE_SECONDS = 3.0
 INTERRUPTED = 130
+# A lost connection (SIGHUP) stops a run as an interrupt does: what is done is kept, and the device is let go.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,13 @@ class Runner:
         for name in (RESULTS, SUMMARY, ARCHIVE):
             if (out / name).exists():
                 raise FileExistsError(
-                    f"{out / name} is an earlier run's: name another folder, or move it away"
+                    f"--out must be a folder without results, got {out}, which has {name}: name another, or move it"
                 )
+        (out / RESULTS).touch()
         self.lines = Lines(out / RESULTS)
 
     def run(self) -> int:
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._stop) for number in STOPPING}
         try:
             with tempfile.TemporaryDirectory() as work:
                 for stage in self.stages:
@@ -135,7 +138,11 @@ class Runner:
 
     def _outcome_of(self, stage: Stage, work: Path) -> Outcome:
         if stage.prepared and not self.is_prepared and not self.stopped:
-            self.prepare()
+            try:
+                self.prepare()
+            except Exception as error:
+                traceback.print_exc()
+                return Outcome(stage.name, "failed", 0.0, one_line(error))
             self.is_prepared = True
         if self.stopped:
             return Outcome(stage.name, "left out", 0.0, "interrupted before")
@@ -209,7 +216,8 @@ def _in_the_child(stage: Stage, job: Job, log: Path) -> None:
     try:
         os.setpgid(0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
@@ -250,4 +258,4 @@ def free_folder(wanted: Path) -> Path:
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         if not (folder / RESULTS).exists():
             return folder
-    raise FileExistsError(f"{wanted} and its successors are all taken")
+    raise FileExistsError(f"--out must be given: {wanted} and 998 more have results already")

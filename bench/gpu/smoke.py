@@ -1,4 +1,4 @@
-"""Every mapping, pair of dtypes and primitive of a GPU back end against fp64 on the device: seconds, not minutes.
+"""Every mapping and primitive of a GPU back end, in ten pairs of dtypes, against fp64 on the device.
 
     python -m bench.gpu.smoke [--few] [BACKEND ...]       in this process: for compute-sanitizer
 
@@ -67,8 +67,9 @@ EPS = 1e-5
 # As k is 1/N, a gradient in fp16 needs a factor, as a loss scaler gives it.
 WEIGHT = 1024.0
 INCOMING = 3.0
-# In units of the dtype's own precision (torch.finfo.eps), of each element of a gradient: the bounds of
-# tests/core/bounds.py, and in fp64 room for this oracle's own rounding.
+# In units of the dtype's own precision (torch.finfo.eps), of each element of a gradient. An eps is one to two ulp, so
+# these are about twice the bounds of tests/core/bounds.py, which the stages behind this one hold; in fp64 there is room
+# for this oracle's own rounding.
 UNITS = {F32: 5.0, F64: 16.0, BF16: 1.25, F16: 1.25}
 # Of the loss and d/d alpha: over the sum of the magnitudes of their terms.
 RELATIVE = {F32: 1e-6, F64: 1e-12}

@@ -119,7 +119,7 @@ def machine(job: Job) -> int | None:
 
 
 def smoke(job: Job) -> int | None:
-    """Every mapping, pair of dtypes and primitive of both back ends against fp64 on the device."""
+    """Every mapping and primitive of both back ends, in ten pairs of dtypes, against fp64 on the device."""
     from bench.gpu import smoke as checks
     from bench.gpu.workers import share
 
@@ -127,7 +127,7 @@ def smoke(job: Job) -> int | None:
     asked = share([None], lambda _: {"names": backends()}, 1, job.work / "smoke")[0]
     names = (asked or {}).get("names", [])
     if not names:
-        print("no GPU back end runs here")
+        print(f"no GPU back end runs here: {(asked or {}).get('error', 'see the stage machine')}")
         return 1
     bad = 0
     for name in names:

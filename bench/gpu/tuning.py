@@ -86,6 +86,4 @@ class TuningSuite:
 
     def captured(self, name: str, case: Case, pool: Pool) -> GraphContender:
         kernel = DeviceKernel("cuda", IN_PLACE, case, pool)
-        kernel.name = name
-        kernel.provider = kernel.provider.named(name)
-        return GraphContender(kernel, name)
+        return GraphContender(kernel, name, kernel.provider.named(name))

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.lines import one_line
+
 # A process that finds the device's context broken ends; another goes on with what is left of its share.
 BROKEN = 3
 
@@ -72,7 +74,7 @@ def _run(
                 try:
                     result = work(items[number])
                 except Exception as error:
-                    result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]}
+                    result = {"error": one_line(error)}
                 file.write(json.dumps([number, result]) + "\n")
                 if "CUDA error" in result.get("error", ""):
                     code = BROKEN

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from stored_runs import Row, stored_row
 
-from vidfast.report import device, main, readme
+from bench.lines import Lines
+from vidfast.report import device, main, plots, readme, tables
 from vidfast.report.results import Run, load
 
 NOISE = (1.0, 1.02, 0.98, 1.01, 0.99)
@@ -78,14 +79,24 @@ def test_a_line_that_was_cut_off_is_left_away(tmp_path: Path) -> None:
     assert whole.date.startswith("2030-01-02")
 
 
+def test_what_is_written_after_a_torn_line_is_read(tmp_path: Path) -> None:
+    """A stage that was killed while it wrote; the runner goes on writing to the same file."""
+    path = store(tmp_path / "run.jsonl", kernels())
+    path.write_text(path.read_text()[:-40])
+    Lines(path).write("stage", stage="rates", verdict="cut off", seconds=1.0, code=-9, last_line="")
+    run = load(path)
+    assert len(run.rows) == len(kernels()) - 1
+    assert [line["stage"] for line in run.stages] == ["rates"]
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "one line of kind 'machine', got 0"),
+        ("", "must have one line of kind 'machine', got 0"),
         (json.dumps(HEAD) + "\n" + json.dumps(HEAD) + "\n", "one line of kind 'machine', got 2"),
-        ("{}\n", "line 1: wanted an object with a 'kind'"),
-        ("[1]\n", "line 1: wanted an object with a 'kind'"),
-        (json.dumps(HEAD) + "\nnonsense\n" + json.dumps(CHECK) + "\n", "line 2: wanted an object"),
+        ("{}\n", "line 1 must be an object with a 'kind'"),
+        ("[1]\n", "line 1 must be an object with a 'kind'"),
+        (json.dumps(HEAD) + "\nnonsense\n" + json.dumps(CHECK) + "\n", "line 2 must be an object"),
         (json.dumps(HEAD) + '\n{"kind": "row", "name": "x"}\n', "x was not stored by vidfast's bench"),
     ],
 )
@@ -111,6 +122,64 @@ def test_aims_are_by_size_and_can_be_missed(tmp_path: Path) -> None:
             assert not found.pop(("triton", f"case of {size}: {primitive}", f"{wanted} of the copy"))
     assert not found, "no aim for a small tensor"
     assert device.aims_met(run) == "Aims met: cuda 4 of 4, triton 0 of 4."
+
+
+def test_aims_are_of_cold_kernels_and_of_steps_that_nothing_multiplies(tmp_path: Path) -> None:
+    seconds = {"eager": 7e-3, "torch.compile": 1.7e-3, "vidfast default": 1e-3}
+    rows = [
+        stored_row(name, samples(s), pass_bytes=LARGE, incoming_gradient=0.37) for name, s in seconds.items()
+    ]
+    hot = [{**row, "extra_info": {**row["extra_info"], "cold": False}} for row in kernels()]
+    run = run_of(tmp_path, [*rows, *hot])
+    assert device.aims(run) == []
+    assert device.aims_met(run) == ""
+
+
+def test_graphs_are_no_steps_and_no_shortfalls_of_the_host(tmp_path: Path) -> None:
+    floor = "autograd.Function that saves and returns"
+    rows = [stored_row("vidfast cuda one_pass", samples(1e-3))]
+    rows += [stored_row("vidfast cuda one_pass graph", samples(9e-4), graph=True)]
+    for name, seconds in (
+        (floor, 1e-5),
+        ("vidfast cuda one_pass", 1e-3),
+        ("vidfast cuda one_pass graph", 2e-3),
+    ):
+        rows.append(stored_row(name, samples(seconds), suite="overhead", graph="graph" in name))
+    run = run_of(tmp_path, [*rows, *kernels(0.3, 0.3)])
+    assert tables.strategies(run) == ["vidfast cuda one_pass"]
+    assert [cells[0] for cells in tables.overhead(run, "8x4x2x2 float32").rows] == [
+        floor,
+        "vidfast cuda one_pass",
+    ]
+    listed = tables.shortfalls(run)
+    assert len(listed) == 1, listed
+    assert listed[0].startswith("overhead, vidfast cuda one_pass, g = 1: 100 times the floor")
+
+
+def test_the_plot_has_a_bar_for_the_aim_of_each_size(tmp_path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    rows = [*kernels(), *kernels(nbytes=MIDDLE), *kernels(nbytes=SMALL)]
+    seen: list[Any] = []
+
+    class Kept:
+        """pyplot, whose figures are looked at before they are closed."""
+
+        def subplots(self, **options: Any) -> Any:
+            figure, axes = plt.subplots(**options)
+            seen.append(axes)
+            return figure, axes
+
+        def close(self, figure: Any) -> None:
+            """Afterwards."""
+
+    assert plots.device_kernels(run_of(tmp_path, rows), Kept()) is not None
+    drawn = seen[0].get_lines()
+    bars = [tuple(line.get_xdata()) for line in drawn if line.get_color() == plots.COLOURS["torch.compile"]]
+    assert bars == [(90.0, 90.0), (80.0, 80.0)]
+    shares = {line.get_label(): list(line.get_xdata()) for line in drawn}
+    assert shares["cuda forward_grad"] == pytest.approx([95, 95, 95])
+    plt.close("all")
 
 
 @pytest.mark.parametrize(("ours", "met"), [(1e-3, [True, True]), (2e-3, [False, False])])

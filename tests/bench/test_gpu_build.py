@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 
 from bench.gpu import build, stages
-from bench.gpu.runner import Job
 from vidfast import _C
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +79,29 @@ def test_the_stage_builds_only_where_that_helps(
     job: Any = None
     assert stages.build(job) == code
     assert len(made) == builds
-    assert Job  # the stage needs nothing of it
+
+
+def test_it_is_built_so_that_it_can_be_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    fake = SimpleNamespace(build=lambda into, scratch, options: seen.append((into, list(options))))
+    monkeypatch.setattr(build, "_setup", lambda: fake)
+    monkeypatch.setenv("VIDFAST_CUDA", "auto")
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert build.main([str(tmp_path / "new")]) == 0
+    assert seen == [((tmp_path / "new").resolve(), ["-DVIDFAST_TUNE=ON"])]
+    assert os.environ["VIDFAST_CUDA"] == "1"
+    assert os.environ["MAX_JOBS"] == "3"
+
+
+def test_a_build_that_fails_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(into: Path) -> None:
+        raise RuntimeError("VIDFAST_CUDA=1, but there is no nvcc")
+
+    monkeypatch.setattr(build, "build", fails)
+    assert build.main([]) == 1
+    assert capsys.readouterr().err == "bench.gpu.build: VIDFAST_CUDA=1, but there is no nvcc\n"
 
 
 def test_the_installed_extension_knows_its_sources() -> None:

@@ -226,10 +226,42 @@ def test_what_stages_share_is_prepared_once_and_only_if_needed(tmp_path: Path) -
     assert seen == ["0", "1", "1"]
 
 
+def test_a_fault_in_what_is_shared_costs_the_stages_that_need_it(tmp_path: Path) -> None:
+    def prepare() -> None:
+        raise ImportError("no such package")
+
+    stages = [stage("b", says("b"), prepared=True), stage("c", says("c"))]
+    assert Runner(stages, tmp_path, 60, prepare=prepare).run() == 1
+    assert verdicts(tmp_path) == {"b": "failed", "c": "ok"}
+    assert lines_of(tmp_path, "stage")[0]["last_line"] == "ImportError: no such package"
+
+
+def test_a_stage_has_a_soft_limit_before_its_hard_one(tmp_path: Path) -> None:
+    def tells(job: Job) -> None:
+        print(f"{job.deadline - time.monotonic():.0f} of {job.seconds:.0f}")
+
+    Runner([stage("a", tells, most=100.0)], tmp_path, 60).run()
+    assert lines_of(tmp_path, "stage")[0]["last_line"] == "53 of 60"
+
+
+def test_what_a_stage_leaves_behind_is_ended(tmp_path: Path) -> None:
+    def leaves(job: Job) -> None:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        print(child.pid)
+
+    Runner([stage("a", leaves)], tmp_path, 60).run()
+    child = int(lines_of(tmp_path, "stage")[0]["last_line"])
+    for _ in range(100):
+        if not _alive(child):
+            return
+        time.sleep(0.05)
+    pytest.fail("what a stage had started is still there")
+
+
 def test_an_earlier_run_is_not_written_over(tmp_path: Path) -> None:
     Runner([stage("a", says("first run"))], tmp_path, 60).run()
     before = (tmp_path / RESULTS).read_bytes()
-    with pytest.raises(FileExistsError, match="earlier run"):
+    with pytest.raises(FileExistsError, match="must be a folder without results"):
         Runner([stage("a", says("second run"))], tmp_path, 60)
     assert (tmp_path / RESULTS).read_bytes() == before
     assert free_folder(tmp_path) == tmp_path.with_name(f"{tmp_path.name}-2")
@@ -258,7 +290,7 @@ sys.exit(Runner(stages, Path(sys.argv[1]), 60).run())
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "SIGINT ignored at start"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["INT", "TERM", "HUP"])
 def test_an_interrupt_keeps_what_is_done(tmp_path: Path, number: int, ignored: bool) -> None:
     """A shell without job control starts background commands with SIGINT ignored: that must not make us deaf."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench import measured, traffic
+from bench import machine, measured, traffic
 from bench.buffers import Pool
 from bench.cases import Case
 from bench.clock import Call
@@ -140,6 +141,39 @@ def test_the_commit_is_this_checkouts_or_unknown(tmp_path: Path, monkeypatch: py
     found = measured.commit()
     assert len(str(found["id"])) == 40
     assert found["dirty"] is False
+    (inner.parent / "file").write_text("1")
+    subprocess.run([*git, str(inner.parent), "add", "file"], check=True)
+    assert measured.commit()["dirty"] is True
+
+
+def test_without_py_cpuinfo_the_processor_still_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cpuinfo", None)
+    facts = machine.processor()
+    assert facts["brand_raw"]
+    assert facts["simd"] == []
+    flags = {"brand_raw": "X", "flags": ["avx2", "sse"], "hz_actual": 1}
+    assert machine.processor(flags) == {"brand_raw": "X", "simd": ["avx2"]}
+
+
+@pytest.mark.parametrize(
+    ("printed", "facts"),
+    [
+        ("580.1, 700.00 W, 1980 MHz", ["580.1", "700.00 W", "1980 MHz"]),
+        ("580.1, 700.00 W, 1980 MHz\n580.1, 300.00 W, 1 MHz", ["580.1", "700.00 W", "1980 MHz"]),
+        ("something else", []),
+        ("", []),
+    ],
+)
+def test_facts_of_the_driver(
+    printed: str, facts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '%s\\n' '{printed}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert list(machine.driver_facts().values()) == facts
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert machine.driver_facts() == {}
 
 
 def test_the_digest_is_of_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

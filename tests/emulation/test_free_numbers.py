@@ -80,6 +80,16 @@ def test_the_results_are_right_with_every_value(name: str, value: int) -> None:
         assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
 
 
+def test_a_plan_made_before_is_not_kept() -> None:
+    """The workspace's size is remembered by shape: it must be asked for anew under another number, and again behind."""
+    bytes_of = dispatch.load("cuda")._workspace_bytes  # type: ignore[attr-defined]
+    problem = (64, 8, 4096, 8 * 4096, 8 * 4096, 0, 0)
+    before = bytes_of(*problem)
+    with free_number("kChunks", 1 << 20), free_number("kFewestVectors", 16):
+        assert bytes_of(*problem) > before, "smaller chunks have more sums"
+    assert bytes_of(*problem) == before
+
+
 def fails_inside(native: ModuleType) -> None:
     with free_number("kPlane", 64):
         assert native.cuda_free_numbers()["kPlane"] == 64
@@ -92,7 +102,8 @@ def test_a_number_is_put_back_after_an_error(native: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"), [("kLoads", 0, "at least 1"), ("kNone", 1, "no free number")]
+    ("name", "value", "says"),
+    [("kLoads", 0, "at least 1"), ("kNone", 1, "must be one of kPlane, .*got kNone")],
 )
 def test_what_cannot_be_set_is_an_error(native: ModuleType, name: str, value: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ if "VIDFAST_EMULATED_CUDA" in os.environ:
     from bench.clock import DeviceClock
     from bench.device_kernels import PRIMITIVES, DeviceKernel
     from bench.graphs import GraphContender
-    from bench.interleave import Budget
+    from bench.interleave import Budget, interleave
+    from bench.machine import last_level_cache
     from bench.providers import CopyContender, StepContender, baselines, vidfast_providers
     from bench.record import measure
     from bench.suites import KernelSuite, StepSuite
@@ -179,9 +181,50 @@ def test_the_lead_is_on_the_device_before_the_first_event() -> None:
     order.clear()
     clock.time([lambda: order.append("call")])
     assert order == ["start", "call", "end"]
-    whole = DeviceClock("cuda")
-    sample = whole.time([lambda: None] * 3, 7, True)
-    assert 0 < sample.seconds < 1.0
+
+
+def test_a_sample_is_the_seconds_of_one_call() -> None:
+    """12 ms between the events, over 3 prepared calls of 4 calls each: 1 ms."""
+    clock, reads = DeviceClock("cuda"), list[int]()
+    clock.start.elapsed_time = lambda other: 12.0  # type: ignore[method-assign]
+    clock._lead = SimpleNamespace(amax=lambda: reads.append(1))  # type: ignore[assignment]
+    assert clock.time([lambda: None] * 3, 4, True).seconds == pytest.approx(1e-3)
+    assert len(reads) == DeviceClock.LEAD_READS
+    assert clock.time([lambda: None] * 3).seconds == pytest.approx(4e-3)
+    assert len(reads) == DeviceClock.LEAD_READS, "only a replay has a lead"
+    real = DeviceClock("cuda")
+    assert 0 <= real.time([lambda: None] * 3, 7, True).seconds < 1.0
+    assert real._lead is not None
+    assert real._lead.nbytes == DeviceClock.LEAD_MULTIPLE * last_level_cache("cuda")
+
+
+def test_nothing_is_called_for_the_first_time_in_a_capture() -> None:
+    """Triton compiles, CUDA loads its module: neither may happen while a stream is captured."""
+    pool = Pool(CASE)
+    kernel = DeviceKernel("cuda", "forward_grad", CASE, pool)
+    seen: list[bool] = []
+    call = kernel.call
+
+    def watched(slot: Any) -> object:
+        seen.append(torch.cuda.CUDAGraph.capturing is not None)  # type: ignore[attr-defined]
+        return call(slot)
+
+    kernel.call = watched
+    contender = GraphContender(kernel, "x")
+    assert seen == [False] * 2 + [True] * contender.calls
+
+
+def test_a_replay_is_one_sample() -> None:
+    """However short it is: what it wrote over has to be put back before the next."""
+    pool = Pool(CASE)
+    contender = GraphContender(DeviceKernel("cuda", "forward_grad in place", CASE, pool), "x")
+    replays: list[int] = []
+    replay = contender.graph.replay
+    contender.graph.replay = lambda: (replays.append(1), replay())  # type: ignore[method-assign]
+    budget = Budget(0.0, fewest=3, most=3)
+    timings = interleave([contender], DeviceClock("cuda"), budget, [1e-9], len(pool.slots))["x"]
+    assert len(replays) == len(timings.samples) == 3
+    assert timings.calls_per_sample == contender.calls
 
 
 def test_only_the_full_selection_searches_with_max_autotune() -> None:

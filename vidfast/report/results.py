@@ -16,6 +16,7 @@ EAGER, COMPILE, COPY, TORCH_LOSS = "eager", "torch.compile", "copy", "torch.nn.G
 STEP, FORWARD, KERNEL, OVERHEAD, SCALING = "loss step", "forward", "kernel alone", "overhead", "scaling"
 # A forward and its gradient cannot move less than two reads and one write.
 FLOOR_PASSES = 3
+LINE = "an object with a 'kind' (bench/lines.py)"
 REQUIRED = (
     "suite",
     "case",
@@ -186,21 +187,21 @@ def load(path: Path) -> Run:
 
 
 def load_lines(path: Path, text: str) -> Run:
-    """Read lines of JSON (bench/lines.py). A last line that was cut off while it was written is left away."""
+    """Read lines of JSON (bench/lines.py). Lines that were cut off while they were written are left away."""
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
-            found = json.loads(line)
-            lines[found.pop("kind")].append(found)
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise ValueError(
-                f"{path}: line {number}: wanted an object with a 'kind' (bench/lines.py), got {line.strip()[:60]!r}"
-            ) from None
+            fields = json.loads(line)
+            lines[fields.pop("kind")].append(fields)
+        except json.JSONDecodeError:
+            if line.startswith('{"kind": '):
+                continue
+            raise ValueError(f"{path}: line {number} must be {LINE}, got {line.strip()[:60]!r}") from None
+        except (KeyError, AttributeError, TypeError):
+            raise ValueError(f"{path}: line {number} must be {LINE}, got {line.strip()[:60]!r}") from None
     if len(lines["machine"]) != 1:
         raise ValueError(
-            f"{path}: wanted one line of kind 'machine', got {len(lines['machine'])}: "
+            f"{path}: must have one line of kind 'machine', got {len(lines['machine'])}: "
             "it is written by the stage of that name, which a run that was cut off sooner does not have"
         )
     rows = [read_row(path, row) for row in lines["row"]]

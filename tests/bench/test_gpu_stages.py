@@ -1,0 +1,271 @@
+"""The stages themselves: what they name exists, and what goes wrong in them does not pass for good."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import buffers, cases
+from bench.buffers import Pool
+from bench.cases import DEVICE_POINTS, Case, device_cases
+from bench.gpu import launches, smoke, stages, tuning
+from bench.gpu.runner import NOT_HERE, Job
+from bench.lines import Lines
+from bench.record import Row
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    work = tmp_path / "work"
+    work.mkdir()
+    return Job(tmp_path, work, Lines(tmp_path / "results.jsonl"), 60.0, float("inf"), small=False)
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], dict[str, str]]]:
+    """The commands that stages run, instead of running them; each ends with 7."""
+    seen: list[tuple[tuple[str, ...], dict[str, str]]] = []
+
+    def run(*words: str, **environment: str) -> int:
+        seen.append((words, environment))
+        return 7
+
+    monkeypatch.setattr(stages, "command", run)
+    return seen
+
+
+# ---- what is named exists
+
+
+def test_every_stage_has_a_name_a_sentence_and_a_limit() -> None:
+    names = [stage.name for stage in stages.STAGES]
+    assert len(set(names)) == len(names)
+    assert names[: len(stages.ALWAYS)] == list(stages.ALWAYS)
+    assert names.index("smoke") < names.index("rates") < names.index("tune") < names.index("memcheck")
+    for stage in stages.STAGES:
+        assert stage.what
+        assert 10 <= stage.most_seconds <= 200
+
+
+def test_the_points_that_stages_pick_are_there() -> None:
+    for picked in (stages.STEP_POINTS, stages.TUNING_POINTS, launches.SHOWN):
+        chosen = device_cases("s", "cuda", indices=picked)
+        assert [case.shape for case in chosen] == [DEVICE_POINTS[i][0] for i in picked]
+        assert [case.dtype for case in chosen] == [DEVICE_POINTS[i][1] for i in picked]
+    assert len(stages.STEP_POINTS) == 3, "whole steps on three shapes"
+    assert len(device_cases("s", "cuda")) == len(DEVICE_POINTS)
+
+
+def test_the_points_cover_dtypes_layouts_and_the_papers_pairs() -> None:
+    points = device_cases("s", "cuda")
+    assert len({case.key for case in points}) == len(points)
+    assert {case.dtype for case in points} == {torch.float32, torch.bfloat16, torch.float16}
+    for layout in ("contiguous", "channels_last"):
+        assert {torch.bfloat16, torch.float32, torch.float16} <= {
+            c.dtype for c in points if c.layout == layout
+        }
+    assert set(cases.LAYER_PAIRS) <= {case.shape for case in points}
+    assert points[0].nbytes >= 100e6, "the most telling first"
+    tokens = next(case for case in points if case.shape == cases.TOKENS)
+    assert tokens.channels == cases.TOKENS[-1]
+
+
+def test_the_tests_that_stages_run_exist(
+    job: Job, commands: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: object())
+    for stage in (stages.core_cuda, stages.on_the_gpu, stages.core_triton):
+        assert stage(job) == 7, "the exit code of the tests is the stage's"
+    backends = []
+    for words, environment in commands:
+        assert words[words.index("-n") + 1] == str(stages.processes()), "side by side where xdist is"
+        paths = [word for word in words if word.startswith("tests/")]
+        assert paths
+        assert all((ROOT / path).exists() for path in paths)
+        for name in environment:
+            if name.startswith("VIDFAST_TEST_"):
+                assert name in (ROOT / "tests" / "core" / "places.py").read_text()
+        backends.append(environment.get("VIDFAST_TEST_BACKEND"))
+    assert backends == ["cuda", None, "triton"]
+
+
+def test_the_profiler_asks_for_kernels_that_there_are(
+    job: Job, commands: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "toolkit", lambda name: f"/tools/{name}")
+    assert stages.profile(job) == 7
+    (words, _), pattern = commands[0], stages.KERNELS_OF_OURS.removeprefix("regex:")
+    assert stages.KERNELS_OF_OURS in words
+    assert words[words.index("--clock-control") + 1] == "none", "a lent device's clocks are left alone"
+    cuda = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    triton = (ROOT / "vidfast" / "backends" / "triton_kernels.py").read_text()
+    for name, text in (("planes", cuda), ("rows", cuda), ("sweep_planes", triton), ("sweep_rows", triton)):
+        assert re.search(rf"(__global__ void .*|def ){name}\(", text), name
+        assert re.search(pattern, name)
+    assert not re.search(pattern, "distribution_elementwise_grid_stride_kernel")
+
+
+def test_memcheck_fails_on_a_fault_and_sees_every_tensor(
+    job: Job, commands: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "toolkit", lambda name: f"/tools/{name}")
+    assert stages.memcheck(job) == 7
+    words, environment = commands[0]
+    assert words[words.index("--error-exitcode") + 1] not in ("0", "1")
+    assert environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+@pytest.mark.parametrize("stage", [stages.profile, stages.memcheck])
+def test_a_tool_that_is_missing_is_not_here(
+    stage: Any, job: Job, commands: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "toolkit", lambda name: None)
+    assert stage(job) == NOT_HERE
+    assert not commands
+
+
+def test_no_profile_is_no_success(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "toolkit", lambda name: f"/tools/{name}")
+    monkeypatch.setattr(stages, "command", lambda *words, **environment: 0)
+    assert stages.profile(job) == 1
+    (job.work / "ncu.ncu-rep").write_bytes(b"report")
+    assert stages.profile(job) == 0
+
+
+# ---- what goes wrong is said
+
+
+def problem_of(error: str | None) -> Any:
+    return lambda problem, device: (
+        {} if error is None or problem.shape != smoke.SHAPES[0] else {"error": error}
+    )
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), ("d mean: 1 of 9", 1)])
+def test_smoke_fails_where_a_result_is_wrong(
+    error: str | None,
+    code: int,
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(stages, "backends", lambda: ["cuda", "triton"])
+    monkeypatch.setattr(smoke, "check", problem_of(error))
+    assert stages.smoke(job) == code
+    said = capsys.readouterr().out
+    assert (f"{smoke.SHAPES[0][0]}x" in said) == bool(error)
+    written = job.lines.path.read_text()
+    assert ('"wrong": 0' in written) == (error is None)
+
+
+def test_smoke_says_why_no_back_end_runs(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> list[str]:
+        raise RuntimeError("CUDA error: no device")
+
+    monkeypatch.setattr(stages, "backends", fails)
+    assert stages.smoke(job) == 1
+    assert "CUDA error: no device" in capsys.readouterr().out
+
+
+def fake_rows(failure: Exception | None) -> Any:
+    from bench.clock import Sample
+    from bench.interleave import Timings
+
+    good = Row(Timings(1, 1, [0], [Sample(1e-6, 0.0)]), {"share_of_copy": 0.5})
+    return lambda *_: iter([(Case("s", (2, 3)), {"a": good, "b": Row(failure=failure)})] * 2)
+
+
+@pytest.mark.parametrize(
+    ("failure", "cases_seen"), [(ValueError("no"), 2), (RuntimeError("CUDA error: illegal access"), 1)]
+)
+def test_a_row_that_failed_fails_the_stage(
+    failure: Exception,
+    cases_seen: int,
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """After a fault of the device nothing more is measured: every later row would fail too."""
+    monkeypatch.setattr("bench.measured.measure_all", fake_rows(failure))
+    assert stages.measured(job, None, [], seconds=1.0) == 1
+    said = capsys.readouterr().out
+    assert said.count("a: 1.00 us, 50% of the copy") == cases_seen
+    assert str(failure) in said
+
+
+def test_a_machine_without_a_back_end_fails_the_stage(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.measured.write_machine", lambda *_, **__: None)
+    for found, code in (([], 1), (["cuda"], 0)):
+        monkeypatch.setattr(stages, "backends", lambda found=found: found)
+        assert stages.machine(job) == code
+    assert "back ends that run here: none" in capsys.readouterr().out
+
+
+def test_tuning_wants_a_build_for_it(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "backends", lambda: ["triton"])
+    assert stages.tune(job) == NOT_HERE
+    monkeypatch.setattr(stages, "backends", lambda: ["cuda"])
+    monkeypatch.setattr(tuning, "native", lambda: object())
+    assert stages.tune(job) == NOT_HERE
+    assert "python -m bench.gpu.build" in capsys.readouterr().out
+
+
+def test_one_of_each_kind_of_module_comes_before_the_rest(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def note(job: Job, suite: Any, chosen: list[Case], seconds: float) -> int:
+        order.append((suite.name, len(chosen)))
+        return 0
+
+    monkeypatch.setattr(stages, "measured", note)
+    monkeypatch.setattr("bench.cases.training_cases", lambda s, f, d: [Case(s, (1, 2)), Case(s, (1, 3))])
+    assert stages.modules(job) == 0
+    assert order == [("VIDLoss", 1), ("training step", 1), ("VIDLoss", 3), ("training step", 1)]
+
+
+# ---- cold buffers
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_slots_of_a_cold_case_are_four_times_the_cache(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case("s", (4, 8, 4, 4), device=device)
+    monkeypatch.setattr(buffers, "last_level_cache", lambda device: 64 * case.nbytes)
+    on_the_cpu = replace(case, device="cpu")
+    fewest = buffers.FEWEST_SLOTS_OF_A_GRAPH if device == "cuda" else 1
+    monkeypatch.setattr(Case, "on_gpu", property(lambda self: device == "cuda"))
+    pool = Pool(on_the_cpu)
+    assert len(pool.slots) * 2 * case.nbytes == 4 * 64 * case.nbytes
+    assert pool.cold
+    monkeypatch.setattr(buffers, "last_level_cache", lambda device: 1)
+    assert len(Pool(on_the_cpu).slots) == fewest
+    assert len(Pool(on_the_cpu, slots=3).slots) == 3
+
+
+def test_nothing_of_a_stage_is_imported_from_outside_the_checkout() -> None:
+    """A GPU machine has the checkout and a handful of packages: a stray import would end a run there."""
+    known = {"bench", "vidfast", "torch", "pytest", "cpuinfo", "psutil", "pybind11", "triton", "numpy"}
+    import sys
+
+    for path in [*(ROOT / "bench").glob("*.py"), *(ROOT / "bench" / "gpu").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.split(".")[0]
+                assert top in known or top in sys.stdlib_module_names, f"{path.name} imports {name}"
