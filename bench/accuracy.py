@@ -67,12 +67,13 @@ class Oracle:
             return Errors(loss_error, None, None)
         grad_mean, grad_alpha = grads
         scale = (incoming / self.case.elements) / self.case.per_channel(self.variance)
-        worst = largest = 0.0
+        # torch's maximum, unlike Python's, lets no NaN pass
+        worst = largest = torch.zeros((), dtype=torch.float64, device=grad_mean.device)
         for part in self.parts():
             exact = (self.mean[part].double() - self.target[part].double()) * scale
-            worst = max(worst, float((grad_mean[part].double() - exact).abs().max()))
-            largest = max(largest, float(exact.abs().max()))
+            worst = torch.maximum(worst, (grad_mean[part].double() - exact).abs().max())
+            largest = torch.maximum(largest, exact.abs().max())
         alpha_error = (grad_alpha.double() - incoming * self.grad_alpha).abs() / (
             abs(incoming) * self.grad_alpha_scale
         )
-        return Errors(loss_error, worst / largest, float(alpha_error.max()))
+        return Errors(loss_error, float(worst / largest), float(alpha_error.max()))

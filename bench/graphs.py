@@ -6,6 +6,7 @@ the pool is larger than it, and writes results of its own. A replay runs them al
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from typing import Any, Protocol
 
@@ -65,9 +66,14 @@ class GraphContender:
             with torch.cuda.stream(side):
                 self.graph.capture_begin()
                 try:
-                    return [self.inner.prepare()() for _ in range(self.calls)]
-                finally:
-                    self.graph.capture_end()
+                    results = [self.inner.prepare()() for _ in range(self.calls)]
+                except BaseException:
+                    # The stream leaves its capture, whose own complaint would hide what was wrong.
+                    with contextlib.suppress(RuntimeError):
+                        self.graph.capture_end()
+                    raise
+                self.graph.capture_end()
+                return results
         finally:
             if collects:
                 gc.enable()

@@ -28,7 +28,7 @@ class Contender(Protocol):
     """One row: `prepare` makes a call ready outside the timing, `finish` cleans up after it.
 
     A prepared call makes `calls` calls: one, or as many as a CUDA graph holds. Such a `replayed` one is timed on the
-    device alone, and once a sample, so that `finish` can undo what it wrote.
+    device alone.
     """
 
     name: str
@@ -53,12 +53,13 @@ class Budget:
 
 @dataclass
 class Timings:
-    """The samples of one contender, of `case_rounds` rounds those that `takes_part` says."""
+    """The samples of one contender, of `case_rounds` rounds those that `takes_part` says; none more after a failure."""
 
     calls_per_sample: int
     case_rounds: int = 0
     rounds: list[int] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    failure: Exception | None = None
 
 
 def one_sample(contender: Contender, clock: Clock, count: int) -> Sample:
@@ -84,20 +85,21 @@ def warm_up(contender: Contender, clock: Clock, times: int) -> float:
 def interleave(
     contenders: Sequence[Contender], clock: Clock, budget: Budget, estimates: Sequence[float], most_calls: int
 ) -> dict[str, Timings]:
-    """Measure every contender and return its samples.
+    """Measure every contender and return its samples. One that raises sits out the rest, with its failure kept.
 
     `estimates` are the seconds of a warm call of each. `most_calls` in a sample: no more than there are buffers, since
-    a call in place must not find a mean that another one has written over.
+    a call in place must not find a mean that another one has written over. A graph is replayed as often as makes a
+    sample long: what it finds then is another gradient, which costs the same, and what the L2 still holds at the end
+    of a sample, unwritten, is little beside what went through it.
     """
     share = budget.seconds / max(len(contenders), 1)
     wanted, timings = [], {}
     for contender, estimate in zip(contenders, estimates, strict=True):
-        calls = min(max(math.ceil(SHORTEST_SAMPLE / max(estimate, 1e-9)), 1), MOST_CALLS, most_calls)
-        if contender.replayed:
-            calls = 1
+        each = max(estimate * contender.calls, 1e-9)
+        most = MOST_CALLS if contender.replayed else min(MOST_CALLS, most_calls)
+        calls = min(max(math.ceil(SHORTEST_SAMPLE / each), 1), most)
         fewest = budget.fewest if estimate < SLOW_SECONDS else min(budget.fewest, budget.fewest_slow)
-        seconds = estimate * calls * contender.calls
-        wanted.append(min(max(int(share / max(seconds, 1e-9)), fewest), budget.most))
+        wanted.append(min(max(int(share / (each * calls)), fewest), budget.most))
         timings[contender.name] = Timings(calls * contender.calls)
     rounds = max(wanted, default=0)
     for timing in timings.values():
@@ -109,7 +111,13 @@ def interleave(
                 continue
             contender = contenders[index]
             timing = timings[contender.name]
+            if timing.failure is not None:
+                continue
+            try:
+                sample = one_sample(contender, clock, timing.calls_per_sample // contender.calls)
+            except Exception as failure:
+                timing.failure = failure
+                continue
             timing.rounds.append(number)
-            prepared = timing.calls_per_sample // contender.calls
-            timing.samples.append(one_sample(contender, clock, prepared))
+            timing.samples.append(sample)
     return timings

@@ -49,21 +49,35 @@ def write_rows(lines: Lines, case: Case, rows: dict[str, Row]) -> None:
 
 
 def measure_all(
-    suite: Opener, cases: Sequence[Case], lines: Lines, budget: Budget, deadline: float
+    suite: Opener,
+    cases: Sequence[Case],
+    lines: Lines,
+    budget: Budget,
+    deadline: float,
+    longest: list[float] | None = None,
 ) -> Iterator[tuple[Case, dict[str, Row]]]:
     """Measures and writes case after case until time.monotonic() passes `deadline`, and yields each.
 
-    A case is begun only if the longest one so far would still fit.
+    Args:
+        suite: Whose contenders are measured.
+        cases: In the order of their value.
+        lines: Where rows, failures and cases that were left out are written.
+        budget: Of a case.
+        deadline: A case is begun only if the longest one so far would still end before it.
+        longest: [seconds of the longest case so far], kept from call to call by the caller; [0.0] at first.
+
+    Yields:
+        Each case that was measured, with its rows, after they were written.
     """
-    longest = 0.0
+    longest = [0.0] if longest is None else longest
     for case in cases:
         begin = time.monotonic()
-        if begin + longest > deadline:
+        if begin + longest[0] > deadline:
             lines.write("left_out", suite=case.suite, case=case.title)
             continue
         rows = measure(case, suite, suite.names(case), budget)
         write_rows(lines, case, rows)
-        longest = max(longest, time.monotonic() - begin)
+        longest[0] = max(longest[0], time.monotonic() - begin)
         yield case, rows
 
 

@@ -124,12 +124,18 @@ def measure(case: Case, suite: Opener, names: list[str], budget: Budget) -> dict
             timings = interleave(ready, clock, budget, estimates, len(pool.slots))
         for contender in ready:
             row = rows[contender.name]
-            row.timings = timings[contender.name]
+            row.failure = timings[contender.name].failure
+            if row.failure is not None:
+                continue
             assert row.info is not None
             row.info |= {"load": window.load.as_dict(), "slots": len(pool.slots), "cold": pool.cold}
             row.info["timer"] = clock.name
-            if isinstance(contender, WholeModule):
-                row.info["pair_seconds"] = contender.part_seconds(len(row.timings.samples))
+            try:
+                row.info |= after_the_rounds(case, contender, len(timings[contender.name].samples))
+            except Exception as failure:
+                row.failure = failure
+                continue
+            row.timings = timings[contender.name]
         add_rates(case, rows)
     return rows
 
@@ -175,11 +181,19 @@ def beside_the_time(case: Case, contender: Measurable, oracle: Oracle) -> dict[s
         "peak_extra_bytes": peak,
         **case.extra,
     }
+    if error is not None:
+        info["error"] = error.as_dict()
+    return info
+
+
+def after_the_rounds(case: Case, contender: Measurable, samples: int) -> dict[str, Any]:
+    """What must not come before them: the profiler, once it was started, stays in every launch's way."""
+    info: dict[str, Any] = {}
+    if isinstance(contender, WholeModule):
+        info["pair_seconds"] = contender.part_seconds(samples)
     if case.on_gpu and case.count_launches and not contender.replayed:
         info["launches"] = memory.kernel_launches(contender.prepare())
         contender.finish()
-    if error is not None:
-        info["error"] = error.as_dict()
     return info
 
 

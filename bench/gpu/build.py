@@ -66,8 +66,12 @@ def build(into: Path = PACKAGE) -> None:
     """Builds it with CUDA into the folder `into`, by setup.py's own function. pip and setuptools play no part in it."""
     os.environ["VIDFAST_CUDA"] = "1"
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    with tempfile.TemporaryDirectory() as scratch:
-        _setup().build(into.resolve(), Path(scratch), options=["-DVIDFAST_TUNE=ON"])
+    into = into.resolve()
+    with tempfile.TemporaryDirectory(dir=into, prefix=".build-") as scratch:
+        library = Path(scratch) / "library"
+        _setup().build(library, Path(scratch) / "scratch", options=["-DVIDFAST_TUNE=ON"])
+        for path in library.iterdir():  # whole or not at all: a build that is killed leaves no torn file
+            path.replace(into / path.name)
 
 
 def _setup() -> Any:

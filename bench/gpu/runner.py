@@ -12,9 +12,12 @@ at any time:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import io
 import os
 import re
+import resource
 import signal
 import sys
 import tarfile
@@ -35,6 +38,11 @@ RESULTS, SUMMARY, ARCHIVE = "results.jsonl", "summary.txt", "all.tgz"
 NOT_HERE = 77
 # A stage that is cut off has this long to end by itself.
 GRACE_SECONDS = 5.0
+# A process that outlives SIGKILL by this much is abandoned.
+ABANDON_SECONDS = 10.0
+# What is kept of either end of a longer log, and what a stage may write into one file.
+END_BYTES, MOST_FILE_BYTES = 1 << 20, 1 << 30
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # With less than this left nothing more is begun.
 SHORTEST_STAGE_SECONDS = 3.0
 INTERRUPTED = 130
@@ -98,7 +106,6 @@ class Runner:
         self.deadline, self.stretch = time.monotonic() + limit, max(1.0, limit / LIMIT_SECONDS)
         self.outcomes: list[Outcome] = []
         self.stopped = False
-        self.child: int | None = None
         try:
             out.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -130,11 +137,9 @@ class Runner:
         return "\n".join(outcome.text for outcome in self.outcomes)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """Ends the stage that is running and begins no other; what is done is kept."""
+        """The stage that is running is ended and no other is begun; what is done is kept."""
         del number, frame
         self.stopped = True
-        if self.child is not None:
-            _signal_group(self.child, signal.SIGINT)
 
     def _outcome_of(self, stage: Stage, work: Path) -> Outcome:
         if stage.prepared and not self.is_prepared and not self.stopped:
@@ -168,12 +173,13 @@ class Runner:
         """(exit code, whether it was cut off) of the stage, in a forked process that heads a group of its own."""
         sys.stdout.flush()
         sys.stderr.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until the child has handlers of its own
         child = os.fork()
         if child == 0:
             _in_the_child(stage, job, log)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         with contextlib.suppress(PermissionError, ProcessLookupError):
             os.setpgid(child, child)  # the child does so too, whichever comes first
-        self.child = child
         end = time.monotonic() + job.seconds
         cut_off, kill_at = False, float("inf")
         while True:
@@ -181,19 +187,29 @@ class Runner:
             if found:
                 break
             now = time.monotonic()
+            if now > kill_at + ABANDON_SECONDS:  # stuck in the driver: nothing ends it
+                return -signal.SIGKILL, True
             if now > kill_at:
                 _signal_group(child, signal.SIGKILL)
             elif kill_at == float("inf") and (now > end or self.stopped):
                 cut_off, kill_at = True, now + GRACE_SECONDS
                 _signal_group(child, signal.SIGINT)
             time.sleep(0.02)
-        self.child = None
         _signal_group(child, signal.SIGKILL)  # what the stage started and left behind
         return os.waitstatus_to_exitcode(status), cut_off
 
     def _file(self, outcome: Outcome, work: Path) -> None:
+        """Writes down how a stage ended. What cannot be written (a full disk) does not end the run."""
         self.outcomes.append(outcome)
         print(outcome.text, flush=True)
+        for write in (self._write_line, self._write_summary, self._write_archive):
+            try:
+                write(outcome, work)
+            except OSError as error:
+                print(f"not written: {one_line(error)}", flush=True)
+
+    def _write_line(self, outcome: Outcome, work: Path) -> None:
+        del work
         self.lines.write(
             "stage",
             stage=outcome.stage,
@@ -202,11 +218,21 @@ class Runner:
             code=outcome.code,
             last_line=outcome.last_line[:400],
         )
+
+    def _write_summary(self, outcome: Outcome, work: Path) -> None:
+        del outcome, work
         (self.out / SUMMARY).write_text(self.summary() + "\n", encoding="utf-8")
+
+    def _write_archive(self, outcome: Outcome, work: Path) -> None:
+        del outcome
         beside = self.out / f"{ARCHIVE}.part"
         with tarfile.open(beside, "w:gz", compresslevel=3) as archive:
             for path in (self.out / RESULTS, self.out / SUMMARY, *sorted(work.iterdir())):
-                archive.add(path, path.name)
+                if path.is_file():
+                    text = _shortened(path) if path.suffix == ".log" else path.read_bytes()
+                    entry = tarfile.TarInfo(path.name)
+                    entry.size, entry.mtime = len(text), int(path.stat().st_mtime)
+                    archive.addfile(entry, io.BytesIO(text))
         beside.replace(self.out / ARCHIVE)
 
 
@@ -215,23 +241,45 @@ def _in_the_child(stage: Stage, job: Job, log: Path) -> None:
     code = 1
     try:
         os.setpgid(0, 0)
+        _die_with_the_parent()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_FILE_BYTES, MOST_FILE_BYTES))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
         code = stage.run(job) or 0
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("cut off")
         code = INTERRUPTED
     except BaseException:
         traceback.print_exc()
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _die_with_the_parent() -> None:
+    """A runner that is killed leaves no stage behind that goes on using the device (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _shortened(log: Path) -> bytes:
+    """A log, or the two ends of one that is too long to bring home."""
+    size = log.stat().st_size
+    with log.open("rb") as file:
+        if size <= 2 * END_BYTES:
+            return file.read()
+        first = file.read(END_BYTES)
+        file.seek(-END_BYTES, os.SEEK_END)
+        return first + f"\n... {size - 2 * END_BYTES} bytes ...\n".encode() + file.read()
 
 
 def _signal_group(process: int, number: int) -> None:
@@ -245,8 +293,11 @@ def nothing_ran(last_line: str) -> bool:
 
 
 def _last_line(log: Path) -> str:
+    """The last line that says something."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        with log.open("rb") as file:
+            file.seek(max(log.stat().st_size - END_BYTES, 0))
+            lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return ""
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

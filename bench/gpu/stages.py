@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.gpu import build as extension
 from bench.gpu.runner import NOT_HERE, Job, Stage
+from bench.gpu.workers import device_is_broken, share
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda"
@@ -63,22 +64,35 @@ def not_here(why: str) -> int:
 
 def build(job: Job) -> int | None:
     """Uses the extension that is in place, if it is of these sources and runs here; else builds it."""
-    del job
-    path = extension.in_place()
-    reason = "there is none in place" if path is None else extension.stale(path)
+
+    def ask(question: Callable[[Path], str | None], path: Path | None) -> str | None:
+        """In a process of its own: one that has loaded an extension never sees the file that replaces it."""
+        if path is None:
+            return "there is none in place"
+        answer = share([path], lambda path: {"answer": question(path)}, 1, job.work / "ask")[0]
+        if answer is None:
+            raise KeyboardInterrupt
+        reason: str | None = answer.get("error") or answer.get("answer")
+        return reason
+
+    reason = ask(extension.stale, extension.in_place())
     if reason is not None:
         print(f"{reason}: it is built", flush=True)
         extension.build()
-        path = extension.in_place()
-        reason = "the build left nothing behind" if path is None else extension.stale(path)
-    if reason is None and path is not None:
-        reason = extension.unavailable(path)
+        reason = ask(extension.stale, extension.in_place())
+    path = extension.in_place()
+    reason = reason or ask(extension.unavailable, path)
     print(reason or f"{path.name if path else ''} is of these sources and runs here")
     return 0 if reason is None else 1
 
 
 def machine(job: Job) -> int | None:
-    """Device, driver, compilers, packages; the head of the results."""
+    """The head of the results; device, driver, compilers, packages."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from bench.measured import write_machine
+
+    write_machine(job.lines, DEVICE, selection=f"bench/gpu.sh{', --small: a rehearsal' if job.small else ''}")
     for tool in (
         ("nvidia-smi",),
         ("nvcc", "--version"),
@@ -90,8 +104,6 @@ def machine(job: Job) -> int | None:
             subprocess.run(tool, check=False, timeout=20)
         except (OSError, subprocess.TimeoutExpired) as error:
             print(f"  {error}")
-    from importlib.metadata import PackageNotFoundError, version
-
     packages = (
         "torch",
         "triton",
@@ -107,12 +119,9 @@ def machine(job: Job) -> int | None:
             print(f"{package} {version(package)}")
         except PackageNotFoundError:
             print(f"{package} is not installed")
-    from bench.measured import write_machine
-
-    write_machine(job.lines, DEVICE, selection=f"bench/gpu.sh{', --small: a rehearsal' if job.small else ''}")
-    found = backends()
-    print(f"back ends that run here: {', '.join(found) or 'none'}")
-    return 0 if found else 1
+    names = backends()
+    print(f"back ends that run here: {', '.join(names) or 'none'}")
+    return 0 if names else 1
 
 
 # ---- is it right
@@ -121,7 +130,6 @@ def machine(job: Job) -> int | None:
 def smoke(job: Job) -> int | None:
     """Every mapping and primitive of both back ends, in ten pairs of dtypes, against fp64 on the device."""
     from bench.gpu import smoke as checks
-    from bench.gpu.workers import share
 
     shapes = checks.SMALLEST_SHAPES if job.small else checks.SHAPES
     asked = share([None], lambda _: {"names": backends()}, 1, job.work / "smoke")[0]
@@ -135,7 +143,13 @@ def smoke(job: Job) -> int | None:
         wanted = checks.problems([name], shapes)
         if job.small:
             wanted = wanted[:: 7 if name == "cuda" else 47]
-        found = share(wanted, lambda problem: checks.check(problem, DEVICE), processes(), job.work / "smoke")
+        found = share(
+            wanted,
+            lambda problem: checks.check(problem, DEVICE),
+            processes(),
+            job.work / "smoke",
+            device_is_broken,
+        )
         done = sum(result is not None for result in found)
         errors = [
             {"problem": problem.title, "error": result["error"]}
@@ -164,31 +178,47 @@ def smoke(job: Job) -> int | None:
 # ---- how fast is it
 
 
-def measured(job: Job, suite: Any, cases: Sequence[Any], seconds: float) -> int:
-    """Measures the cases, prints a line a row; 1 if a row failed."""
+def measured(job: Job, cases: Sequence[tuple[Any, Any]], seconds: float) -> int:
+    """Measures (suite, case) after (suite, case) and prints a line a row; 1 if a row failed.
+
+    All in one process, forked from this one, for as long as the device lives in it: after a fault another goes on.
+    """
     from bench.interleave import Budget
     from bench.measured import measure_all
 
     budget = Budget(0.02 if job.small else seconds, fewest=2 if job.small else FEWEST_SAMPLES, most=30)
+    longest = [0.0]
+
+    def one(item: tuple[Any, Any]) -> dict[str, Any]:
+        suite, case = item
+        failed = 0
+        for _, rows in measure_all(suite, [case], job.lines, budget, job.deadline, longest):
+            failed += sum(print_row(case, name, row) for name, row in rows.items())
+        return {"failed": failed}
+
+    results = share(cases, one, 1, job.work / "measured", device_is_broken)
     failed = 0
-    for case, rows in measure_all(suite, cases, job.lines, budget, job.deadline):
-        for name, row in rows.items():
-            if row.timings is None or row.info is None:
-                failed += 1
-                print(f"{case.title} | {name}: {type(row.failure).__name__}: {row.failure}", flush=True)
-                if "CUDA error" in str(row.failure):
-                    print("the device's context is broken: nothing more can be measured in this stage")
-                    return 1
-                continue
-            middle = sorted(sample.seconds for sample in row.timings.samples)[len(row.timings.samples) // 2]
-            share = row.info.get("share_of_copy")
-            print(
-                f"{case.title} | {name}: {middle * 1e6:.2f} us"
-                + ("" if share is None else f", {100 * share:.0f}% of the copy"),
-                flush=True,
-            )
+    for (_, case), result in zip(cases, results, strict=True):
+        if result is None:
+            raise KeyboardInterrupt
+        if "error" in result:
+            print(f"{case.title}: {result['error']}")
+            job.lines.write("failure", suite=case.suite, case=case.title, row="all", error=result["error"])
+        failed += result.get("failed", 1)
     print(f"{failed} rows failed" if failed else "every row was measured")
     return 1 if failed else 0
+
+
+def print_row(case: Any, name: str, row: Any) -> bool:
+    """Whether it failed."""
+    if row.timings is None or row.info is None:
+        print(f"{case.title} | {name}: {type(row.failure).__name__}: {row.failure}", flush=True)
+        return True
+    middle = sorted(sample.seconds for sample in row.timings.samples)[len(row.timings.samples) // 2]
+    share_of_copy = row.info.get("share_of_copy")
+    rate = "" if share_of_copy is None else f", {100 * share_of_copy:.0f}% of the copy"
+    print(f"{case.title} | {name}: {middle * 1e6:.2f} us{rate}", flush=True)
+    return False
 
 
 def rates(job: Job) -> int | None:
@@ -199,14 +229,13 @@ def rates(job: Job) -> int | None:
     suite = KernelSuite("kernel alone", lambda *_: [], True, DEVICE)
     cases = device_cases(suite.name, DEVICE, job.small)
     warm(job, cases)
-    return measured(job, suite, cases, seconds=0.5)
+    return measured(job, [(suite, case) for case in cases], seconds=0.5)
 
 
 def warm(job: Job, cases: Sequence[Any]) -> None:
     """Compiles Triton's kernels for the cases in processes side by side, into its cache on disk."""
     from bench.buffers import Pool
     from bench.device_kernels import PRIMITIVES, DeviceKernel
-    from bench.gpu.workers import share
 
     begin = time.monotonic()
 
@@ -217,7 +246,7 @@ def warm(job: Job, cases: Sequence[Any]) -> None:
         return {}
 
     items = [(case, primitive) for case in cases for primitive in PRIMITIVES]
-    found = share(items, one, processes(), job.work / "warm")
+    found = share(items, one, processes(), job.work / "warm", device_is_broken)
     for (case, primitive), result in zip(items, found, strict=True):
         if result is None:
             raise KeyboardInterrupt
@@ -237,7 +266,7 @@ def host(job: Job) -> int | None:
     cases = suite.list_cases()
     if job.small:
         cases = [replace(case, gradients=(WEIGHTED,)) for case in cases]
-    return measured(job, suite, cases, seconds=2.0)
+    return measured(job, [(suite, case) for case in cases], seconds=2.0)
 
 
 def steps(job: Job) -> int | None:
@@ -247,7 +276,7 @@ def steps(job: Job) -> int | None:
 
     suite = StepSuite("loss step", lambda *_: [], False, DEVICE)
     cases = device_cases(suite.name, DEVICE, job.small, STEP_POINTS)
-    return measured(job, suite, cases[-1:] if job.small else cases, seconds=2.0)
+    return measured(job, [(suite, case) for case in (cases[-1:] if job.small else cases)], seconds=2.0)
 
 
 def modules(job: Job) -> int | None:
@@ -262,16 +291,14 @@ def modules(job: Job) -> int | None:
             ("training step", TRAINING_STEP, training_cases),
         )
     )
-    code = 0
     # One of each before the others, which may be left out.
-    for suite, cases in (
+    parts = (
         (loss, loss.list_cases()[:1]),
         (step, step.list_cases()[:1]),
         (loss, loss.list_cases()[1:]),
         (step, step.list_cases()[1:]),
-    ):
-        code |= measured(job, suite, cases, seconds=3.0) if cases else 0
-    return code
+    )
+    return measured(job, [(suite, case) for suite, cases in parts for case in cases], seconds=3.0)
 
 
 def tune(job: Job) -> int | None:
@@ -279,13 +306,12 @@ def tune(job: Job) -> int | None:
     from bench.cases import device_cases
     from bench.gpu import tuning
 
-    if "cuda" not in backends():
-        return not_here("the CUDA back end does not run here")
-    if (why := tuning.missing()) is not None:
-        return not_here(why)
     suite = tuning.TuningSuite(tuple(tuning.GRID)[:2] if job.small else tuple(tuning.GRID))
+    asked = share([None], lambda _: {"reason": tuning.missing(backends())}, 1, job.work / "ask")[0] or {}
+    if reason := asked.get("error") or asked.get("reason"):
+        return not_here(reason)
     cases = device_cases(tuning.SUITE, DEVICE, job.small, TUNING_POINTS)
-    return measured(job, suite, cases[:2] if job.small else cases, seconds=0.4)
+    return measured(job, [(suite, case) for case in (cases[:2] if job.small else cases)], seconds=0.4)
 
 
 # ---- the tests, and what looks inside

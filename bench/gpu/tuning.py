@@ -38,8 +38,10 @@ def native() -> Any:
     return dispatch.load("cuda")._native  # type: ignore[attr-defined]
 
 
-def missing() -> str | None:
-    """Why nothing can be tuned here, or None."""
+def missing(backends: Sequence[str]) -> str | None:
+    """Why nothing can be tuned here, where these back ends run; or None."""
+    if "cuda" not in backends:
+        return "the CUDA back end does not run here"
     module = native()
     if module is None or not hasattr(module, "cuda_free_numbers"):
         return "this build has no free numbers: python -m bench.gpu.build makes one that has"

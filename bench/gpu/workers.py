@@ -17,15 +17,40 @@ from bench.lines import one_line
 BROKEN = 3
 
 
+def device_is_broken() -> bool:
+    """Whether nothing can be done any more on the CUDA device of this process, as after an illegal access."""
+    import torch
+
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def share(
-    items: Sequence[Any], work: Callable[[Any], dict[str, Any]], processes: int, results: Path
+    items: Sequence[Any],
+    work: Callable[[Any], dict[str, Any]],
+    processes: int,
+    results: Path,
+    is_broken: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any] | None]:
     """work(item) for every item, in `processes` processes that are forked from this one.
 
-    `results` is a folder for their files. What `work` returns must be JSON; an item whose process ended, or whose work
-    raised, has {"error": ...} instead. In the order of items; None where an interrupt came first.
-
     The device must not have been used in this process: a forked child cannot use it then.
+
+    Args:
+        items: What is to be done.
+        work: Returns something that is JSON; where it raises, the item's result is {"error": the error in one line}.
+        processes: How many, at most one an item.
+        results: A folder for their files, gone afterwards.
+        is_broken: Asked after an item with a result for "error" or "failed". A process for which it holds ends, and
+            another goes on with what is left of its share.
+
+    Returns:
+        The results in the order of items. {"error": ...} too for an item whose process ended; None where an interrupt
+        came first.
     """
     results.mkdir(parents=True, exist_ok=True)
     queues = [list(range(first, len(items), processes)) for first in range(min(processes, len(items)))]
@@ -34,7 +59,7 @@ def share(
     def begin(index: int) -> None:
         process = os.fork()
         if process == 0:
-            _run(items, work, queues[index], results / f"{index}.jsonl")
+            _run(items, work, queues[index], results / f"{index}.jsonl", is_broken)
         running[process] = index
 
     for index in range(len(queues)):
@@ -55,6 +80,7 @@ def share(
             if left:
                 begin(index)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cost what the first left
         for process, index in running.items():
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
@@ -64,7 +90,11 @@ def share(
 
 
 def _run(
-    items: Sequence[Any], work: Callable[[Any], dict[str, Any]], queue: Sequence[int], path: Path
+    items: Sequence[Any],
+    work: Callable[[Any], dict[str, Any]],
+    queue: Sequence[int],
+    path: Path,
+    is_broken: Callable[[], bool],
 ) -> None:
     """The child: a line a finished item. Never returns."""
     code = 0
@@ -76,7 +106,7 @@ def _run(
                 except Exception as error:
                     result = {"error": one_line(error)}
                 file.write(json.dumps([number, result]) + "\n")
-                if "CUDA error" in result.get("error", ""):
+                if (result.get("error") or result.get("failed")) and is_broken():
                     code = BROKEN
                     break
     except BaseException:

@@ -79,6 +79,29 @@ def test_a_line_that_was_cut_off_is_left_away(tmp_path: Path) -> None:
     assert whole.date.startswith("2030-01-02")
 
 
+def test_a_run_without_its_head_is_read(tmp_path: Path) -> None:
+    """Cut off before its stage `machine`, or that failed."""
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(json.dumps({"kind": "row", **row}) + "\n" for row in kernels()))
+    assert main([str(path), "--output", str(tmp_path / "page")]) == 0
+    assert "a GPU that was not described" in (tmp_path / "page" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("left", [["cuda backward"], ["copy"], ["triton forward_grad"], ["cuda scale g=1"]])
+def test_a_case_of_which_little_is_left_is_still_shown(left: list[str], tmp_path: Path) -> None:
+    """Rows may have failed: the copy's, or all of a back end."""
+    rows = [*kernels(), kernel("cuda backward", 1e-4, 0.5), kernel("cuda scale g=1", 1e-6, 0.5)]
+    few = [
+        {**row, "extra_info": {**row["extra_info"], "case": "few"}} for row in rows if row["fullname"] in left
+    ]
+    path = store(tmp_path / "run.jsonl", [*rows, *few])
+    assert main([str(path), "--output", str(tmp_path / "page")]) == 0
+    run = load(path)
+    assert readme.block([run])
+    assert device.notes([run])
+    assert len(few) == 1
+
+
 def test_what_is_written_after_a_torn_line_is_read(tmp_path: Path) -> None:
     """A stage that was killed while it wrote; the runner goes on writing to the same file."""
     path = store(tmp_path / "run.jsonl", kernels())
@@ -92,8 +115,8 @@ def test_what_is_written_after_a_torn_line_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "must have one line of kind 'machine', got 0"),
-        (json.dumps(HEAD) + "\n" + json.dumps(HEAD) + "\n", "one line of kind 'machine', got 2"),
+        ("", "must have lines of JSON (bench/lines.py), got none"),
+        (json.dumps(HEAD) + "\n" + json.dumps(HEAD) + "\n", "must be one run, got 2 lines of kind 'machine'"),
         ("{}\n", "line 1 must be an object with a 'kind'"),
         ("[1]\n", "line 1 must be an object with a 'kind'"),
         (json.dumps(HEAD) + "\nnonsense\n" + json.dumps(CHECK) + "\n", "line 2 must be an object"),

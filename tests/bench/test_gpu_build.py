@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from bench.gpu import build, stages
+from bench.gpu.runner import Job
+from bench.lines import Lines
 from vidfast import _C
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +66,7 @@ def test_a_file_that_does_not_load_is_built_anew(tmp_path: Path) -> None:
     ids=["none in place", "stale", "good", "no driver"],
 )
 def test_the_stage_builds_only_where_that_helps(
-    before: dict[str, Any] | None, builds: int, code: int, monkeypatch: pytest.MonkeyPatch
+    before: dict[str, Any] | None, builds: int, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     in_place = [None if before is None else native(**before)]
     made: list[int] = []
@@ -76,21 +78,39 @@ def test_the_stage_builds_only_where_that_helps(
     monkeypatch.setattr(build, "build", make)
     monkeypatch.setattr(build, "in_place", lambda: None if in_place[0] is None else Path("x.so"))
     monkeypatch.setattr(build, "load_extension", lambda path: in_place[0])
-    job: Any = None
+    job = Job(tmp_path, tmp_path, Lines(tmp_path / "results.jsonl"), 60.0, float("inf"), small=False)
     assert stages.build(job) == code
     assert len(made) == builds
 
 
 def test_it_is_built_so_that_it_can_be_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    fake = SimpleNamespace(build=lambda into, scratch, options: seen.append((into, list(options))))
-    monkeypatch.setattr(build, "_setup", lambda: fake)
+
+    def fake_build(library: Path, scratch: Path, options: list[str]) -> None:
+        seen.append(list(options))
+        library.mkdir()
+        (library / "_C.so").write_text("new")
+
+    monkeypatch.setattr(build, "_setup", lambda: SimpleNamespace(build=fake_build))
     monkeypatch.setenv("VIDFAST_CUDA", "auto")
     monkeypatch.setenv("MAX_JOBS", "3")
     assert build.main([str(tmp_path / "new")]) == 0
-    assert seen == [((tmp_path / "new").resolve(), ["-DVIDFAST_TUNE=ON"])]
+    assert seen == [["-DVIDFAST_TUNE=ON"]]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["_C.so"], "and nothing else is left there"
     assert os.environ["VIDFAST_CUDA"] == "1"
     assert os.environ["MAX_JOBS"] == "3"
+
+
+def test_a_build_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(library: Path, scratch: Path, options: list[str]) -> None:
+        library.mkdir()
+        (library / "_C.so").write_text("half")
+        raise subprocess.CalledProcessError(1, "ninja")
+
+    monkeypatch.setattr(build, "_setup", lambda: SimpleNamespace(build=fails))
+    (tmp_path / "_C.so").write_text("whole")
+    assert build.main([str(tmp_path)]) == 1
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("_C.so", "whole")]
 
 
 def test_a_build_that_fails_is_one_line(

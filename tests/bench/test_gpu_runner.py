@@ -313,3 +313,87 @@ def test_an_interrupt_keeps_what_is_done(tmp_path: Path, number: int, ignored: b
     assert names_in(out) == {RESULTS, SUMMARY, "quick.log", "slow.log"}
     end = printed.splitlines()[-4:]
     assert [line.split()[0] for line in end] == ["quick", "slow", "never", "results"]
+
+
+def test_an_interrupt_comes_once(tmp_path: Path) -> None:
+    """A second one would hit a stage while it writes down what it has."""
+    program = PROGRAM.replace(
+        "    time.sleep(60)",
+        """    import signal
+    seen = []
+    signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+    end = time.monotonic() + 0.6
+    while not seen or time.monotonic() < end:
+        time.sleep(0.01)
+        end = end if seen else time.monotonic() + 0.6
+    print("interrupts:", len(seen), flush=True)
+    sys.exit(0)""",
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    for _ in range(600):
+        if (tmp_path / "begun").exists():
+            break
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    with tarfile.open(out / ARCHIVE) as archive:
+        log = archive.extractfile("slow.log")
+        assert log is not None
+        assert "interrupts: 1" in log.read().decode()
+
+
+def test_a_runner_that_is_killed_takes_its_stage_along(tmp_path: Path) -> None:
+    program = PROGRAM.replace(
+        '(job.out.parent / "begun").touch()',
+        'import os; (job.out.parent / "begun").write_text(str(os.getpid()))',
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "out")], cwd=ROOT)
+    for _ in range(600):
+        if (tmp_path / "begun").exists() and (tmp_path / "begun").read_text():
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    child = int((tmp_path / "begun").read_text())
+    for _ in range(100):
+        if not _alive(child):
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the stage goes on without a limit")
+    assert verdicts(tmp_path / "out") == {"quick": "ok"}, "what was done before is whole"
+    assert RESULTS in names_in(tmp_path / "out")
+
+
+def test_a_long_log_is_archived_by_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "END_BYTES", 100)
+
+    def talks(job: Job) -> None:
+        print("first line")
+        for number in range(1000):
+            print(f"line {number}")
+        print("last line")
+
+    assert Runner([stage("a", talks)], tmp_path, 60).run() == 0
+    with tarfile.open(tmp_path / ARCHIVE) as archive:
+        log = archive.extractfile("a.log")
+        assert log is not None
+        text = log.read().decode()
+    assert text.startswith("first line")
+    assert text.endswith("last line\n")
+    assert "bytes ..." in text
+    assert len(text) < 300
+    assert lines_of(tmp_path, "stage")[0]["last_line"] == "last line"
+
+
+def test_what_cannot_be_written_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, *_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Runner, "_write_archive", full)
+    assert Runner([stage("a", says("a")), stage("b", says("b"))], tmp_path, 60).run() == 0
+    assert verdicts(tmp_path) == {"a": "ok", "b": "ok"}

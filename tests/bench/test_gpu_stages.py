@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from bench import buffers, cases
 from bench.buffers import Pool
 from bench.cases import DEVICE_POINTS, Case, device_cases
-from bench.gpu import launches, smoke, stages, tuning
+from bench.clock import Sample
+from bench.gpu import launches, smoke, stages, tuning, workers
 from bench.gpu.runner import NOT_HERE, Job
+from bench.interleave import Timings
 from bench.lines import Lines
 from bench.record import Row
 
@@ -177,30 +180,70 @@ def test_smoke_says_why_no_back_end_runs(
     assert "CUDA error: no device" in capsys.readouterr().out
 
 
-def fake_rows(failure: Exception | None) -> Any:
-    from bench.clock import Sample
-    from bench.interleave import Timings
-
+def rows_of(failure: Exception | None) -> Any:
     good = Row(Timings(1, 1, [0], [Sample(1e-6, 0.0)]), {"share_of_copy": 0.5})
-    return lambda *_: iter([(Case("s", (2, 3)), {"a": good, "b": Row(failure=failure)})] * 2)
+    return {"a": good, "b": Row(failure=failure)} if failure else {"a": good}
 
 
-@pytest.mark.parametrize(
-    ("failure", "cases_seen"), [(ValueError("no"), 2), (RuntimeError("CUDA error: illegal access"), 1)]
-)
-def test_a_row_that_failed_fails_the_stage(
-    failure: Exception,
-    cases_seen: int,
-    job: Job,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def measuring(failures: dict[str, Exception]) -> Any:
+    def measure_all(suite: Any, chosen: list[Case], *_: Any) -> Any:
+        for case in chosen:
+            yield case, rows_of(failures.get(case.note))
+
+    return measure_all
+
+
+CASES = [(None, Case("s", (2, 3), note=note)) for note in "xyz"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_row_that_failed_fails_the_stage_and_costs_only_itself(
+    broken: bool, job: Job, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """After a fault of the device nothing more is measured: every later row would fail too."""
-    monkeypatch.setattr("bench.measured.measure_all", fake_rows(failure))
-    assert stages.measured(job, None, [], seconds=1.0) == 1
-    said = capsys.readouterr().out
-    assert said.count("a: 1.00 us, 50% of the copy") == cases_seen
+    """Also where it broke the device's context: another process goes on with the next case."""
+    failure = RuntimeError("CUDA: an illegal memory access was encountered")
+    monkeypatch.setattr("bench.measured.measure_all", measuring({"x": failure}))
+    monkeypatch.setattr(stages, "device_is_broken", lambda: broken)
+    assert stages.measured(job, CASES, seconds=1.0) == 1
+    said = capfd.readouterr().out
+    assert said.count("a: 1.00 us, 50% of the copy") == 3
     assert str(failure) in said
+    assert "1 rows failed" in said
+
+
+def test_a_process_that_ends_costs_its_case(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def measure_all(suite: Any, chosen: list[Case], *_: Any) -> Any:
+        if chosen[0].note == "y":
+            os._exit(11)
+        yield chosen[0], rows_of(None)
+
+    monkeypatch.setattr("bench.measured.measure_all", measure_all)
+    assert stages.measured(job, CASES, seconds=1.0) == 1
+    assert capfd.readouterr().out.count("a: 1.00 us") == 2
+    assert "the process ended with 11" in job.lines.path.read_text()
+
+
+def test_all_good_is_zero(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.measured.measure_all", measuring({}))
+    assert stages.measured(job, CASES, seconds=1.0) == 0
+    assert "every row was measured" in capfd.readouterr().out
+
+
+def test_a_device_that_answers_is_not_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda n, device: zeros(n))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert workers.device_is_broken() is False
+
+    def fails() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    assert workers.device_is_broken() is True
 
 
 def test_a_machine_without_a_back_end_fails_the_stage(
@@ -225,16 +268,16 @@ def test_tuning_wants_a_build_for_it(
 
 
 def test_one_of_each_kind_of_module_comes_before_the_rest(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    order = []
+    order: list[str] = []
 
-    def note(job: Job, suite: Any, chosen: list[Case], seconds: float) -> int:
-        order.append((suite.name, len(chosen)))
+    def note(job: Job, chosen: list[tuple[Any, Case]], seconds: float) -> int:
+        order.extend(suite.name for suite, _ in chosen)
         return 0
 
     monkeypatch.setattr(stages, "measured", note)
     monkeypatch.setattr("bench.cases.training_cases", lambda s, f, d: [Case(s, (1, 2)), Case(s, (1, 3))])
     assert stages.modules(job) == 0
-    assert order == [("VIDLoss", 1), ("training step", 1), ("VIDLoss", 3), ("training step", 1)]
+    assert order == ["VIDLoss", "training step", *["VIDLoss"] * 3, "training step"]
 
 
 # ---- cold buffers

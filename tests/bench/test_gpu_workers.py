@@ -47,21 +47,33 @@ def test_an_item_that_breaks_its_process_costs_itself_alone(processes: int, tmp_
     assert all(found[n] is not None and "process" in found[n] for n in (0, 2, 5, 6))  # type: ignore[operator]
 
 
-def test_after_a_fault_of_the_device_another_process_goes_on(tmp_path: Path) -> None:
-    """A context with an illegal access in it fails every later call."""
+@pytest.mark.parametrize("kind", ["error", "failed"])
+@pytest.mark.parametrize("is_broken", [True, False])
+def test_after_a_fault_of_the_device_another_process_goes_on(
+    is_broken: bool, kind: str, tmp_path: Path
+) -> None:
+    """A context with an illegal access in it fails every later call; another error leaves it as it was."""
 
-    def broken(n: int) -> dict[str, Any]:
-        if n == 1:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return {"process": os.getpid()}
+    def work(n: int) -> dict[str, Any]:
+        if n == 1 and kind == "error":
+            raise RuntimeError("CUDA: an illegal memory access was encountered")
+        return {"process": os.getpid(), "failed": int(n == 1)}
 
-    found = share(list(range(4)), broken, 1, tmp_path / "w")
-    assert found[1] == {"error": "RuntimeError: CUDA error: an illegal memory access was encountered"}
-    first, later = found[0], found[2]
+    found = share(list(range(4)), work, 1, tmp_path / "w", lambda: is_broken)
+    first, second, third, last = found
     assert first is not None
-    assert later is not None
-    assert first["process"] != later["process"]
-    assert later == found[3]
+    assert second is not None
+    assert third is not None
+    assert second.get("error", "") == (
+        "" if kind == "failed" else "RuntimeError: CUDA: an illegal memory access was encountered"
+    )
+    assert (first["process"] != third["process"]) == is_broken
+    assert third == last
+
+
+def test_a_device_is_asked_only_where_something_went_wrong(tmp_path: Path) -> None:
+    found = share([1, 2], lambda n: {"failed": 0}, 1, tmp_path / "w", lambda: bool(1 / 0))
+    assert found == [{"failed": 0}] * 2
 
 
 PROGRAM = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -69,6 +70,23 @@ def test_a_slow_contender_sits_out_rounds_evenly() -> None:
     assert timings["slow"].rounds == [6, 13, 19], "three of a call of seconds, five of a quicker one"
     quicker = interleave(contenders, ProcessorClock(), Budget(0.02, fewest=5, most=20), [0.09, 1e-3], 1)
     assert quicker["slow"].rounds == [1, 3, 5, 7, 9]
+
+
+class Fails(Recorder):
+    def prepare(self) -> Callable[[], object]:
+        if len(self.log) >= 2:
+            raise RuntimeError("no more")
+        return super().prepare()
+
+
+def test_a_contender_that_raises_costs_only_itself() -> None:
+    log, others = list[str](), list[str]()
+    contenders = [Fails("a", log), Recorder("b", others)]
+    timings = interleave(contenders, ProcessorClock(), Budget(0.0, fewest=4, most=4), [0.01, 0.01], 1)
+    assert str(timings["a"].failure) == "no more"
+    assert len(timings["a"].samples) == len(timings["a"].rounds) == 2
+    assert timings["b"].failure is None
+    assert len(timings["b"].samples) == 4
 
 
 def test_a_sample_never_has_more_calls_than_buffers() -> None:
@@ -142,6 +160,11 @@ def test_the_oracle_is_the_reference_in_fp64(case: Case, monkeypatch: pytest.Mon
     assert max(errors.loss, errors.grad_mean or 0, errors.grad_alpha or 0) < 1e-14
     wrong = oracle.errors(loss * 1.01, (grads[0] * 1.01, grads[1] * 1.01), 0.37)
     assert min(wrong.loss, wrong.grad_mean or 0, wrong.grad_alpha or 0) > 1e-4
+    spoiled = grads[0].clone()
+    spoiled.view(-1)[3] = torch.nan
+    nan = oracle.errors(loss, (spoiled, grads[1]), 0.37).grad_mean
+    assert nan is not None
+    assert math.isnan(nan), "NaN is an error, whatever it is compared with"
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.title)

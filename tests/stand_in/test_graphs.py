@@ -26,7 +26,7 @@ if "VIDFAST_EMULATED_CUDA" in os.environ:
     from bench.clock import DeviceClock
     from bench.device_kernels import PRIMITIVES, DeviceKernel
     from bench.graphs import GraphContender
-    from bench.interleave import Budget, interleave
+    from bench.interleave import SHORTEST_SAMPLE, Budget, interleave
     from bench.machine import last_level_cache
     from bench.providers import CopyContender, StepContender, baselines, vidfast_providers
     from bench.record import measure
@@ -214,17 +214,38 @@ def test_nothing_is_called_for_the_first_time_in_a_capture() -> None:
     assert seen == [False] * 2 + [True] * contender.calls
 
 
-def test_a_replay_is_one_sample() -> None:
-    """However short it is: what it wrote over has to be put back before the next."""
+def test_a_sample_is_as_many_replays_as_make_it_a_millisecond_long() -> None:
+    """Each has its calls; what they wrote over is put back behind the last."""
     pool = Pool(CASE)
     contender = GraphContender(DeviceKernel("cuda", "forward_grad in place", CASE, pool), "x")
     replays: list[int] = []
     replay = contender.graph.replay
     contender.graph.replay = lambda: (replays.append(1), replay())  # type: ignore[method-assign]
-    budget = Budget(0.0, fewest=3, most=3)
-    timings = interleave([contender], DeviceClock("cuda"), budget, [1e-9], len(pool.slots))["x"]
-    assert len(replays) == len(timings.samples) == 3
-    assert timings.calls_per_sample == contender.calls
+    budget = Budget(0.0, fewest=2, most=2)
+    of_a_replay = SHORTEST_SAMPLE / 2.5
+    estimate = of_a_replay / contender.calls
+    timings = interleave([contender], DeviceClock("cuda"), budget, [estimate], len(pool.slots))["x"]
+    assert timings.calls_per_sample == 3 * contender.calls
+    assert len(replays) == 2 * 3
+    assert all(torch.equal(slot.mean, pool.pristine) for slot in pool.slots)
+
+
+def test_a_fault_in_a_capture_is_the_one_that_is_raised_and_ends_the_capture() -> None:
+    pool = Pool(CASE)
+    kernel = DeviceKernel("cuda", "forward", CASE, pool)
+    call = kernel.call
+
+    def fails(slot: Any) -> object:
+        if torch.cuda.CUDAGraph.capturing is not None:  # type: ignore[attr-defined]
+            raise RuntimeError("the real reason")
+        return call(slot)
+
+    kernel.call = fails
+    with pytest.raises(RuntimeError, match="the real reason"):
+        GraphContender(kernel, "x")
+    assert torch.cuda.CUDAGraph.capturing is None, "the next capture can begin"  # type: ignore[attr-defined]
+    kernel.call = call
+    assert GraphContender(kernel, "x").calls == len(pool.slots)
 
 
 def test_only_the_full_selection_searches_with_max_autotune() -> None:

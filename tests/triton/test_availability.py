@@ -125,3 +125,32 @@ def test_an_interpreter_that_counts_wrong_is_a_reason_too(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("vidfast.backends.triton_math.counts", Idle())
     assert "counts wrong: [-1, -1]" in str(module._interpreter_fault())
+
+
+@pytest.mark.skipif(interpreter_fault() is not None, reason=f"{interpreter_fault()}")
+@pytest.mark.parametrize(
+    "first",
+    [
+        "torch.func.grad(lambda m: vidfast.gaussian_nll(m, m * 2, a, backend='triton').sum())(x)",
+        "with FakeTensorMode(): vidfast.info()",
+        "with torch.device('meta'): vidfast.info()",
+        "with torch.inference_mode(): vidfast.info()",
+        "threads = [threading.Thread(target=vidfast.info) for _ in range(6)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]",
+    ],
+)
+def test_what_asks_first_does_not_decide_whether_it_runs(first: str) -> None:
+    """The answer is kept for the process: it must be the machine's, not that of a mode that was on."""
+    lines = "\n    ".join(first.splitlines())
+    code = f"""
+import threading, torch, vidfast
+from torch._subclasses.fake_tensor import FakeTensorMode
+x, a = torch.randn(4, 6), torch.randn(6)
+try:
+    {lines}
+except RuntimeError as error:
+    assert "torch.func" in str(error)
+assert torch.isfinite(vidfast.gaussian_nll(x, x * 2, a, backend="triton"))
+print("runs")
+"""
+    assert run(code, TRITON_INTERPRET="1").strip() == "runs"

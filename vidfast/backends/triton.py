@@ -11,6 +11,7 @@ import importlib.util
 import os
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,10 +66,11 @@ class TritonBackend:
 
     def _probe(self) -> str | None:
         """Import Triton and ask it for a device, once."""
-        if self._probed:
-            return self._obstacle
-        self._obstacle, self._kind = self._find_device()
-        self._probed = True
+        if not self._probed:
+            with self._interpreter:
+                if not self._probed:
+                    self._obstacle, self._kind = self._find_device()
+                    self._probed = True
         return self._obstacle
 
     def _find_device(self) -> tuple[str | None, str]:
@@ -78,7 +80,9 @@ class TritonBackend:
             from vidfast.backends.triton_math import INTERPRETED
 
             if INTERPRETED.value:
-                return _interpreter_fault(), "cpu"
+                # a thread of its own has none of this one's modes, transforms and default devices
+                with ThreadPoolExecutor(1) as thread:
+                    return thread.submit(_interpreter_fault).result(), "cpu"
             from triton.runtime import driver
 
             kind = str(driver.active.get_active_torch_device().type)

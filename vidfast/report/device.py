@@ -68,8 +68,10 @@ def kernels(run: Run, backend: str) -> Table:
     for case in run.cases(KERNEL):
         copy = run.find(KERNEL, case, COPY)
         found = [kernel(run, case, backend, primitive) for primitive in primitives]
-        known = [row for row in (copy, *found) if row is not None]
-        cells = [tables.mark(case, known), figures.nbytes(known[0].pass_bytes)]
+        measured = [row for row in (copy, *found) if row is not None]
+        if not measured:
+            continue
+        cells = [tables.mark(case, measured), figures.nbytes(measured[0].pass_bytes)]
         cells.append("" if copy is None else f"{figures.rate(copy.gb_per_s)} GB/s")
         rows.append([*cells, *map(time_and_share, found)])
     return Table([f"{backend}: case", "tensor", "copy", *primitives], rows)
@@ -248,12 +250,14 @@ def summary(run: Run) -> str:
     for case in run.cases(KERNEL):
         copy = run.find(KERNEL, case, COPY)
         found = [kernel(run, case, name, primitive) for name in names for primitive in ONE_PASS]
-        known = [row for row in (copy, *found) if row is not None]
+        measured = [row for row in (copy, *found) if row is not None]
+        if not measured:
+            continue
         size, rate = (
-            figures.nbytes(known[0].pass_bytes),
+            figures.nbytes(measured[0].pass_bytes),
             "" if copy is None else f"{figures.rate(copy.gb_per_s)} GB/s",
         )
-        rows.append([tables.mark(case, known), size, rate, *map(time_and_share, found)])
+        rows.append([tables.mark(case, measured), size, rate, *map(time_and_share, found)])
     head = f"**{run.device}**, {software(run)}, {run.date[:10]}. {checked(run)} {compared(run)}".strip()
     parts = [head]
     if rows:

@@ -17,6 +17,12 @@ STEP, FORWARD, KERNEL, OVERHEAD, SCALING = "loss step", "forward", "kernel alone
 # A forward and its gradient cannot move less than two reads and one write.
 FLOOR_PASSES = 3
 LINE = "an object with a 'kind' (bench/lines.py)"
+# The head of a run that was cut off before its stage `machine`.
+UNDESCRIBED = {
+    "machine_info": {
+        "vidfast": {"gpu": {"name": "a GPU that was not described", "memory_bytes": 0, "capability": "?"}}
+    }
+}
 REQUIRED = (
     "suite",
     "case",
@@ -199,13 +205,13 @@ def load_lines(path: Path, text: str) -> Run:
             raise ValueError(f"{path}: line {number} must be {LINE}, got {line.strip()[:60]!r}") from None
         except (KeyError, AttributeError, TypeError):
             raise ValueError(f"{path}: line {number} must be {LINE}, got {line.strip()[:60]!r}") from None
-    if len(lines["machine"]) != 1:
-        raise ValueError(
-            f"{path}: must have one line of kind 'machine', got {len(lines['machine'])}: "
-            "it is written by the stage of that name, which a run that was cut off sooner does not have"
-        )
+    if not lines:
+        raise ValueError(f"{path}: must have lines of JSON (bench/lines.py), got none")
+    if len(lines["machine"]) > 1:
+        raise ValueError(f"{path}: must be one run, got {len(lines['machine'])} lines of kind 'machine'")
+    head = (lines["machine"] or [UNDESCRIBED])[0]
     rows = [read_row(path, row) for row in lines["row"]]
-    run = run_of(path, lines["machine"][0], rows)
+    run = run_of(path, head, rows)
     return replace(
         run,
         stages=lines["stage"],
