@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.cases import DEVICE_POINTS
+from bench.gpu.runner import LIMIT_SECONDS
+from bench.gpu.stages import STAGES
 from vidfast import dispatch
 from vidfast.backends import triton_plan
 from vidfast.report import device, main
@@ -106,6 +109,18 @@ def test_what_is_said_to_be_unmeasured_is(name: str) -> None:
 @pytest.mark.parametrize("document", ["README.md", "docs/kernel-notes.md"])
 def test_documents_hold_what_the_stored_runs_make(document: str) -> None:
     assert main([*map(str, STORED), "--readme", str(ROOT / document), "--check"]) == 0
+
+
+def test_the_stages_are_described_with_their_limits() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    described: dict[str, float] = {}
+    for names, seconds in re.findall(r"^\| (`[^|]+`) \| ([\d, ]+) \|", text, re.MULTILINE):
+        limits = [float(value) for value in seconds.split(",")]
+        described |= dict(zip(re.findall(r"`([^`]+)`", names), limits, strict=True))
+    assert described == {stage.name: stage.most_seconds for stage in STAGES}
+    assert f"({LIMIT_SECONDS:g} s, unless given)" in text
+    points = f"{len(DEVICE_POINTS)} points, the most telling first"
+    assert points in text
 
 
 def test_a_stored_run_on_a_gpu_is_named_by_device_and_date() -> None:
