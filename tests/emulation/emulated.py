@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -68,15 +69,19 @@ def link(objects: Sequence[Path], out: Path, flags: Sequence[str] = ()) -> Path:
     return out
 
 
-def digest_of_sources() -> str:
-    """As setup.py makes it: by it a build knows whether it is stale."""
-    spec = importlib.util.spec_from_file_location("vidfast_setup", ROOT / "setup.py")
+def load_file(name: str, path: Path) -> Any:
+    """The Python file or extension at `path`, as a module of this name."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    digest: str = setup.digest()
-    return digest
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_module(path: Path) -> Any:
+    """What `build_module` made."""
+    return load_file("vidfast_emulated", path)
 
 
 def build_module(into: Path) -> Path:
@@ -88,7 +93,7 @@ def build_module(into: Path) -> Path:
     flags = (
         f"-I{pybind11.get_include()}",
         f"-I{sysconfig.get_path('include')}",
-        f'-DVIDFAST_SOURCES="{digest_of_sources()}"',
+        f'-DVIDFAST_SOURCES="{load_file("vidfast_setup", ROOT / "setup.py").digest()}"',
     )
     return link(compile_all(sources, into, flags=flags), into / "vidfast_emulated.so", ["-shared"])
 

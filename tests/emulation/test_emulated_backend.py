@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -18,16 +16,6 @@ from vidfast.layout import prepare
 
 # One shape for each mapping and each way to the sums: planes, pieces, rows, joined rows, groups of row chunks.
 SHAPES = [(3, 5, 32, 32), (2, 2, 9001), (6, 24, 7, 7), (13, 3, 7, 7), (9, 21, 14, 14), (20011, 8), (33, 1000)]
-
-
-@pytest.fixture(scope="session")
-def native(emulated_module: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("vidfast_emulated", emulated_module)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ the memory that was captured.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -206,16 +206,6 @@ class Profile:
         return [event] * (self.after - self.before)
 
 
-def emulated(path: str) -> ModuleType:
-    """The module that tests/emulation builds."""
-    spec = importlib.util.spec_from_file_location("vidfast_emulated", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def install(path: str) -> None:
     """For all of this process, and of those that are forked from it."""
     cuda: Any = torch.cuda
@@ -248,7 +238,10 @@ def install(path: str) -> None:
     from vidfast import dispatch
     from vidfast.backends.cuda import CudaBackend
 
-    native = emulated(path)
+    sys.path.append(str(Path(__file__).parents[2] / "emulation"))
+    from emulated import load_module
+
+    native = load_module(Path(path))
     dispatch._loaded["cuda"] = Captured(CudaBackend(native, None, "cpu", lambda index: 0))
     dispatch._loaded["triton"] = Captured(dispatch.load("triton"))
     dispatch._CPU_FIRST = dispatch.NAMES
