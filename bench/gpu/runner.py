@@ -50,6 +50,12 @@ INTERRUPTED = 130
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def not_here(why: str) -> int:
+    """What a stage returns that has nothing to do here."""
+    print(why)
+    return NOT_HERE
+
+
 @dataclass(frozen=True)
 class Job:
     """What a stage is given."""

@@ -1,4 +1,4 @@
-"""Items of work shared by processes: an item that breaks its process, or the device under it, costs only itself."""
+"""The device, and work shared by processes on it: what breaks a process, or the device in it, costs only itself."""
 
 from __future__ import annotations
 
@@ -13,8 +13,20 @@ from typing import Any
 
 from bench.lines import one_line
 
+DEVICE = "cuda"
+MOST_PROCESSES = 12
 # A process that finds the device's context broken ends; another goes on with what is left of its share.
 BROKEN = 3
+
+
+def processes() -> int:
+    return max(1, min(MOST_PROCESSES, os.cpu_count() or 1))
+
+
+def backends() -> list[str]:
+    from bench.backends import runnable
+
+    return [name for name in runnable(DEVICE) if name != "cpu"]
 
 
 def device_is_broken() -> bool:

@@ -16,7 +16,7 @@ from bench import buffers, cases
 from bench.buffers import Pool
 from bench.cases import DEVICE_POINTS, Case, device_cases
 from bench.clock import Sample
-from bench.gpu import launches, smoke, stages, tuning, workers
+from bench.gpu import launches, measuring, smoke, stages, tuning, workers
 from bench.gpu.runner import NOT_HERE, Job
 from bench.interleave import Timings
 from bench.lines import Lines
@@ -59,11 +59,11 @@ def test_every_stage_has_a_name_a_sentence_and_a_limit() -> None:
 
 
 def test_the_points_that_stages_pick_are_there() -> None:
-    for picked in (stages.STEP_POINTS, stages.TUNING_POINTS, launches.SHOWN):
+    for picked in (measuring.STEP_POINTS, measuring.TUNING_POINTS, launches.SHOWN):
         chosen = device_cases("s", "cuda", indices=picked)
         assert [case.shape for case in chosen] == [DEVICE_POINTS[i][0] for i in picked]
         assert [case.dtype for case in chosen] == [DEVICE_POINTS[i][1] for i in picked]
-    assert len(stages.STEP_POINTS) == 3, "whole steps on three shapes"
+    assert len(measuring.STEP_POINTS) == 3, "whole steps on three shapes"
     assert len(device_cases("s", "cuda")) == len(DEVICE_POINTS)
 
 
@@ -185,7 +185,7 @@ def rows_of(failure: Exception | None) -> Any:
     return {"a": good, "b": Row(failure=failure)} if failure else {"a": good}
 
 
-def measuring(failures: dict[str, Exception]) -> Any:
+def with_failures(failures: dict[str, Exception]) -> Any:
     def measure_all(suite: Any, chosen: list[Case], *_: Any) -> Any:
         for case in chosen:
             yield case, rows_of(failures.get(case.note))
@@ -202,9 +202,9 @@ def test_a_row_that_failed_fails_the_stage_and_costs_only_itself(
 ) -> None:
     """Also where it broke the device's context: another process goes on with the next case."""
     failure = RuntimeError("CUDA: an illegal memory access was encountered")
-    monkeypatch.setattr("bench.measured.measure_all", measuring({"x": failure}))
-    monkeypatch.setattr(stages, "device_is_broken", lambda: broken)
-    assert stages.measured(job, CASES, seconds=1.0) == 1
+    monkeypatch.setattr("bench.measured.measure_all", with_failures({"x": failure}))
+    monkeypatch.setattr(measuring, "device_is_broken", lambda: broken)
+    assert measuring.measured(job, CASES, seconds=1.0) == 1
     said = capfd.readouterr().out
     assert said.count("a: 1.00 us, 50% of the copy") == 3
     assert str(failure) in said
@@ -220,7 +220,7 @@ def test_a_process_that_ends_costs_its_case(
         yield chosen[0], rows_of(None)
 
     monkeypatch.setattr("bench.measured.measure_all", measure_all)
-    assert stages.measured(job, CASES, seconds=1.0) == 1
+    assert measuring.measured(job, CASES, seconds=1.0) == 1
     assert capfd.readouterr().out.count("a: 1.00 us") == 2
     assert "the process ended with 11" in job.lines.path.read_text()
 
@@ -228,8 +228,8 @@ def test_a_process_that_ends_costs_its_case(
 def test_all_good_is_zero(
     job: Job, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bench.measured.measure_all", measuring({}))
-    assert stages.measured(job, CASES, seconds=1.0) == 0
+    monkeypatch.setattr("bench.measured.measure_all", with_failures({}))
+    assert measuring.measured(job, CASES, seconds=1.0) == 0
     assert "every row was measured" in capfd.readouterr().out
 
 
@@ -259,11 +259,11 @@ def test_a_machine_without_a_back_end_fails_the_stage(
 def test_tuning_wants_a_build_for_it(
     job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stages, "backends", lambda: ["triton"])
-    assert stages.tune(job) == NOT_HERE
-    monkeypatch.setattr(stages, "backends", lambda: ["cuda"])
+    monkeypatch.setattr(measuring, "backends", lambda: ["triton"])
+    assert measuring.tune(job) == NOT_HERE
+    monkeypatch.setattr(measuring, "backends", lambda: ["cuda"])
     monkeypatch.setattr(tuning, "native", lambda: object())
-    assert stages.tune(job) == NOT_HERE
+    assert measuring.tune(job) == NOT_HERE
     assert "python -m bench.gpu.build" in capsys.readouterr().out
 
 
@@ -274,9 +274,9 @@ def test_one_of_each_kind_of_module_comes_before_the_rest(job: Job, monkeypatch:
         order.extend(suite.name for suite, _ in chosen)
         return 0
 
-    monkeypatch.setattr(stages, "measured", note)
+    monkeypatch.setattr(measuring, "measured", note)
     monkeypatch.setattr("bench.cases.training_cases", lambda s, f, d: [Case(s, (1, 2)), Case(s, (1, 3))])
-    assert stages.modules(job) == 0
+    assert measuring.modules(job) == 0
     assert order == ["VIDLoss", "training step", *["VIDLoss"] * 3, "training step"]
 
 

@@ -1,0 +1,152 @@
+"""The stages that measure: kernels alone, the host, whole steps and modules, and the free numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from bench.gpu.runner import Job, not_here
+from bench.gpu.workers import DEVICE, backends, device_is_broken, processes, share
+
+# Numbers of points in cases.DEVICE_POINTS.
+STEP_POINTS = (0, 1, 5)
+TUNING_POINTS = (0, 2, 4, 6, 8, 10, 11)
+# Of seven samples the spread calls equal rows different in 1.6% of the cases, of five in 6%.
+FEWEST_SAMPLES = 7
+
+
+def measured(job: Job, cases: Sequence[tuple[Any, Any]], seconds: float) -> int:
+    """Measures (suite, case) after (suite, case) and prints a line a row; 1 if a row failed.
+
+    All in one process, forked from this one, for as long as the device lives in it: after a fault another goes on.
+    """
+    from bench.interleave import Budget
+    from bench.measured import measure_all
+
+    budget = Budget(0.02 if job.small else seconds, fewest=2 if job.small else FEWEST_SAMPLES, most=30)
+    longest = [0.0]
+
+    def one(item: tuple[Any, Any]) -> dict[str, Any]:
+        suite, case = item
+        failed = 0
+        for _, rows in measure_all(suite, [case], job.lines, budget, job.deadline, longest):
+            failed += sum(print_row(case, name, row) for name, row in rows.items())
+        return {"failed": failed}
+
+    results = share(cases, one, 1, job.work / "measured", device_is_broken)
+    failed = 0
+    for (_, case), result in zip(cases, results, strict=True):
+        if result is None:
+            raise KeyboardInterrupt
+        if "error" in result:
+            print(f"{case.title}: {result['error']}")
+            job.lines.write("failure", suite=case.suite, case=case.title, row="all", error=result["error"])
+        failed += result.get("failed", 1)
+    print(f"{failed} rows failed" if failed else "every row was measured")
+    return 1 if failed else 0
+
+
+def print_row(case: Any, name: str, row: Any) -> bool:
+    """Whether it failed."""
+    if row.timings is None or row.info is None:
+        print(f"{case.title} | {name}: {type(row.failure).__name__}: {row.failure}", flush=True)
+        return True
+    middle = sorted(sample.seconds for sample in row.timings.samples)[len(row.timings.samples) // 2]
+    share_of_copy = row.info.get("share_of_copy")
+    rate = "" if share_of_copy is None else f", {100 * share_of_copy:.0f}% of the copy"
+    print(f"{case.title} | {name}: {middle * 1e6:.2f} us{rate}", flush=True)
+    return False
+
+
+def rates(job: Job) -> int | None:
+    """Device time of every primitive of both back ends beside `copy_`, from graphs, cold."""
+    from bench.cases import device_cases
+    from bench.suites import KernelSuite
+
+    suite = KernelSuite("kernel alone", lambda *_: [], True, DEVICE)
+    cases = device_cases(suite.name, DEVICE, job.small)
+    warm(job, cases)
+    return measured(job, [(suite, case) for case in cases], seconds=0.5)
+
+
+def warm(job: Job, cases: Sequence[Any]) -> None:
+    """Compiles Triton's kernels for the cases in processes side by side, into its cache on disk."""
+    from bench.buffers import Pool
+    from bench.device_kernels import PRIMITIVES, DeviceKernel
+
+    begin = time.monotonic()
+
+    def one(item: tuple[Any, str]) -> dict[str, Any]:
+        case, primitive = item
+        if "triton" in backends():
+            DeviceKernel("triton", primitive, case, Pool(case, slots=1)).prepare()()
+        return {}
+
+    items = [(case, primitive) for case in cases for primitive in PRIMITIVES]
+    found = share(items, one, processes(), job.work / "warm", device_is_broken)
+    for (case, primitive), result in zip(items, found, strict=True):
+        if result is None:
+            raise KeyboardInterrupt
+        if "error" in result:
+            print(f"{case.title} | triton {primitive}: {result['error']}")
+    print(f"compiled in {time.monotonic() - begin:.1f} s", flush=True)
+
+
+def host(job: Job) -> int | None:
+    """Host time and launches of a step on 32 elements."""
+    from dataclasses import replace
+
+    from bench.cases import WEIGHTED, overhead_cases
+    from bench.suites import StepSuite
+
+    suite = StepSuite("overhead", overhead_cases, False, DEVICE, floor=True)
+    cases = suite.list_cases()
+    if job.small:
+        cases = [replace(case, gradients=(WEIGHTED,)) for case in cases]
+    return measured(job, [(suite, case) for case in cases], seconds=2.0)
+
+
+def steps(job: Job) -> int | None:
+    """Whole loss steps: eager, torch's own loss, torch.compile, every strategy, and each of ours in a graph."""
+    from bench.cases import device_cases
+    from bench.suites import StepSuite
+
+    suite = StepSuite("loss step", lambda *_: [], False, DEVICE)
+    cases = device_cases(suite.name, DEVICE, job.small, STEP_POINTS)
+    return measured(job, [(suite, case) for case in (cases[-1:] if job.small else cases)], seconds=2.0)
+
+
+def modules(job: Job) -> int | None:
+    """Whole VIDLoss modules and a distillation step."""
+    from bench.cases import small_module_cases, training_cases, vid_loss_cases
+    from bench.modules import TRAINING_STEP, VID_LOSS, ModuleSuite
+
+    loss, step = (
+        ModuleSuite(name, small_module_cases if job.small else cases, True, DEVICE, builders)
+        for name, builders, cases in (
+            ("VIDLoss", VID_LOSS, vid_loss_cases),
+            ("training step", TRAINING_STEP, training_cases),
+        )
+    )
+    # One of each before the others, which may be left out.
+    parts = (
+        (loss, loss.list_cases()[:1]),
+        (step, step.list_cases()[:1]),
+        (loss, loss.list_cases()[1:]),
+        (step, step.list_cases()[1:]),
+    )
+    return measured(job, [(suite, case) for suite, cases in parts for case in cases], seconds=3.0)
+
+
+def tune(job: Job) -> int | None:
+    """Every free number of the CUDA back end's host code, changed alone."""
+    from bench.cases import device_cases
+    from bench.gpu import tuning
+
+    suite = tuning.TuningSuite(tuple(tuning.GRID)[:2] if job.small else tuple(tuning.GRID))
+    asked = share([None], lambda _: {"reason": tuning.missing(backends())}, 1, job.work / "ask")[0] or {}
+    if reason := asked.get("error") or asked.get("reason"):
+        return not_here(reason)
+    cases = device_cases(tuning.SUITE, DEVICE, job.small, TUNING_POINTS)
+    return measured(job, [(suite, case) for case in (cases[:2] if job.small else cases)], seconds=0.4)
