@@ -116,6 +116,16 @@ def build(library: Path, scratch: Path, debug: bool = False, options: Sequence[s
 
     It needs pybind11, CMake and Ninja and nothing of setuptools, whose older releases cannot read pyproject.toml:
     `bench/gpu` builds through it.
+
+    Args:
+        library: Where the extension is put.
+        scratch: Made if it is not there; a second build in it does only what has changed.
+        debug: CMake's Debug instead of Release.
+        options: Further arguments of CMake, such as -DVIDFAST_TUNE=ON.
+
+    Raises:
+        RuntimeError: A tool or nvcc is missing, or an environment variable is wrong.
+        subprocess.CalledProcessError: CMake or the compiler failed.
     """
     import pybind11
 

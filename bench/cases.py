@@ -224,7 +224,14 @@ SMALL_DEVICE_POINTS: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...] = (
 
 
 def device_cases(suite: str, device: str, small: bool = False, indices: Sequence[int] = ()) -> list[Case]:
-    """The points on a GPU; `indices` picks some of them."""
+    """The points on a GPU.
+
+    Args:
+        suite: The name of the cases' suite.
+        device: Where their tensors are.
+        small: SMALL_DEVICE_POINTS instead, all of them.
+        indices: Which of DEVICE_POINTS; all if there is none.
+    """
     points = SMALL_DEVICE_POINTS if small else DEVICE_POINTS
     return [
         Case(

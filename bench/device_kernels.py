@@ -37,6 +37,12 @@ class DeviceKernel:
 
     fp16 has a loss scaler's factor as its incoming gradient. forward_grad comes before that factor, so that its fp16
     gradient, about 1/N, is zero: there it is timed but not compared.
+
+    Args:
+        backend: Its name in `vidfast.dispatch`.
+        primitive: A key of PRIMITIVES.
+        case: Shape, dtype and layout of mean and target.
+        pool: The slots. `scale` has a gradient of its own for each instead.
     """
 
     calls, replayed = 1, False

@@ -38,7 +38,16 @@ class Capturable(Contender, Protocol):
 
 
 class GraphContender:
-    """The calls of `inner`, one a slot, captured once and replayed."""
+    """The calls of `inner`, one a slot, captured once and replayed.
+
+    Args:
+        inner: What is captured. Its first calls run before the capture, on another stream.
+        name: Of the row.
+        provider: Of the row; None for the inner's.
+
+    Raises:
+        Exception: Whatever the inner's calls raise; a capture that was under way is ended.
+    """
 
     replayed = True
 

@@ -97,7 +97,19 @@ class Outcome:
 
 
 class Runner:
-    """One run: `run()` returns the exit code, 0 unless a stage failed or none ran (1), or it was interrupted (130)."""
+    """One run: `run()` returns the exit code, 0 unless a stage failed or none ran (1), or it was interrupted (130).
+
+    Args:
+        stages: In the order of their value.
+        out: A folder for the three files; made if it is not there.
+        limit: Seconds of the whole run. Beyond LIMIT_SECONDS every stage's own limit grows in proportion.
+        small: Given to the stages: the shortest way through each.
+        prepare: Imports what the prepared stages share; called once, before the first of them.
+
+    Raises:
+        FileExistsError: `out` has results already.
+        OSError: `out` cannot be written.
+    """
 
     def __init__(
         self,

@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,21 @@ def share(
     running: dict[int, int] = {}
 
     def begin(index: int) -> None:
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, [signal.SIGINT]
+        )  # a process that is begun is one that is known here
         process = os.fork()
         if process == 0:
             _run(items, work, queues[index], results / f"{index}.jsonl", is_broken)
         running[process] = index
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
-    for index in range(len(queues)):
-        begin(index)
     found: dict[int, dict[str, Any]] = {}
     try:
+        for index in range(len(queues)):
+            begin(index)
         while running:
-            process, status = os.wait()
+            process, status = _next_to_end(running)
             index = running.pop(process)
             done = _take(results / f"{index}.jsonl")
             found |= done
@@ -92,13 +97,26 @@ def share(
             if left:
                 begin(index)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not cost what the first left
+        handler = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # a second one must not cost what the first left
         for process, index in running.items():
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             found |= _take(results / f"{index}.jsonl")
+        signal.signal(signal.SIGINT, handler)
     results.rmdir()
     return [found.get(item) for item in range(len(items))]
+
+
+def _next_to_end(processes: Collection[int]) -> tuple[int, int]:
+    """Waits until one of them ends: (process, status). Others of this process's children are not ours to wait for."""
+    while True:
+        for process in processes:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                return ended, status
+        time.sleep(0.002)
 
 
 def _run(
@@ -111,6 +129,8 @@ def _run(
     """The child: a line a finished item. Never returns."""
     code = 0
     try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that shares the work ends this one
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         with path.open("w", encoding="utf-8", buffering=1) as file:
             for number in queue:
                 try:

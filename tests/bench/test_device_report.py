@@ -256,6 +256,17 @@ def test_a_value_is_taken_only_if_it_is_slower_nowhere(tmp_path: Path) -> None:
     }
 
 
+def test_the_page_says_how_to_read_the_tuning(tmp_path: Path) -> None:
+    rows = [
+        stored_row(n, samples(s), suite="tuning", graph=True) for n, s in (("as built", 1e-4), ("k=1", 8e-5))
+    ]
+    path = store(tmp_path / "gpu-y.jsonl", rows)
+    assert main([str(path), "--output", str(tmp_path / "page")]) == 0
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert device.TUNING_TEXT in text
+    assert "| k=1 | +25.0% | +25.0% | 0 | take |" in text
+
+
 def test_a_page_shows_what_went_wrong(tmp_path: Path) -> None:
     others: list[dict[str, Any]] = [
         {**CHECK, "wrong": 1, "errors": [{"problem": "cuda 2x3", "error": "d mean: 5 of 6"}]},

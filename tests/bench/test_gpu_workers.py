@@ -24,6 +24,13 @@ def test_every_item_has_its_result_in_order(processes: int, tmp_path: Path) -> N
     assert not (tmp_path / "w").exists(), "nothing is left behind"
 
 
+def test_other_children_of_the_process_are_left_alone(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+    found = share(list(range(3)), lambda n: {"n": time.sleep(0.3) or n}, 1, tmp_path / "w")
+    assert found == [{"n": n} for n in range(3)]
+    assert other.wait() == 7
+
+
 def test_nothing_to_do(tmp_path: Path) -> None:
     assert share([], lambda n: {}, 3, tmp_path / "w") == []
 

@@ -234,10 +234,8 @@ def sections(run: Run) -> list[Section]:
             )
         )
     if run.of(TUNING):
-        text = (
-            "One pass in place with one free number changed; what differs from the build beyond the spread."
-        )
-        found.append(Section("Free numbers of the CUDA back end", 3, [text, tuning(run)]))
+        title = "Free numbers of the CUDA back end"
+        found.append(Section(title, 3, [TUNING_TEXT, tuning(run), tuning_over_all(run)]))
     return found
 
 
