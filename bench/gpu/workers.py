@@ -70,9 +70,8 @@ def share(
     running: dict[int, int] = {}
 
     def begin(index: int) -> None:
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, [signal.SIGINT]
-        )  # a process that is begun is one that is known here
+        # no interrupt between a process and its place in `running`
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         process = os.fork()
         if process == 0:
             _run(items, work, queues[index], results / f"{index}.jsonl", is_broken)
