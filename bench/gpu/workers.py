@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -96,15 +97,15 @@ def share(
             if left:
                 begin(index)
     except KeyboardInterrupt:
-        handler = signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # a second one must not cost what the first left
-        for process, index in running.items():
+        # a second one must not cost what the first left
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for process in running:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
+        for index in range(len(queues)):
             found |= _take(results / f"{index}.jsonl")
         signal.signal(signal.SIGINT, handler)
-    results.rmdir()
+    shutil.rmtree(results, ignore_errors=True)
     return [found.get(item) for item in range(len(items))]
 
 
