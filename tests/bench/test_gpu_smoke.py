@@ -108,6 +108,20 @@ def test_the_bound_of_a_gradient_is_a_few_units_of_its_dtype(
     assert "d mean" in check(problem, "cpu").get("error", "nothing was noticed")
 
 
+@pytest.mark.parametrize("option", ["--few", "--smallest"])
+def test_a_part_of_the_calls_has_every_strategy_layout_and_pair(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Problem] = []
+    monkeypatch.setattr(smoke, "check", lambda problem, device: seen.append(problem) or {})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert smoke.main(["cuda", option]) == 0
+    assert {p.strategy for p in seen} == set(STRATEGIES)
+    assert {p.layout for p in seen} == set(LAYOUTS)
+    assert {(p.mean_dtype, p.target_dtype) for p in seen} == set(PAIRS)
+    assert 50 < len(seen) < 250
+
+
 def test_as_a_program_it_counts_and_says_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
