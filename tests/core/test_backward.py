@@ -14,6 +14,7 @@ from oracle import expected
 from places import Place
 from problems import BF16, BY_NAME, FP16, FP32, FP64, short
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @pytest.mark.parametrize("g", [1.0, 3.0])
@@ -160,7 +161,7 @@ def test_activation_checkpointing(
     def step(x: Tensor, alpha: Tensor) -> Tensor:
         return backend.nll(x * 1, t, alpha, strategy=strategy, inplace=inplace)
 
-    loss = torch.utils.checkpoint.checkpoint(step, m, a, use_reentrant=use_reentrant)
+    loss = checkpoint(step, m, a, use_reentrant=use_reentrant)
     loss.backward(scalar(g, loss))
     check_results(want, loss, m.grad, None, a.grad, g=g, one_pass=strategy == "one_pass")
 

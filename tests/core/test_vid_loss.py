@@ -14,6 +14,7 @@ from oracle import Options, by_hand
 from problems import BF16, DTYPES, FP16, FP32, FP64, short
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from vid_formula import check, formula, small_module
 
 from vidfast import VIDLoss
@@ -286,7 +287,7 @@ def test_under_no_grad(module: VIDLoss) -> None:
 def test_activation_checkpointing(module: VIDLoss, use_reentrant: bool) -> None:
     s, t = torch.randn(4, 5, 3, 3, requires_grad=True), torch.randn(4, 6, 3, 3)
     want = torch.autograd.grad(module(s, t), [s, *module.parameters()])
-    torch.utils.checkpoint.checkpoint(module, s, t, use_reentrant=use_reentrant).backward()
+    checkpoint(module, s, t, use_reentrant=use_reentrant).backward()
     for x, y in zip([s, *module.parameters()], want, strict=True):
         assert torch.equal(x.grad, y)
 
