@@ -67,7 +67,7 @@ CHANGES: dict[str, tuple[str, str, Callable[[list[Any]], None], str]] = {
         at(1, lambda x: last_element(x).mul_(1.05)),
         "d mean: 1 of",
     ),
-    "an element that nobody wrote": (
+    "an element that was not written": (
         "one_pass in place",
         "forward_grad",
         at(1, lambda x: last_element(x).fill_(torch.nan)),

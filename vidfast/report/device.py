@@ -64,17 +64,23 @@ def kernels(run: Run, backend: str) -> Table:
             if row.provider.startswith(f"{backend} ")
         )
     )
-    rows = []
-    for case in run.cases(KERNEL):
-        copy = run.find(KERNEL, case, COPY)
-        found = [kernel(run, case, backend, primitive) for primitive in primitives]
-        measured = [row for row in (copy, *found) if row is not None]
-        if not measured:
-            continue
-        cells = [tables.mark(case, measured), figures.nbytes(measured[0].pass_bytes)]
-        cells.append("" if copy is None else f"{figures.rate(copy.gb_per_s)} GB/s")
-        rows.append([*cells, *map(time_and_share, found)])
+    lines = (
+        kernel_line(run, case, [kernel(run, case, backend, primitive) for primitive in primitives])
+        for case in run.cases(KERNEL)
+    )
+    rows = [line for line in lines if line is not None]
     return Table([f"{backend}: case", "tensor", "copy", *primitives], rows)
+
+
+def kernel_line(run: Run, case: str, kernels: Sequence[Row | None]) -> list[str] | None:
+    """The case, the bytes of a tensor, the copy's rate and each kernel's time; None where nothing was measured."""
+    copy = run.find(KERNEL, case, COPY)
+    measured = [row for row in (copy, *kernels) if row is not None]
+    if not measured:
+        return None
+    rate = "" if copy is None else f"{figures.rate(copy.gb_per_s)} GB/s"
+    size = figures.nbytes(measured[0].pass_bytes)
+    return [tables.mark(case, measured), size, rate, *map(time_and_share, kernels)]
 
 
 def time_and_share(row: Row | None) -> str:
@@ -244,18 +250,13 @@ def summary(run: Run) -> str:
     names = backends(run)
     header = ["one pass, device time (share of the copy's rate)", "tensor", "copy"]
     header += [f"{name}{' in place' if 'place' in p else ''}" for name in names for p in ONE_PASS]
-    rows = []
-    for case in run.cases(KERNEL):
-        copy = run.find(KERNEL, case, COPY)
-        found = [kernel(run, case, name, primitive) for name in names for primitive in ONE_PASS]
-        measured = [row for row in (copy, *found) if row is not None]
-        if not measured:
-            continue
-        size, rate = (
-            figures.nbytes(measured[0].pass_bytes),
-            "" if copy is None else f"{figures.rate(copy.gb_per_s)} GB/s",
+    lines = (
+        kernel_line(
+            run, case, [kernel(run, case, name, primitive) for name in names for primitive in ONE_PASS]
         )
-        rows.append([tables.mark(case, measured), size, rate, *map(time_and_share, found)])
+        for case in run.cases(KERNEL)
+    )
+    rows = [line for line in lines if line is not None]
     head = f"**{run.device}**, {software(run)}, {run.date[:10]}. {checked(run)} {compared(run)}".strip()
     parts = [head]
     if rows:
