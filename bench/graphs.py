@@ -24,7 +24,7 @@ WARM_UPS = 2
 
 
 class Capturable(Contender, Protocol):
-    """A contender whose calls read and write on the device alone, each (loss, gradients) or None where it has none."""
+    """A contender whose calls read and write on the device alone, each with a result of its own."""
 
     provider: Provider
     incoming: float
@@ -104,8 +104,6 @@ class GraphContender:
 
     def differing(self) -> int:
         """After a replay: how many slots' results are not, bit for bit, the last one's, whose inputs are the same."""
-        if self.results[-1] is None:
-            return 0
         last = tensors_of(self.results[-1])
         return sum(
             not all(torch.equal(x, y) for x, y in zip(tensors_of(result), last, strict=True))

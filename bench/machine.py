@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +12,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
+
+from bench.nvidia_smi import first_gpu
 
 # A neighbour that takes more than this share of one core makes a run contended; so does a hypervisor that steals it.
 NEIGHBOUR_CORES = 0.10
@@ -127,18 +128,6 @@ def processor(found: Mapping[str, Any] | None = None) -> dict[str, object]:
     return {**facts, "simd": [flag for flag in SIMD_FLAGS if flag in found.get("flags", [])]}
 
 
-def driver_facts() -> dict[str, str]:
-    """Driver, power limit and highest clock of the first GPU, as nvidia-smi gives them; nothing where it does not."""
-    names = ("driver_version", "power.limit", "clocks.max.sm")
-    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    values = [value.strip() for value in (done.stdout.splitlines() or [""])[0].split(",")]
-    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
-
-
 def describe(device: str) -> dict[str, object]:
     """What the head of a report says about the machine and the software; no host names, no paths."""
     facts: dict[str, object] = {
@@ -160,6 +149,6 @@ def describe(device: str) -> dict[str, object]:
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda or torch.version.hip,
-            **driver_facts(),
+            **first_gpu("driver_version", "power.limit", "clocks.max.sm"),
         }
     return facts

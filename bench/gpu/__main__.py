@@ -6,13 +6,13 @@ import argparse
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.gpu.runner import LIMIT_SECONDS, Runner, free_folder
 from bench.gpu.stages import ALWAYS, STAGES, prepare
+from bench.nvidia_smi import first_gpu
 
 # What every run imports. The stages that want more (pytest-xdist, ncu) do without, or say so.
 PACKAGES = ("torch", "triton", "numpy", "psutil", "pytest", "pybind11")
@@ -20,13 +20,8 @@ PACKAGES = ("torch", "triton", "numpy", "psutil", "pytest", "pybind11")
 
 def gpu_name() -> str | None:
     """As nvidia-smi gives it, fit for a folder's name."""
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    names = done.stdout.splitlines()
-    return re.sub(r"[^A-Za-z0-9]+", "-", names[0]).strip("-").lower() if names else None
+    name = first_gpu("name").get("name", "")
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or None
 
 
 def missing_packages() -> list[str]:

@@ -7,25 +7,19 @@ import sys
 import torch
 
 from bench.backends import runnable
-from bench.cases import DEVICE_POINTS, SMALL_DEVICE_POINTS
-from vidfast import dispatch
-from vidfast.layout import prepare
+from bench.buffers import Pool
+from bench.cases import device_cases
+from bench.device_kernels import FORWARD_GRAD, DeviceKernel
 
-# Large planes, channels_last, small planes in joined rows.
+# Large planes, channels_last, small planes in joined rows: numbers of points in cases.DEVICE_POINTS.
 SHOWN = (0, 2, 6)
 
 
 def main() -> None:
-    points = SMALL_DEVICE_POINTS if "--small" in sys.argv else [DEVICE_POINTS[i] for i in SHOWN]
-    for name in runnable("cuda"):
-        for shape, dtype, last in points:
-            mean, target = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
-            if last:
-                mean, target = (x.contiguous(memory_format=torch.channels_last) for x in (mean, target))
-            alpha = torch.randn(shape[1], device="cuda")
-            mean, target, layout = prepare(mean, target, 1)
-            k = 1.0 / mean.numel()
-            dispatch.load(name).forward_grad(mean, target, alpha, layout, k, 1e-5, False, False)
+    for case in device_cases("profile", "cuda", "--small" in sys.argv, SHOWN):
+        pool = Pool(case, slots=1)
+        for backend in runnable("cuda"):
+            DeviceKernel(backend, FORWARD_GRAD, case, pool).prepare()()
     torch.cuda.synchronize()
 
 

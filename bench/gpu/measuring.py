@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.gpu.runner import Job, not_here
-from bench.gpu.workers import DEVICE, backends, device_is_broken, processes, share
+from bench.gpu.workers import DEVICE, ask, backends, device_is_broken, processes, share
 
 # Numbers of points in cases.DEVICE_POINTS.
 STEP_POINTS = (0, 1, 5)
@@ -143,10 +143,11 @@ def tune(job: Job) -> int | None:
     """Every free number of the CUDA back end's host code, changed alone."""
     from bench.cases import device_cases
     from bench.gpu import tuning
+    from vidfast.report.device import TUNING
 
     suite = tuning.TuningSuite(tuple(tuning.GRID)[:2] if job.small else tuple(tuning.GRID))
-    asked = share([None], lambda _: {"reason": tuning.missing(backends())}, 1, job.work / "ask")[0] or {}
-    if reason := asked.get("error") or asked.get("reason"):
-        return not_here(reason)
-    cases = device_cases(tuning.SUITE, DEVICE, job.small, TUNING_POINTS)
+    reason, error = ask(lambda: tuning.missing(backends()), job.work / "ask")
+    if error or reason:
+        return not_here(error or reason)
+    cases = device_cases(TUNING, DEVICE, job.small, TUNING_POINTS)
     return measured(job, [(suite, case) for case in (cases[:2] if job.small else cases)], seconds=0.4)

@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -220,14 +221,17 @@ class Runner:
         """Writes down how a stage ended. What cannot be written (a full disk) does not end the run."""
         self.outcomes.append(outcome)
         print(outcome.text, flush=True)
-        for write in (self._write_line, self._write_summary, self._write_archive):
+        for write in (
+            partial(self._write_line, outcome),
+            self._write_summary,
+            partial(self._write_archive, work),
+        ):
             try:
-                write(outcome, work)
+                write()
             except OSError as error:
                 print(f"not written: {one_line(error)}", flush=True)
 
-    def _write_line(self, outcome: Outcome, work: Path) -> None:
-        del work
+    def _write_line(self, outcome: Outcome) -> None:
         self.lines.write(
             "stage",
             stage=outcome.stage,
@@ -237,12 +241,10 @@ class Runner:
             last_line=outcome.last_line[:400],
         )
 
-    def _write_summary(self, outcome: Outcome, work: Path) -> None:
-        del outcome, work
+    def _write_summary(self) -> None:
         (self.out / SUMMARY).write_text(self.summary() + "\n", encoding="utf-8")
 
-    def _write_archive(self, outcome: Outcome, work: Path) -> None:
-        del outcome
+    def _write_archive(self, work: Path) -> None:
         beside = self.out / f"{ARCHIVE}.part"
         with tarfile.open(beside, "w:gz", compresslevel=3) as archive:
             for path in (self.out / RESULTS, self.out / SUMMARY, *sorted(work.iterdir())):

@@ -15,7 +15,7 @@ from pathlib import Path
 from bench.gpu import build as extension
 from bench.gpu import measuring
 from bench.gpu.runner import Job, Stage, not_here
-from bench.gpu.workers import DEVICE, backends, device_is_broken, processes, share
+from bench.gpu.workers import DEVICE, ask, backends, device_is_broken, processes, share
 
 ROOT = Path(__file__).parents[2]
 # Every run begins with these, whatever is asked for: the others need them.
@@ -43,23 +43,21 @@ def command(*words: str, **environment: str) -> int:
 def build(job: Job) -> int | None:
     """Uses the extension that is in place, if it is of these sources and runs here; else builds it."""
 
-    def ask(question: Callable[[Path], str | None], path: Path | None) -> str | None:
+    def fault(question: Callable[[Path], str | None]) -> str | None:
         """In a process of its own: one that has loaded an extension never sees the file that replaces it."""
+        path = extension.in_place()
         if path is None:
             return "there is none in place"
-        answer = share([path], lambda path: {"answer": question(path)}, 1, job.work / "ask")[0]
-        if answer is None:
-            raise KeyboardInterrupt
-        reason: str | None = answer.get("error") or answer.get("answer")
-        return reason
+        answer, error = ask(lambda: question(path), job.work / "ask")
+        return error or answer
 
-    reason = ask(extension.stale, extension.in_place())
+    reason = fault(extension.stale)
     if reason is not None:
         print(f"{reason}: it is built", flush=True)
         extension.build()
-        reason = ask(extension.stale, extension.in_place())
+        reason = fault(extension.stale)
+    reason = reason or fault(extension.unavailable)
     path = extension.in_place()
-    reason = reason or ask(extension.unavailable, path)
     print(reason or f"{path.name if path else ''} is of these sources and runs here")
     return 0 if reason is None else 1
 
@@ -110,10 +108,9 @@ def smoke(job: Job) -> int | None:
     from bench.gpu import smoke as checks
 
     shapes = checks.SMALLEST_SHAPES if job.small else checks.SHAPES
-    asked = share([None], lambda _: {"names": backends()}, 1, job.work / "smoke")[0]
-    names = (asked or {}).get("names", [])
+    names, reason = ask(backends, job.work / "ask")
     if not names:
-        print(f"no GPU back end runs here: {(asked or {}).get('error', 'see the stage machine')}")
+        print(f"no GPU back end runs here: {reason or 'see the stage machine'}")
         return 1
     bad = 0
     for name in names:

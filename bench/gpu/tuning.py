@@ -17,8 +17,8 @@ from bench.graphs import GraphContender
 from bench.providers import COPY
 from bench.suites import Built, built, copy_of
 from vidfast import dispatch
+from vidfast.report.device import AS_BUILT
 
-SUITE = "tuning"
 # What is tried, beside the value in the code.
 GRID: dict[str, tuple[int, ...]] = {
     "kLoads": (1, 2, 8, 64),
@@ -30,7 +30,6 @@ GRID: dict[str, tuple[int, ...]] = {
     "kBlocks": (512, 2048),
     "kPlane": (256, 512, 4096),
 }
-AS_BUILT = "as built"
 
 
 def native() -> Any:

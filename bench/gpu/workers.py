@@ -109,6 +109,18 @@ def share(
     return [found.get(item) for item in range(len(items))]
 
 
+def ask(question: Callable[[], Any], results: Path) -> tuple[Any, str | None]:
+    """(answer, None) to a question that is asked in a process of its own, or (None, the error in one line).
+
+    Raises:
+        KeyboardInterrupt: An interrupt came first.
+    """
+    result = share([None], lambda _: {"answer": question()}, 1, results)[0]
+    if result is None:
+        raise KeyboardInterrupt
+    return result.get("answer"), result.get("error")
+
+
 def _next_to_end(processes: Collection[int]) -> tuple[int, int]:
     """Waits until one of them ends: (process, status). Others of this process's children are not ours to wait for."""
     while True:

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from bench.gpu import __main__ as gpu_main
 from bench.gpu.stages import STAGES
@@ -238,10 +238,8 @@ def test_interrupted_after_a_third_the_finished_stages_are_there(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    for _ in range(2400):
-        if (out / "results.jsonl").exists() and any(row["extra_info"] for row in lines_of(out, "row")):
-            break
-        time.sleep(0.05)
+    results = out / "results.jsonl"
+    assert until(lambda: results.exists() and any(row["extra_info"] for row in lines_of(out, "row")), 120.0)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed

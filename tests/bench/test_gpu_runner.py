@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from bench.gpu import runner
 from bench.gpu.runner import ARCHIVE, INTERRUPTED, NOT_HERE, RESULTS, SUMMARY, Job, Runner, Stage, free_folder
@@ -171,11 +172,7 @@ def test_a_stage_that_does_not_listen_is_killed_with_its_children(tmp_path: Path
     assert time.monotonic() - begin < 20
     assert verdicts(tmp_path / "out") == {"deaf": "cut off"}
     child = int((tmp_path / "child").read_text())
-    for _ in range(100):
-        if not _alive(child):
-            return
-        time.sleep(0.05)
-    pytest.fail("the child of a stage that was killed is still there")
+    assert until(lambda: not _alive(child), 5.0), "the child of a stage that was killed is still there"
 
 
 def _alive(process: int) -> bool:
@@ -251,11 +248,7 @@ def test_what_a_stage_leaves_behind_is_ended(tmp_path: Path) -> None:
 
     Runner([stage("a", leaves)], tmp_path, 60).run()
     child = int(lines_of(tmp_path, "stage")[0]["last_line"])
-    for _ in range(100):
-        if not _alive(child):
-            return
-        time.sleep(0.05)
-    pytest.fail("what a stage had started is still there")
+    assert until(lambda: not _alive(child), 5.0), "what a stage had started is still there"
 
 
 def test_an_earlier_run_is_not_written_over(tmp_path: Path) -> None:
@@ -302,10 +295,7 @@ def test_an_interrupt_keeps_what_is_done(tmp_path: Path, number: int, ignored: b
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=ignore if ignored else None
     )
-    for _ in range(600):
-        if (tmp_path / "begun").exists():
-            break
-        time.sleep(0.05)
+    assert until((tmp_path / "begun").exists)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == INTERRUPTED
@@ -333,10 +323,7 @@ def test_an_interrupt_comes_once(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    for _ in range(600):
-        if (tmp_path / "begun").exists():
-            break
-        time.sleep(0.05)
+    assert until((tmp_path / "begun").exists)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
@@ -352,19 +339,11 @@ def test_a_runner_that_is_killed_takes_its_stage_along(tmp_path: Path) -> None:
         'import os; (job.out.parent / "begun").write_text(str(os.getpid()))',
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "out")], cwd=ROOT)
-    for _ in range(600):
-        if (tmp_path / "begun").exists() and (tmp_path / "begun").read_text():
-            break
-        time.sleep(0.05)
+    assert until(lambda: (tmp_path / "begun").exists() and (tmp_path / "begun").read_text())
     process.kill()
     process.wait()
     child = int((tmp_path / "begun").read_text())
-    for _ in range(100):
-        if not _alive(child):
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("the stage goes on without a limit")
+    assert until(lambda: not _alive(child), 5.0), "the stage goes on without a limit"
     assert verdicts(tmp_path / "out") == {"quick": "ok"}, "what was done before is whole"
     assert RESULTS in names_in(tmp_path / "out")
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
-from bench.gpu.workers import share
+from bench.gpu.workers import ask, share
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +30,14 @@ def test_other_children_of_the_process_are_left_alone(tmp_path: Path) -> None:
     found = share(list(range(3)), lambda n: {"n": time.sleep(0.3) or n}, 1, tmp_path / "w")
     assert found == [{"n": n} for n in range(3)]
     assert other.wait() == 7
+
+
+def test_a_question_is_asked_in_a_process_of_its_own(tmp_path: Path) -> None:
+    answer, error = ask(os.getpid, tmp_path / "w")
+    assert error is None
+    assert answer != os.getpid()
+    assert ask(lambda: 1 // 0, tmp_path / "w")[0] is None
+    assert ask(lambda: os._exit(5), tmp_path / "w") == (None, "the process ended with 5")
 
 
 def test_nothing_to_do(tmp_path: Path) -> None:
@@ -106,10 +115,7 @@ def test_an_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    for _ in range(600):
-        if len(list(tmp_path.glob("waits*"))) == 2:
-            break
-        time.sleep(0.05)
+    assert until(lambda: len(list(tmp_path.glob("waits*"))) == 2)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=30)
     assert printed.strip() == "[{'n': 0}, {'n': 1}, None, None]"
