@@ -334,7 +334,7 @@ def distillation_of(case: Case) -> tuple[Callable[[], torch.Tensor], nn.Module, 
     facts = case.extra
     side, classes = int(str(facts["side"])), int(str(facts["classes"]))
     teacher, student = (
-        network(str(facts[role]), in_channels=3, num_classes=classes, image_size=(side, side))
+        network(str(facts[role]), in_channels=3, num_classes=classes, image_size=(side, side)).to(case.device)
         for role in ("teacher", "student")
     )
     images = torch.randn(case.shape[0], 3, side, side, device=case.device)

@@ -221,9 +221,29 @@ def test_which_back_end_is_the_faster(cuda: float, triton: float, first: str, tm
     assert device.backends(run) == ["cuda", "triton"]
     assert device.faster(run, "cuda", "triton") == pytest.approx(cuda / triton)
     assert device.order(run)[0] == first
+    assert device.compared(run).startswith("One pass on the device alone: cuda ")
     alone = run_of(tmp_path, [row for row in kernels() if "triton" not in row["fullname"]])
     assert device.order(alone) == ["cuda"]
     assert device.compared(alone) == ""
+
+
+@pytest.mark.parametrize(("cuda", "triton", "first"), [(1e-3, 2e-3, "cuda"), (2e-3, 1e-3, "triton")])
+def test_whole_steps_decide_the_order(cuda: float, triton: float, first: str, tmp_path: Path) -> None:
+    seconds = {"cuda": cuda, "triton": triton}
+    steps = [
+        stored_row(f"vidfast {name} one_pass", samples(s), suite=suite, pass_bytes=LARGE)
+        for suite in ("loss step", "overhead")
+        for name, s in seconds.items()
+    ]
+    kernels_say = kernels(0.8, 0.9) if first == "cuda" else kernels(0.9, 0.8)
+    run = run_of(tmp_path, [*kernels_say, *steps])
+    assert device.faster_steps(run, "cuda", "triton") == pytest.approx(triton / cuda)
+    assert device.order(run)[0] == first
+    assert (
+        f"whole steps, the host included: cuda {triton / cuda:.2f} times as fast as triton."
+        in device.compared(run)
+    )
+    assert device.faster_steps(run_of(tmp_path, kernels()), "cuda", "triton") is None
 
 
 def test_tuning_shows_what_differs_beyond_the_spread(tmp_path: Path) -> None:

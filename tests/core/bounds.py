@@ -19,9 +19,10 @@ RELATIVE = {torch.float32: 1e-6, torch.float64: 1e-13}
 # Units in the last place of d/d mean and d/d target; one more rounding where one_pass meets g != 1.
 ULPS = {torch.float32: 3, torch.float64: 4, torch.bfloat16: 1, torch.float16: 1}
 ULPS_SCALED = {torch.float32: 4, torch.float64: 4, torch.bfloat16: 2, torch.float16: 2}
-# Compiled for a GPU, fp64 is farther off there: k / v_c, the product with r and that with g are rounded one after
-# another, and v_c comes from CUDA's exp and log1p, which are not the host's. The PTX of both GPU back ends,
-# interpreted over random problems, reached 5.
+# On a GPU fp64 is farther off: v_c comes from the device's exp and log, right to a unit and not to half of one, and
+# g k / v_c and the product with r are rounded one after another. On an H100 Triton's gradients reached 5 in 7 of some
+# hundred thousand values; so did the PTX of both back ends where one_pass meets g != 1, interpreted.
+ULPS_ON_GPU = {**ULPS, torch.float64: 6}
 ULPS_SCALED_ON_GPU = {**ULPS_SCALED, torch.float64: 6}
 # Mean signed error in units in the last place: rounding to nearest has none, truncation has a half.
 BIAS = {torch.float32: 0.15, torch.bfloat16: 0.02, torch.float16: 0.02}
@@ -123,7 +124,7 @@ def check_unbiased(what: str, got: Tensor, want: Array, bound: float | None = No
 def ulps_allowed(dtype: torch.dtype, scaled: bool, on_gpu: bool) -> int:
     """Of a gradient of an activation. scaled: one_pass met g != 1."""
     if not scaled:
-        return ULPS[dtype]
+        return (ULPS_ON_GPU if on_gpu else ULPS)[dtype]
     return (ULPS_SCALED_ON_GPU if on_gpu else ULPS_SCALED)[dtype]
 
 

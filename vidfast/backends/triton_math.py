@@ -67,12 +67,12 @@ def float64_of(bits):
 def variance_of(alpha, eps):
     """(variance, sigmoid) of fp64 alpha: softplus(alpha) + eps and its derivative.
 
-    softplus(a) = max(a, 0) + log1p(exp(-|a|)): exp never overflows. log1p is Kahan's, log(u) e / (u - 1) with
-    u = fl(1 + e), whose two errors cancel: tiny variances keep their digits.
+    softplus(a) = max(a, 0) + log1p(exp(-|a|)): exp never overflows. log1p(e) = log(u) + (e - (u - 1)) / u with
+    u = fl(1 + e): what u lost of e comes back to first order, so that tiny variances keep their digits.
     """
     e = tl.exp(-tl.abs(alpha))
     u = e + 1.0
-    log1p = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+    log1p = tl.log(u) + (e - (u - 1.0)) / u
     variance = tl.where(alpha > 0.0, alpha + log1p, log1p) + eps
     sigmoid = tl.where(alpha >= 0.0, 1.0, e) / u
     return variance, sigmoid

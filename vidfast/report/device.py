@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vidfast.report import figures, tables
 from vidfast.report.document import Section, Table
 from vidfast.report.noise import times_faster
-from vidfast.report.results import COMPILE, COPY, EAGER, KERNEL, STEP, Row, Run
+from vidfast.report.results import COMPILE, COPY, EAGER, KERNEL, OVERHEAD, STEP, Row, Run
 
 TUNING, AS_BUILT = "tuning", "as built"
 ONE_PASS = ("forward_grad", "forward_grad in place")
@@ -101,10 +101,29 @@ def faster(run: Run, one: str, other: str) -> float | None:
     return statistics.geometric_mean(ratios) if ratios else None
 
 
+def faster_steps(run: Run, one: str, other: str) -> float | None:
+    """How many times faster `one`'s whole steps in one pass are, the host included: the geometric mean over all."""
+    ratios = []
+    for suite in (STEP, OVERHEAD):
+        for case in run.cases(suite):
+            ours, theirs = (run.find(suite, case, f"vidfast {name} one_pass", 1.0) for name in (one, other))
+            if ours is not None and theirs is not None:
+                ratios.append(times_faster(ours.samples, theirs.samples).value)
+    return statistics.geometric_mean(ratios) if ratios else None
+
+
 def order(run: Run) -> list[str]:
-    """The back ends, the fastest first: what `auto` should take, by this run."""
+    """The back ends, the fastest first: what `auto` should take, by this run.
+
+    Whole steps decide, since they are what a program waits for; kernels alone where no step was measured.
+    """
     names = backends(run)
-    return sorted(names, key=lambda name: -(faster(run, name, names[0]) or 1.0))
+
+    def gain(name: str) -> float:
+        steps = faster_steps(run, name, names[0])
+        return (faster(run, name, names[0]) if steps is None else steps) or 1.0
+
+    return sorted(names, key=lambda name: -gain(name))
 
 
 def aims(run: Run) -> list[Aim]:
@@ -203,15 +222,23 @@ def checked(run: Run) -> str:
 
 
 def compared(run: Run) -> str:
-    """One sentence on which back end is the faster."""
+    """Which back end is the faster, on the device alone and in whole steps: geometric means over all cases."""
     names = backends(run)
-    ratios = [
-        f"{one} {figures.digits(ratio)} times as fast as {other}"
-        for index, one in enumerate(names)
-        for other in names[index + 1 :]
-        if (ratio := faster(run, one, other)) is not None
-    ]
-    return f"One pass, geometric mean over all cases: {'; '.join(ratios)}." if ratios else ""
+    pairs = [(one, other) for index, one in enumerate(names) for other in names[index + 1 :]]
+    found = []
+    for what, measure in (
+        ("One pass on the device alone", faster),
+        ("whole steps, the host included", faster_steps),
+    ):
+        ratios = [
+            f"{one} {figures.digits(ratio)} times as fast as {other}"
+            for one, other in pairs
+            if (ratio := measure(run, one, other)) is not None
+        ]
+        if ratios:
+            found.append(f"{what}: {', '.join(ratios)}")
+    text = "; ".join(found)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def sections(run: Run) -> list[Section]:
