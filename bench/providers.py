@@ -76,7 +76,7 @@ def compiled(mode: str | None) -> Callable[[Case], LossFunction]:
     return build
 
 
-def vidfast_loss(backend: str, strategy: str, inplace: bool) -> Callable[[Case], LossFunction]:
+def vidfast_loss(backend: BackendName, strategy: Strategy, inplace: bool) -> Callable[[Case], LossFunction]:
     def build(case: Case) -> LossFunction:
         from vidfast import gaussian_nll
 

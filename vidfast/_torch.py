@@ -23,3 +23,76 @@ def any_global_hook() -> bool:
     if _has_any_global_hook is not None:
         return bool(_has_any_global_hook())
     return any(getattr(_module, name) for name in _GLOBAL_HOOKS)
+
+
+# torch 2.1 and later.
+_is_functional_tensor: Callable[[torch.Tensor], bool] | None = getattr(torch, "_is_functional_tensor", None)
+_unpack_dual: Any = getattr(getattr(torch, "_VF", None), "_unpack_dual", None)
+_shown: Any = getattr(torch._C, "_SetExcludeDispatchKeyGuard", None)
+_BELOW_AUTOGRAD = torch._C.DispatchKey.ADInplaceOrView
+_interpreter_stack: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_function_modes: Callable[[], list[Any]] | None = getattr(
+    torch.overrides, "_get_current_function_mode_stack", None
+)
+# torch 2.9 and later: the precision of fp32 products, for each library and kind of operation.
+_fp32_precision: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
+_FULL_PRECISION = ("none", "ieee")
+
+
+def is_functional(x: torch.Tensor) -> bool:
+    """Whether x is a wrapper of functionalization, whose type is Tensor and whose memory is not its values."""
+    return _is_functional_tensor is not None and _is_functional_tensor(x)
+
+
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether x carries a forward-mode derivative. Nothing is known of functorch's wrappers.
+
+    Level 0 is the only one that there is, and is read here whether or not Python entered it: a compiled graph does not.
+    """
+    if _unpack_dual is None or torch.is_inference_mode_enabled() or x.is_inference():
+        return False
+    if _shown is None:
+        return _unpack_dual(x, level=0).tangent is not None
+    with _shown(
+        _BELOW_AUTOGRAD, False
+    ):  # an operator's own code runs below it, where tangents are not to be seen
+        return _unpack_dual(x, level=0).tangent is not None
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func is around this code, or a level of forward-mode derivatives."""
+    from torch.autograd import forward_ad
+
+    return forward_ad._current_level >= 0 or _interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result sets, which imports dynamo: torch.compile calls the function as it traces,
+# inside the transforms that it has entered, and takes its answer for a constant.
+in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def dispatch_modes() -> bool:
+    """Whether a TorchDispatchMode is active."""
+    return _dispatch_modes() > 0
+
+
+def function_mode() -> bool:
+    """Whether a TorchFunctionMode may change what torch's functions do. A default device is none of those."""
+    if _function_modes is None:
+        return False
+    from torch.utils._device import DeviceContext
+
+    return any(type(mode) is not DeviceContext for mode in _function_modes())
+
+
+def products_differ_from_convolutions() -> bool:
+    """Whether fp32 products on the CPU may be computed otherwise as matrix products than as convolutions.
+
+    `torch.set_float32_matmul_precision` and `torch.backends.mkldnn.matmul.fp32_precision` speak of the one,
+    `torch.backends.mkldnn.conv.fp32_precision` of the other.
+    """
+    if _fp32_precision is None:
+        tf32 = bool(getattr(torch.backends.mkldnn, "allow_tf32", False))
+        return tf32 or torch.get_float32_matmul_precision() != "highest"
+    return any(_fp32_precision("mkldnn", kind) not in _FULL_PRECISION for kind in ("conv", "matmul"))

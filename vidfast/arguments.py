@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin as _Lazy  # type: ignore[attr-defined]
 
-REDUCTIONS = ("mean", "sum", "batchmean", "none")
-STRATEGIES = ("auto", "one_pass", "two_pass")
+ScalarReduction: TypeAlias = Literal["mean", "sum", "batchmean"]
+Reduction: TypeAlias = Literal["mean", "sum", "batchmean", "none"]
+Strategy: TypeAlias = Literal["auto", "one_pass", "two_pass"]
+BackendName: TypeAlias = Literal["auto", "reference", "cuda", "triton", "cpu"]
+
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _FLOATS = frozenset(DTYPES)
 
 
-def check_tensors(mean: Tensor, target: Tensor, alpha: Tensor, channel_dim: int) -> int:
-    """The channel dimension, not negative.
+def check_tensors(mean: Tensor, target: Tensor, alpha: Tensor, channel_dim: int) -> tuple[int, Tensor]:
+    """(the channel dimension, not negative; alpha as (C,)).
 
-    :raises TypeError: something is not a tensor, or has a dtype that is not fp16, bf16, fp32 or fp64.
-    :raises ValueError: shapes or devices differ, alpha does not fit, or a tensor is empty, sparse or meta.
+    Args:
+        mean, target: Of one shape, any but a scalar's; nothing is broadcast.
+        alpha: (C,), or with sizes of 1 in the place of every other dimension, as (1, C, 1, 1).
+        channel_dim: Of mean and target.
+
+    Raises:
+        TypeError: Something is not a tensor, or has a dtype that is not fp16, bf16, fp32 or fp64.
+        ValueError: Shapes or devices differ, alpha does not fit, or a tensor is sparse, nested or meta.
     """
-    if type(channel_dim) is not int or not isinstance(mean, Tensor) or isinstance(mean, _Lazy):
-        _complain(mean, target, alpha, channel_dim)
+    if (
+        type(channel_dim) is not int
+        or not isinstance(mean, Tensor)
+        or isinstance(mean, _Lazy)
+        or mean.is_nested
+    ):
+        channel_dim = _complain(mean, target, alpha, channel_dim)
     shape = mean.shape
     channel = channel_dim if channel_dim >= 0 else channel_dim + len(shape)
     # One line decides the common case; `_complain` finds the words for the others.
     if (
         isinstance(target, Tensor)
         and isinstance(alpha, Tensor)
+        and not target.is_nested
         and shape == target.shape
         and 0 <= channel < len(shape)
         and alpha.shape == shape[channel : channel + 1]
@@ -38,14 +58,14 @@ def check_tensors(mean: Tensor, target: Tensor, alpha: Tensor, channel_dim: int)
         and mean.device == target.device == alpha.device
         and mean.layout is target.layout is alpha.layout is torch.strided
         and not mean.is_meta
-        and mean.numel() > 0
     ):
-        return channel
+        return channel, alpha
     _complain(mean, target, alpha, channel_dim)
-    raise AssertionError("check_tensors refused what _complain accepts")
+    return channel, alpha.reshape(-1)  # what is left is (1, C, 1, 1)
 
 
-def _complain(mean: object, target: object, alpha: object, channel_dim: object) -> None:
+def _complain(mean: object, target: object, alpha: object, channel_dim: object) -> int:
+    """Raises what is wrong with these; `channel_dim` as an int, if nothing is."""
     tensors = {"mean": mean, "target": target, "alpha": alpha}
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
@@ -54,6 +74,8 @@ def _complain(mean: object, target: object, alpha: object, channel_dim: object) 
         assert isinstance(x, Tensor)
         if isinstance(x, _Lazy):
             raise ValueError(f"{name} is not initialised yet: run its lazy module once first")
+        if x.is_nested:
+            raise ValueError(f"{name} must be a dense tensor, got a nested one: use its values()")
         if x.layout is not torch.strided:
             raise ValueError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
         if x.dtype not in _FLOATS:
@@ -70,13 +92,12 @@ def _complain(mean: object, target: object, alpha: object, channel_dim: object) 
             f"channel_dim={channel_dim} is out of range for a tensor of shape {tuple(mean.shape)}"
         )
     channels = mean.shape[channel_dim]
-    if alpha.shape != (channels,):
+    if alpha.shape != (channels,) and not _is_broadcast(alpha, mean, channel_dim):
+        hint = "; one variance for all of them is alpha.expand(C)" if alpha.numel() == 1 else ""
         raise ValueError(
             f"alpha must have shape ({channels},), one number for each of the {channels} channels in dimension "
-            f"{channel_dim} of {tuple(mean.shape)}, got {tuple(alpha.shape)}"
+            f"{channel_dim} of {tuple(mean.shape)}, got {tuple(alpha.shape)}{hint}"
         )
-    if mean.numel() == 0:
-        raise ValueError(f"mean and target must not be empty, got shape {tuple(mean.shape)}")
     if not mean.device == target.device == alpha.device:
         raise ValueError(
             "mean, target and alpha must be on one device, got "
@@ -84,13 +105,47 @@ def _complain(mean: object, target: object, alpha: object, channel_dim: object) 
         )
     if mean.is_meta:
         raise ValueError("mean, target and alpha must hold values, got tensors on the meta device")
+    return channel_dim
+
+
+def _is_broadcast(alpha: Tensor, mean: Tensor, channel_dim: int) -> bool:
+    """Whether alpha is one number a channel in a shape that lines up with mean's by broadcasting's rule."""
+    wanted = [1] * mean.dim()
+    wanted[channel_dim] = mean.shape[channel_dim]
+    return alpha.dim() > 1 and [1] * (mean.dim() - alpha.dim()) + list(alpha.shape) == wanted
 
 
 def check_channel_dim(channel_dim: object) -> int:
-    """:raises TypeError: it is not an int."""
-    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
-        raise TypeError(f"channel_dim must be an int, got {type(channel_dim).__name__}")
-    return channel_dim
+    """`channel_dim` as an int; numpy's integers are taken.
+
+    Raises:
+        TypeError: It is no integer.
+    """
+    return _integer("channel_dim", channel_dim)
+
+
+def check_size(name: str, value: object) -> int:
+    """`value`, an argument called `name`, as an int of at least 1; numpy's integers are taken.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is below 1.
+    """
+    size = _integer(name, value)
+    if size < 1:
+        raise ValueError(f"{name} must be a positive int, at least 1, got {size}")
+    return size
+
+
+def _integer(name: str, value: object) -> int:
+    if type(value) is int:
+        return value
+    if not isinstance(value, bool | Tensor):
+        try:
+            return operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
 def check_options(
@@ -100,15 +155,17 @@ def check_options(
     strategy: str = "auto",
     full: bool = False,
     inplace: bool = False,
-) -> None:
-    """:raises ValueError: eps is not positive and finite, weight not finite, or a name is unknown.
-    :raises TypeError: eps or weight is not a number, or full or inplace not a bool.
+) -> tuple[float, float]:
+    """(eps, weight) as Python's floats; numpy's numbers are taken.
+
+    Raises:
+        TypeError: eps or weight is not a number, or full or inplace not a bool.
+        ValueError: eps is not positive and finite, weight not finite, or a name is unknown.
     """
     if type(full) is not bool or type(inplace) is not bool:
         name, value = ("inplace", inplace) if type(full) is bool else ("full", full)
         raise TypeError(f"{name} must be True or False, got {value!r}")
-    _check_number("eps", eps)
-    _check_number("weight", weight)
+    eps, weight = _number("eps", eps), _number("weight", weight)
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, got {eps}")
     if not -math.inf < weight < math.inf:  # torch.compile traces this, and not math.isfinite
@@ -117,11 +174,15 @@ def check_options(
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
+    return eps, weight
 
 
-def _check_number(name: str, value: object) -> None:
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
+def _number(name: str, value: object) -> float:
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def inverse_softplus(value: float) -> float:
@@ -130,19 +191,24 @@ def inverse_softplus(value: float) -> float:
 
 
 def check_initial_variance(name: str, init_var: float, eps: float) -> float:
-    """alpha at which softplus(alpha) + eps is `init_var`, an argument called `name`.
+    """`init_var`, an argument called `name`, as a float that softplus(alpha) + eps can be.
 
-    :raises TypeError: init_var is not a number.
-    :raises ValueError: init_var is not finite or not above eps.
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is not finite or not above eps.
     """
-    _check_number(name, init_var)
+    init_var = _number(name, init_var)
     if not eps < init_var < math.inf:
         raise ValueError(f"{name}, the initial variance, must be finite and above eps={eps}, got {init_var}")
-    return inverse_softplus(init_var - eps)
+    return init_var
 
 
 def check_inplace(mean: Tensor, target: Tensor, walked_mean: Tensor) -> None:
-    """:raises RuntimeError: writing d/d mean over mean would destroy what somebody else holds."""
+    """Sees to it that d/d mean may be written over mean.
+
+    Raises:
+        RuntimeError: Writing it would destroy what somebody else holds.
+    """
     base = mean._base if mean._is_view() else mean
     if base is not None and base.is_leaf and base.requires_grad:
         what = "mean" if base is mean else "the tensor that mean is a view of"

@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx
 from vidfast import reference
 from vidfast.backends import Backend
 from vidfast.layout import Layout, prepare
+from vidfast.raw import is_own, restored, save
 
 
 class Call(NamedTuple):
@@ -110,7 +111,7 @@ class OnePass(torch.autograd.Function):
             # a producer that saved its output now finds it changed, instead of using a gradient for it
             torch.autograd.graph.increment_version(mean)
         origin = loss.new_empty(0)
-        ctx.save_for_backward(grad_mean, grad_alpha, origin)
+        save(ctx, grad_mean, grad_alpha, origin)
         ctx.call = call
         ctx.alpha_dtype = alpha.dtype
         ctx.set_materialize_grads(False)
@@ -120,7 +121,8 @@ class OnePass(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, _: None) -> Any:
         if g is None:
             return (None,) * 6
-        grad_mean, grad_alpha, origin = ctx.saved_tensors
+        grad_mean, grad_alpha, origin = restored(ctx)
+        assert origin is not None
         wants = ctx.needs_input_grad
         grad_mean, grad_alpha = ctx.call.backend.scale(
             incoming(g),
@@ -128,7 +130,7 @@ class OnePass(torch.autograd.Function):
             ctx.call.channel,
             grad_alpha if wants[2] else None,
             ctx.alpha_dtype,
-            not graph_is_retained(),
+            not graph_is_retained() and is_own(ctx, 0, grad_mean),
         )
         if torch.is_grad_enabled():
             grad_mean, grad_alpha = not_twice(origin, grad_mean, grad_alpha)
@@ -149,7 +151,7 @@ class TwoPass(torch.autograd.Function):
         )
         wants = ctx.needs_input_grad
         # for alpha alone the sums of squares are enough, and the activations go free
-        ctx.save_for_backward(alpha, sum_sq, *((mean, target) if wants[0] or wants[1] else ()))
+        save(ctx, alpha, sum_sq, *((mean, target) if wants[0] or wants[1] else ()))
         ctx.call = call
         ctx.layout = walked[2]
         return loss
@@ -158,7 +160,7 @@ class TwoPass(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         call: Call = ctx.call
         wants: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
-        alpha, sum_sq, *activations = ctx.saved_tensors
+        alpha, sum_sq, *activations = (x for x in restored(ctx) if x is not None)
         if torch.is_grad_enabled():
             return (*_differentiable(g, alpha, sum_sq, activations, call, ctx.layout, wants), None, None)
         mean = target = None

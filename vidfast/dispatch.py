@@ -9,23 +9,23 @@ import warnings
 import torch
 from torch import Tensor
 
+from vidfast._torch import dispatch_modes, in_transform
 from vidfast._version import __version__
 from vidfast.backends import Backend
+from vidfast.raw import PLAIN, not_plain
 
 log = logging.getLogger("vidfast")
 
-# The order of preference; a back end is one module `vidfast.backends.<name>` with a BACKEND. CUDA before Triton is
-# predicted, not measured: docs/kernel-notes.md, "Defaults, and what decided them".
+# The order of preference; a back end is one module `vidfast.backends.<name>` with a BACKEND. Why CUDA before Triton:
+# docs/kernel-notes.md, "Defaults, and what decided them".
 NAMES = ("cuda", "triton", "cpu")
 
 _CPU_FIRST = NAMES[::-1]  # for tensors there: an interpreted GPU kernel is never what `auto` means
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _loaded: dict[str, Backend] = {}
 _picked: set[tuple[str, str]] = set()
 _functorch_stack = torch._C._functorch.peek_interpreter_stack
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
 
 
@@ -39,19 +39,12 @@ def load(name: str) -> Backend:
 
 
 def not_raw(*tensors: Tensor) -> str | None:
-    """None if every tensor's memory may be handed to native code, or the reason why not.
-
-    Only plain strided tensors have an address at which their values lie: a fake tensor's is 0, a subclass
-    gives its own meaning to operations, a wrapped or lazily negated one holds other values than it shows.
-    """
+    """None if every tensor's memory may be handed to native code now, or the reason why not."""
     for x in tensors:
-        if type(x) not in _PLAIN:
-            return f"{type(x).__module__}.{type(x).__qualname__} is a tensor subclass"
-        if x.is_neg():
-            return "a lazily negated tensor (is_neg) holds other values than it shows"
-        if x._is_zerotensor():
-            return "a zero tensor without memory of its own (_is_zerotensor)"
-    if _dispatch_modes():
+        reason = not_plain(x)
+        if reason is not None:
+            return reason
+    if dispatch_modes():
         return "a torch dispatch mode is active"
     if _is_tracing():
         return "torch.jit.trace records torch's operators, not what a kernel writes"
@@ -67,6 +60,31 @@ def check_name(backend: str) -> None:
     """:raises ValueError: there is no back end of that name."""
     if backend not in ("auto", "reference", *NAMES):
         raise ValueError(f"backend must be one of {('auto', 'reference', *NAMES)}, got {backend!r}")
+
+
+def compiles_to_operator(wanted: str, *tensors: Tensor) -> bool:
+    """Whether torch.compile is to see our operator; False: the reference's plain PyTorch.
+
+    An operator has no forward-mode derivative, no rule for torch.func, and none of how a wrapper such as DTensor is
+    divided.
+
+    Raises:
+        ValueError: There is no back end of that name.
+        RuntimeError: A back end asked for by name has none of this.
+    """
+    check_name(wanted)
+    if wanted == "reference":
+        return False
+    obstacle = None
+    for x in tensors:
+        # what torch traces with stands for a plain tensor
+        if type(x) not in PLAIN and type(x).__name__ not in ("FakeTensor", "FunctionalTensor"):
+            obstacle = f"{type(x).__name__} is a tensor subclass"
+    if obstacle is None and in_transform():
+        obstacle = "torch.func's transforms and forward-mode derivatives do not see into its kernels"
+    if obstacle is not None and wanted != "auto":
+        raise RuntimeError(f"backend={wanted!r} cannot run here: {obstacle}; use backend='reference'")
+    return obstacle is None
 
 
 def choose(wanted: str, mean: Tensor, target: Tensor, alpha: Tensor) -> Backend | None:

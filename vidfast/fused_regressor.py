@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from vidfast import dispatch
+from vidfast._torch import products_differ_from_convolutions
 from vidfast.autograd import NO_FORWARD_MODE, graph_is_retained, incoming, not_twice
 from vidfast.backends import Backend
 from vidfast.layout import Layout, dense_like, prepare, walk
 from vidfast.memory import empty
 from vidfast.ops import loss_factor
+from vidfast.raw import is_own, restored, save
+from vidfast.regressor import is_as_defined
 
 # The widest activation of a part of the batch: it stays in the cache, and a product over it is worth starting.
 _PART_BYTES, _PART_BYTES_IN_ROWS = 4 << 20, 8 << 20
@@ -46,11 +49,7 @@ def pointwise_weights(regressor: nn.Module) -> list[Tensor] | None:
 
     Plain: what the modules compute follows from their weights alone, so that it may be computed otherwise.
     """
-    if type(regressor) is not nn.Sequential or len(regressor) % 2 == 0:
-        return None
-    if any(
-        "forward" in part.__dict__ or part._compiled_call_impl is not None for part in regressor.modules()
-    ):
+    if type(regressor) is not nn.Sequential or len(regressor) % 2 == 0 or not is_as_defined(regressor):
         return None
     for position, part in enumerate(regressor):
         if position % 2 == 1:
@@ -204,7 +203,7 @@ class FusedVID(torch.autograd.Function):
             gradients.add(activations, grad_mean, begin)
         total = torch.tensor(math.fsum(losses), dtype=torch.float32, device="cpu")
         origin = total.new_empty(0)
-        ctx.save_for_backward(gradients.student, grad_alpha, origin, *gradients.weights())
+        save(ctx, gradients.student, grad_alpha, origin, *gradients.weights())
         ctx.call, ctx.alpha_dtype = call, alpha.dtype
         ctx.weights = [(w.shape, w.stride()) for w in weights]
         ctx.set_materialize_grads(False)
@@ -214,7 +213,8 @@ class FusedVID(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, _: None) -> Any:
         if g is None:
             return (None,) * (4 + len(ctx.weights))
-        student, grad_alpha, origin, *weights = ctx.saved_tensors
+        student, grad_alpha, origin, *weights = restored(ctx)
+        assert origin is not None
         g = incoming(g)
         student, grad_alpha = ctx.call.backend.scale(
             g,
@@ -222,7 +222,7 @@ class FusedVID(torch.autograd.Function):
             1,
             grad_alpha if ctx.needs_input_grad[2] else None,
             ctx.alpha_dtype,
-            not graph_is_retained(),
+            not graph_is_retained() and is_own(ctx, 0, student),
         )
         # never in place: the sums stay for a second backward, and are small
         scaled = [
@@ -241,7 +241,7 @@ class FusedVID(torch.autograd.Function):
 def _laid_out(matrix: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
     """(out, in) as the weight (out, in, 1, 1), with its strides: one in channels_last counts its ones otherwise."""
     dense = strides[:2] == matrix.stride()
-    return matrix.as_strided(shape, strides) if dense else matrix.view(shape)
+    return matrix.as_strided(shape, strides) if dense else matrix.reshape(shape)
 
 
 def fused_nll(
@@ -258,8 +258,8 @@ def fused_nll(
     """`vidfast.gaussian_nll(regressor(student), target, alpha)` in one go, or None where it has to be in two.
 
     It can be fused where the regressor is a Sequential of plain 1x1 convolutions without bias and ReLUs in turn, all is
-    fp32 on the CPU (the target may be 16 bits), no hook, compiler, autocast or transform has a say, and `backend` finds
-    the CPU kernels. The caller sees to it that shapes fit and that nobody watches the regressor.
+    fp32 on the CPU (the target may be 16 bits), no hook, compiler, autocast, transform or precision switch has a say,
+    and `backend` finds the CPU kernels. The caller sees to it that shapes fit and that nobody watches the regressor.
 
     :param student: (B, C_s, *spatial). :param target: (B, C, *spatial), without gradient. :param alpha: (C,).
     :returns: a scalar in fp32.
@@ -267,6 +267,8 @@ def fused_nll(
     if backend == "reference" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return None
     if student.dtype != torch.float32 or target.dtype == torch.float64 or target.numel() == 0:
+        return None
+    if products_differ_from_convolutions():
         return None
     weights = pointwise_weights(regressor)
     if weights is None:

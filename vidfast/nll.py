@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from vidfast import dispatch, ops, reference
+from vidfast._torch import has_tangent
 from vidfast.arguments import (
+    BackendName,
+    Reduction,
+    Strategy,
     check_channel_dim,
     check_initial_variance,
     check_inplace,
     check_options,
+    check_size,
     check_tensors,
+    inverse_softplus,
 )
 from vidfast.autograd import NO_FORWARD_MODE, Call, one_pass, two_pass
 from vidfast.layout import prepare
@@ -25,40 +33,51 @@ def gaussian_nll(
     *,
     channel_dim: int = 1,
     eps: float = 1e-5,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     full: bool = False,
     weight: float = 1.0,
     inplace: bool = False,
-    strategy: str = "auto",
-    backend: str = "auto",
+    strategy: Strategy = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """-log q(t|s) of equation 5 (Ahn et al., CVPR 2019), fused: `sum log sigma_c + (t - mean)^2 / (2 sigma_c^2)`.
 
-    sigma_c^2 = softplus(alpha_c) + eps is one variance for each channel. The loss may be negative.
+    sigma_c^2 = softplus(alpha_c) + eps is one variance for each channel. The loss may be negative. Where there is
+    nothing to score (no element), "sum" is 0, "mean" is NaN and every gradient is 0, as in torch's own losses.
 
-    :param mean: mu(s), any shape with the C channels in `channel_dim`; fp16, bf16, fp32 or fp64.
-    :param target: t, the teacher's activation: mean's shape and device, any of these dtypes.
-    :param alpha: (C,), any of these dtypes; read in fp64.
-    :param reduction: "mean" over all elements, "sum", "batchmean" (the sum over dimension 0's size: equation 5
-        averaged over the batch), or "none" (per element, by the reference).
-    :param full: adds the constant 1/2 log(2 pi) per element.
-    :param weight: a factor of the loss. It belongs in here rather than outside: `backward()` then arrives with
-        a gradient of 1, for which the one-pass strategy has nothing left to do.
-    :param inplace: d/d mean is written over `mean` where the strategy is one_pass and mean requires grad, else
-        it is ignored. Whoever reads mean *after* this call reads a gradient, and autograd cannot know: use it
-        only on an activation that nothing else reads, such as the output of your own last convolution. A
-        producer that saved its output for backward (ReLU, sigmoid, softmax) raises there.
-    :param strategy: "one_pass" computes d/d mean together with the loss; "two_pass" in backward, and supports
-        gradients of target and second derivatives; "auto" is one_pass, but two_pass for fp16 (whose loss
-        scaler's factor must come before rounding) and where target requires grad.
-    :param backend: "auto", "reference" (plain PyTorch), or a back end by name; see :func:`vidfast.info`.
-    :returns: a scalar, fp64 if mean or target is, else fp32; mean's shape for reduction="none".
-    :raises TypeError, ValueError: an argument is not as above; the text says what was wanted and what came.
-    :raises RuntimeError: the back end asked for cannot run, or `inplace` would destroy what somebody else holds.
+    Args:
+        mean: mu(s), any shape with the C channels in `channel_dim`; fp16, bf16, fp32 or fp64.
+        target: t, the teacher's activation: mean's shape and device, any of these dtypes. One that was made under
+            torch.inference_mode is copied where it has to be kept for backward (two_pass).
+        alpha: (C,), any of these dtypes; read in fp64. (1, C, 1, 1) is taken too. One variance for all channels is
+            `alpha.expand(C)`, one for each group of n is `alpha.repeat_interleave(n)`.
+        channel_dim: Which dimension of mean and target is the channels.
+        eps: The smallest variance.
+        reduction: "mean" over all elements, "sum", "batchmean" (the sum over dimension 0's size: equation 5
+            averaged over the batch), or "none" (per element, by the reference).
+        full: Adds the constant 1/2 log(2 pi) per element.
+        weight: A factor of the loss. It belongs in here rather than outside: `backward()` then arrives with
+            a gradient of 1, for which the one-pass strategy has nothing left to do. Another value does not compile
+            a graph anew.
+        inplace: d/d mean is written over `mean` where the strategy is one_pass and mean requires grad, else
+            it is ignored. Whoever reads mean *after* this call reads a gradient, and autograd cannot know: use it
+            only on an activation that nothing else reads, such as the output of your own last convolution. A
+            producer that saved its output for backward (ReLU, sigmoid, softmax) raises there.
+        strategy: "one_pass" computes d/d mean together with the loss; "two_pass" in backward, and supports
+            gradients of target and second derivatives; "auto" is one_pass, but two_pass for fp16 (whose loss
+            scaler's factor must come before rounding) and where target requires grad.
+        backend: "auto", "reference" (plain PyTorch), or a back end by name; see :func:`vidfast.info`.
+
+    Returns:
+        A scalar, fp64 if mean or target is, else fp32; mean's shape for reduction="none".
+
+    Raises:
+        TypeError, ValueError: An argument is not as above; the text says what was wanted and what came.
+        RuntimeError: The back end asked for cannot run, or `inplace` would destroy what somebody else holds.
     """
-    channel = check_tensors(mean, target, alpha, channel_dim)
+    channel, alpha = check_tensors(mean, target, alpha, channel_dim)
     compiling = torch.compiler.is_compiling()
-    check_options(eps, reduction, weight, strategy, full, inplace)
+    eps, weight = check_options(eps, reduction, weight, strategy, full, inplace)
     if reduction == "batchmean" and channel == 0:
         raise ValueError(
             "reduction='batchmean' needs a batch in dimension 0, but channel_dim=0 is the channels"
@@ -79,12 +98,9 @@ def gaussian_nll(
         raise ValueError(
             "strategy='one_pass' has no gradient for target, which requires grad: use 'two_pass' or detach it"
         )
-    if compiling and reduction != "none" and backend != "reference":
-        dispatch.check_name(backend)
-        return ops.gaussian_nll(
-            mean, target, alpha, channel, float(eps), reduction, full, float(weight), backend
-        )
-    if chosen is None:
+    if compiling and reduction != "none" and dispatch.compiles_to_operator(backend, mean, target, alpha):
+        return ops.gaussian_nll(mean, target, alpha, channel, eps, reduction, full, weight, backend)
+    if chosen is None or mean.numel() == 0:
         return reference.gaussian_nll(
             mean, target, alpha,
             channel_dim=channel, eps=eps, reduction=reduction, full=full, weight=weight,
@@ -106,16 +122,12 @@ def gaussian_nll(
     return one_pass(mean, target, alpha, call, walked, inplace)
 
 
-def _has_tangent(x: Tensor) -> bool:
-    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
-
-
 def _refuse_transforms(*tensors: Tensor) -> None:
     if dispatch.in_functorch(*tensors):
         raise RuntimeError(
             "vidfast.gaussian_nll cannot run inside torch.func transforms on its kernels: use backend='reference'"
         )
-    if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in tensors):
+    if forward_ad._current_level >= 0 and any(has_tangent(x) for x in tensors):
         raise RuntimeError(NO_FORWARD_MODE)
 
 
@@ -124,24 +136,38 @@ def log_likelihood_map(
 ) -> Tensor:
     """log q(t_hw|s) = sum_c log q(t_chw|s), with its -1/2 log(2 pi): the heat maps of figure 2 (Ahn et al.).
 
-    :param mean: (B, C, H, W), or any shape with C channels in `channel_dim`.
-    :param target: mean's shape and device. :param alpha: (C,).
-    :returns: mean's shape without the channel dimension, in nats; fp64 if mean or target is, else fp32.
-    :raises TypeError, ValueError: as :func:`gaussian_nll`.
+    Args:
+        mean: (B, C, H, W), or any shape with C channels in `channel_dim`.
+        target: mean's shape and device.
+        alpha: (C,), as in :func:`gaussian_nll`.
+        channel_dim: Which dimension is the channels.
+        eps: The smallest variance.
+
+    Returns:
+        mean's shape without the channel dimension, in nats; fp64 if mean or target is, else fp32.
+
+    Raises:
+        TypeError, ValueError: As :func:`gaussian_nll`.
     """
-    channel = check_tensors(mean, target, alpha, channel_dim)
-    check_options(eps)
+    channel, alpha = check_tensors(mean, target, alpha, channel_dim)
+    eps, _ = check_options(eps)
     return reference.log_likelihood_map(mean, target, alpha, channel_dim=channel, eps=eps)
 
 
 class GaussianNLL(nn.Module):
     """:func:`gaussian_nll` that owns its `alpha`: -log q(t|s) with a learned variance for each channel.
 
-    :param num_channels: C, the target's channels.
-    :param init_var: softplus(alpha) + eps at the start, for every channel.
-    :raises ValueError: num_channels < 1, init_var <= eps, or an unknown name.
-
     The other arguments are those of :func:`gaussian_nll`. Give `alpha` to the optimizer, without weight decay.
+
+    Args:
+        num_channels: C, the target's channels.
+        init_var: softplus(alpha) + eps at the start, for every channel.
+        device: Where `alpha` is made; None: torch's default.
+        dtype: Of `alpha`; None: torch's default.
+
+    Raises:
+        TypeError: A number or flag is something else.
+        ValueError: num_channels < 1, init_var <= eps, or an unknown name.
     """
 
     alpha: nn.Parameter
@@ -153,38 +179,42 @@ class GaussianNLL(nn.Module):
         channel_dim: int = 1,
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         full: bool = False,
         weight: float = 1.0,
         inplace: bool = False,
-        strategy: str = "auto",
-        backend: str = "auto",
+        strategy: Strategy = "auto",
+        backend: BackendName = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(num_channels, bool) or not isinstance(num_channels, int):
-            raise TypeError(f"num_channels must be an int, got {type(num_channels).__name__}")
-        if num_channels < 1:
-            raise ValueError(f"num_channels must be at least 1, got {num_channels}")
-        check_options(eps, reduction, weight, strategy, full, inplace)
-        check_channel_dim(channel_dim)
+        self.num_channels = check_size("num_channels", num_channels)
+        self.eps, self.weight = check_options(eps, reduction, weight, strategy, full, inplace)
+        self.channel_dim = check_channel_dim(channel_dim)
         dispatch.check_name(backend)
-        self.num_channels = num_channels
-        self.channel_dim = channel_dim
-        self.init_var = init_var
-        self.eps = eps
-        self.reduction = reduction
+        self.init_var = check_initial_variance("init_var", init_var, self.eps)
+        self.reduction: Reduction = reduction
         self.full = full
-        self.weight = weight
         self.inplace = inplace
-        self.strategy = strategy
-        self.backend = backend
-        alpha = check_initial_variance("init_var", init_var, eps)
-        self.alpha = nn.Parameter(torch.full((num_channels,), alpha, dtype=torch.float32))
+        self.strategy: Strategy = strategy
+        self.backend: BackendName = backend
+        self.alpha = nn.Parameter(torch.empty(self.num_channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets every variance to `init_var`."""
+        with torch.no_grad():
+            self.alpha.fill_(inverse_softplus(self.init_var - self.eps))
 
     @property
     def variance(self) -> Tensor:
         """(C,) softplus(alpha) + eps, in alpha's dtype; differentiable."""
         return reference.variance(self.alpha, self.eps)
+
+    if TYPE_CHECKING:  # nn.Module's own is Any
+
+        def __call__(self, mean: Tensor, target: Tensor) -> Tensor: ...
 
     def forward(self, mean: Tensor, target: Tensor) -> Tensor:
         """The loss; see :func:`gaussian_nll`."""

@@ -14,17 +14,23 @@ import torch
 from torch import Tensor
 
 from vidfast import dispatch, reference
-from vidfast.arguments import check_options
+from vidfast._torch import has_tangent
+from vidfast.arguments import check_options, check_tensors
+from vidfast.autograd import NO_FORWARD_MODE
 from vidfast.layout import Layout, prepare
+from vidfast.raw import vector
+from vidfast.tracing import savable
 
 _OPTIONS = "int channel_dim, float eps, str reduction, bool full, float weight, str backend"
 
 
 def loss_factor(shape: torch.Size | list[int], reduction: str, weight: float) -> float:
-    """k, by which the sum over all elements is multiplied: for the reductions "mean", "sum" and "batchmean"."""
-    if reduction == "mean":
-        return weight / math.prod(shape)
-    return float(weight) if reduction == "sum" else weight / shape[0]
+    """k, by which the sum over all elements is multiplied: for the reductions "mean", "sum" and "batchmean".
+
+    0 where there is no element: their gradients are 0.
+    """
+    count = {"mean": math.prod(shape), "sum": 1, "batchmean": shape[0]}[reduction]
+    return weight / count if count else 0.0
 
 
 @torch.library.custom_op(
@@ -45,12 +51,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(loss, sum_sq): the scalar of :func:`vidfast.gaussian_nll` and S_c = sum (mean - target)^2 [C], fp64.
 
-    Arguments are those of :func:`vidfast.gaussian_nll`, whose shapes are checked there; channel_dim is not
-    negative. Only loss is differentiable.
+    Arguments are those of :func:`vidfast.gaussian_nll`; channel_dim is not negative. Only loss is differentiable.
     """
+    channel_dim, alpha = check_tensors(mean, target, alpha, channel_dim)
     check_options(eps, reduction, weight)
+    if has_tangent(mean) or has_tangent(target) or has_tangent(alpha):  # a compiled graph would drop it
+        raise RuntimeError(NO_FORWARD_MODE)
     chosen = dispatch.choose(backend, mean, target, alpha)
-    if chosen is None:
+    if chosen is None or mean.numel() == 0:
         return _plain_forward(mean, target, alpha, channel_dim, eps, reduction, full, weight)
     walked_mean, walked_target, layout = prepare(mean, target, channel_dim)
     k = loss_factor(mean.shape, reduction, weight)
@@ -91,21 +99,23 @@ def backward(
 
     mean and target may be None where alpha's gradient alone is wanted; `shape` is theirs.
     """
-    alpha = alpha.contiguous()
-    if mean is None or target is None:
-        channels = shape[channel_dim]
+    channels = shape[channel_dim]
+    alpha = vector("alpha", alpha, channels, alpha.device)
+    sum_sq = vector("sum_sq", sum_sq, channels, alpha.device, torch.float64)
+    if mean is None or target is None or math.prod(shape) == 0:
         values = 1
         for size in shape:
             values *= size
-        layout = Layout(values // channels, channels, 1, channels, channels, channel_dim)
+        layout = Layout(values // max(channels, 1), channels, 1, channels, channels, channel_dim)
         chosen = dispatch.choose(backend, g, g, alpha)
         walked_mean = walked_target = None
     else:
+        check_tensors(mean, target, alpha, channel_dim)
         chosen = dispatch.choose(backend, mean, target, alpha)
         walked_mean, walked_target, layout = prepare(mean, target, channel_dim)
     want = (mean_wanted, target_wanted, alpha_wanted)
     k = loss_factor(shape, reduction, weight)
-    if chosen is None:
+    if chosen is None or math.prod(shape) == 0:
         count = layout.outer * layout.inner
         grads = _plain_backward(g, mean, target, alpha, sum_sq, count, channel_dim, eps, k, want)
     else:
@@ -250,6 +260,11 @@ def gaussian_nll(
     weight: float,
     backend: str,
 ) -> Tensor:
-    """The loss by the operator, for :func:`vidfast.gaussian_nll` while it is traced."""
-    loss: Tensor = forward(mean, target, alpha, channel_dim, eps, reduction, full, weight, backend)[0]
-    return loss
+    """The loss by the operator, for :func:`vidfast.gaussian_nll` while it is traced.
+
+    `weight` multiplies outside of it: an operator's float is a constant of the graph, so that every new one would be
+    another graph. Nothing is lost by it, since the second pass reads the incoming gradient anyway.
+    """
+    kept = (savable(x) for x in (mean, target, alpha))
+    loss: Tensor = forward(*kept, channel_dim, eps, reduction, full, 1.0, backend)[0]
+    return loss if weight == 1.0 else weight * loss

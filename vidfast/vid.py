@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vidfast import dispatch, reference
-from vidfast._torch import any_global_hook
-from vidfast.arguments import DTYPES, check_initial_variance, check_options
+from vidfast.arguments import (
+    DTYPES,
+    BackendName,
+    ScalarReduction,
+    check_initial_variance,
+    check_options,
+    check_size,
+    inverse_softplus,
+)
 from vidfast.fused_regressor import fused_nll
 from vidfast.nll import gaussian_nll
+from vidfast.regressor import is_watched, lay_out_for, owns_its_output, regress, weight_dtype
 
 _POOL: dict[int, Callable[..., Tensor]] = {
     1: F.adaptive_avg_pool1d,
@@ -47,60 +55,33 @@ def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return pooled(student), pooled(teacher)
 
 
-# From this size of its widest activation on, a stack of 1x1 convolutions is faster in channels_last on the CPU: oneDNN
-# need not reorder it, and reordering takes fresh memory (docs/kernel-notes.md, "Regressors").
-_LARGE_ACTIVATION = 16 << 20
-
-
-def lay_out_for(regressor: nn.Module, student: Tensor) -> Tensor:
-    """`student` in the memory format in which a stack of 1x1 convolutions runs faster; its values are the same.
-
-    That is channels_last for large fp32 maps on the CPU; anything else is handed back as it came. The gradient
-    arrives in the format that the regressor was given, which autograd accepts from anybody.
-
-    :param regressor: what will be applied to it; the widest convolution directly inside decides.
-    :param student: (B, C, H, W), or any other tensor, which is handed back.
-    """
-    if student.dim() != 4 or not student.is_cpu or student.dtype != torch.float32:
-        return student
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return student
-    widths = [part.out_channels for part in regressor.children() if type(part) is nn.Conv2d]
-    positions = student.shape[0] * student.shape[2] * student.shape[3]
-    if len(widths) < 2 or 4 * positions * max(widths) < _LARGE_ACTIVATION:
-        return student
-    return student.contiguous(memory_format=torch.channels_last)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether somebody's hook sees, and may keep, what goes into the module or a part of it or comes out.
-
-    A backward hook counts: what it wraps cannot be written over. So does a hook for all modules.
-    """
-    return any_global_hook() or any(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        for part in module.modules()
-    )
-
-
 class VIDLoss(nn.Module):
     """VID-I for one pair of layers: a regressor of three 1x1 convolutions and the Gaussian NLL of equation 5.
 
-    The constructor and the checkpoint keys (`log_scale`, `regressor.{0,2,4}.weight`) are those of the VIDLoss
-    that distillation repositories share; checkpoints that call the parameter `soft_plus_param` or `alpha` load
+    The constructor, the call and the checkpoint keys (`log_scale`, `regressor.{0,2,4}.weight`) are those of the
+    VIDLoss that distillation repositories share; checkpoints that call the parameter `soft_plus_param` or `alpha` load
     too. Differing spatial sizes are pooled to the smaller along each axis.
 
-    :param num_input_channels: the student feature's channels.
-    :param num_mid_channel: the regressor's hidden width (the paper: twice the target's channels).
-    :param num_target_channels: C, the teacher feature's channels.
-    :param init_pred_var: the initial variance of every channel.
-    :param weight: a factor of the loss; in here it costs nothing.
-    :param reduction: "mean", "sum" or "batchmean", as in :func:`vidfast.gaussian_nll`.
-    :param inplace: the gradient is written over the regressor's output, and its ReLUs over their inputs, which
-        nothing is allocated for. On the CPU in fp32 the regressor and the loss are computed a few samples at a time,
-        gradients included, and their activations are never whole (:mod:`vidfast.fused_regressor`). Whoever keeps
-        such a tensor would find other values in it; a regressor with hooks is therefore left alone.
-    :raises ValueError: init_pred_var <= eps, or an unknown name.
+    Args:
+        num_input_channels: The student feature's channels.
+        num_mid_channel: The regressor's hidden width (the paper: twice the target's channels).
+        num_target_channels: C, the teacher feature's channels.
+        init_pred_var: The initial variance of every channel.
+        eps: What softplus(log_scale) is raised by to a variance.
+        weight: A factor of the loss; in here it costs nothing.
+        reduction: "mean", "sum" or "batchmean", as in :func:`vidfast.gaussian_nll`.
+        inplace: The gradient is written over the regressor's output, and its ReLUs over their inputs, which nothing
+            is allocated for. On the CPU in fp32 the regressor and the loss are computed a few samples at a time,
+            gradients included, and their activations are never whole (:mod:`vidfast.fused_regressor`). Where a hook
+            or a mode of torch's sees them, or the regressor is one of your own that may return what it was given,
+            nothing is written over (:mod:`vidfast.regressor`).
+        backend: As in :func:`vidfast.gaussian_nll`.
+        device: Where the parameters are made; None: torch's default.
+        dtype: Of the parameters; None: torch's default.
+
+    Raises:
+        TypeError: A number or flag is something else.
+        ValueError: A width is below 1, init_pred_var <= eps, or a name is unknown.
     """
 
     log_scale: nn.Parameter
@@ -114,55 +95,73 @@ class VIDLoss(nn.Module):
         eps: float = 1e-5,
         *,
         weight: float = 1.0,
-        reduction: str = "mean",
+        reduction: ScalarReduction = "mean",
         inplace: bool = True,
-        backend: str = "auto",
+        backend: BackendName = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_input_channels", num_input_channels),
-            ("num_mid_channel", num_mid_channel),
-            ("num_target_channels", num_target_channels),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        check_options(eps, reduction, weight, inplace=inplace)
-        if reduction == "none":
-            raise ValueError("reduction must be 'mean', 'sum' or 'batchmean', got 'none'")
+        widths = [
+            check_size(name, value)
+            for name, value in (
+                ("num_input_channels", num_input_channels),
+                ("num_mid_channel", num_mid_channel),
+                ("num_target_channels", num_target_channels),
+            )
+        ]
+        eps, weight = check_options(eps, reduction, weight, inplace=inplace)
+        if reduction not in get_args(ScalarReduction):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'batchmean', got {reduction!r}")
         dispatch.check_name(backend)
+        self.init_pred_var = check_initial_variance("init_pred_var", init_pred_var, eps)
+        self.num_input_channels, hidden, self.num_target_channels = widths
+        made: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.regressor = nn.Sequential(
-            nn.Conv2d(num_input_channels, num_mid_channel, 1, bias=False),
-            nn.ReLU(inplace),
-            nn.Conv2d(num_mid_channel, num_mid_channel, 1, bias=False),
-            nn.ReLU(inplace),
-            nn.Conv2d(num_mid_channel, num_target_channels, 1, bias=False),
+            nn.Conv2d(self.num_input_channels, hidden, 1, **made),
+            nn.ReLU(),
+            nn.Conv2d(hidden, hidden, 1, **made),
+            nn.ReLU(),
+            nn.Conv2d(hidden, self.num_target_channels, 1, **made),
         )
-        self._rectifiers = tuple(part for part in self.regressor if isinstance(part, nn.ReLU))
-        alpha = check_initial_variance("init_pred_var", init_pred_var, eps)
-        self.log_scale = nn.Parameter(torch.full((num_target_channels,), alpha, dtype=torch.float32))
-        self.num_input_channels = num_input_channels
-        self.num_target_channels = num_target_channels
         self.inplace = inplace
         self.eps = eps
         self.weight = weight
-        self.reduction = reduction
-        self.backend = backend
+        self.reduction: ScalarReduction = reduction
+        self.backend: BackendName = backend
+        self.log_scale = nn.Parameter(torch.empty(self.num_target_channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets every variance to `init_pred_var`. The regressor's layers have a `reset_parameters` of their own."""
+        with torch.no_grad():
+            self.log_scale.fill_(inverse_softplus(self.init_pred_var - self.eps))
 
     @property
     def variance(self) -> Tensor:
         """(C,) softplus(log_scale) + eps."""
         return reference.variance(self.log_scale, self.eps)
 
-    def forward(self, student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
+    if TYPE_CHECKING:  # nn.Module's own is Any
+
+        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar (fp64 if the teacher's feature or the regressor is, else fp32), detached from the teacher.
 
-        :param student_feature: (B, num_input_channels, *spatial), 0 to 3 spatial axes, any floating dtype.
-        :param teacher_feature: (B, num_target_channels, *spatial), likewise.
-        :raises ValueError: channels, batch or number of axes do not fit.
+        Over an empty batch "sum" is 0 and "mean" is NaN, as torch's own losses are; the gradients are 0.
+
+        Args:
+            input: The student's feature, (B, num_input_channels, *spatial), 0 to 3 spatial axes, any floating dtype.
+            target: The teacher's feature, (B, num_target_channels, *spatial), likewise.
+
+        Raises:
+            TypeError: A feature is no tensor, or has no floating dtype.
+            ValueError: Channels, batch or number of axes do not fit.
         """
         for name, x, channels in (
-            ("student_feature", student_feature, self.num_input_channels),
-            ("teacher_feature", teacher_feature, self.num_target_channels),
+            ("input, the student's feature,", input, self.num_input_channels),
+            ("target, the teacher's feature,", target, self.num_target_channels),
         ):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -170,14 +169,13 @@ class VIDLoss(nn.Module):
                 raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
             if x.dim() < 2 or x.shape[1] != channels:
                 raise ValueError(f"{name} must be (B, {channels}, *spatial), got {tuple(x.shape)}")
-        student, teacher = match_spatial(student_feature, teacher_feature.detach())
-        dtype = next(self.regressor.parameters()).dtype
+        student, teacher = match_spatial(input, target.detach())
+        dtype = weight_dtype(self.regressor)
         # autocast casts what goes into a convolution, but not from or to fp64
         cast = torch.float64 in (student.dtype, dtype) or not torch.is_autocast_enabled(student.device.type)
-        if cast and student.dtype != dtype:
+        if cast and dtype is not None and student.dtype != dtype:
             student = student.to(dtype)
-        inplace = self.inplace and not is_watched(self.regressor)
-        if inplace:
+        if self.inplace and not is_watched(self.regressor):
             fused = fused_nll(
                 self.regressor,
                 student,
@@ -193,10 +191,8 @@ class VIDLoss(nn.Module):
         if student.dim() != 4:  # a 1x1 convolution does not mind how positions are arranged
             student = student.flatten(2).unsqueeze(-1) if student.dim() > 2 else student[:, :, None, None]
             teacher = teacher.flatten(2).unsqueeze(-1) if teacher.dim() > 2 else teacher[:, :, None, None]
-        for rectifier in self._rectifiers:
-            if rectifier.inplace != inplace:
-                rectifier.inplace = inplace
-        mean = self.regressor(lay_out_for(self.regressor, student))
+        laid_out = lay_out_for(self.regressor, student)
+        mean = regress(self.regressor, laid_out, teacher.shape, inplace=self.inplace)
         return gaussian_nll(
             mean,
             teacher,
@@ -204,8 +200,7 @@ class VIDLoss(nn.Module):
             eps=self.eps,
             reduction=self.reduction,
             weight=self.weight,
-            # mean is the output of our own convolution, which does not read it in backward
-            inplace=inplace,
+            inplace=self.inplace and owns_its_output(self.regressor),
             backend=self.backend,
         )
 

@@ -64,12 +64,13 @@ BAD: dict[str, tuple[Changes, type[Exception], list[str]]] = {
     "alpha too short": ({"alpha": lambda: torch.zeros(1)}, ValueError, ["(6,)", "(1,)"]),
     "alpha a scalar": ({"alpha": lambda: torch.zeros(())}, ValueError, ["(6,)", "()"]),
     "alpha a column": ({"alpha": lambda: torch.zeros(6, 1)}, ValueError, ["(6,)", "(6, 1)"]),
-    "alpha per position": ({"alpha": lambda: torch.zeros(1, 6, 1, 1)}, ValueError, ["(6,)", "(1, 6, 1, 1)"]),
+    "alpha per sample": ({"alpha": lambda: torch.zeros(4, 6, 1, 1)}, ValueError, ["(6,)", "(4, 6, 1, 1)"]),
+    "alpha of one": ({"alpha": lambda: torch.zeros(1)}, ValueError, ["(6,)", "(1,)", "alpha.expand(C)"]),
+    "alpha of another dimension": ({"alpha": lambda: torch.zeros(6, 1, 1, 1)}, ValueError, ["(6,)", "(6, 1, 1, 1)"]),
     "scalars": (both(), ValueError, ["channel_dim", "()"]),
     "one dimension": (both(6), ValueError, ["channel_dim=1", "(6,)"]),
-    "empty batch": (both(0, 6, 5, 5), ValueError, ["empty", "(0, 6, 5, 5)"]),
-    "empty plane": (both(4, 6, 0), ValueError, ["empty", "(4, 6, 0)"]),
-    "no channels": (both(4, 0, channels=0), ValueError, ["empty", "(4, 0)"]),
+    "empty mean alone": ({"mean": lambda: torch.zeros(0, 6, 5, 5)}, ValueError, ["(0, 6, 5, 5)", "(4, 6, 5, 5)"]),
+    "empty, one channel less": (both(0, 5), ValueError, ["(5,)", "(6,)"]),
     # dtypes
     "integer mean": ({"mean": ones(torch.int64)}, TypeError, ["mean", "float32", "int64"]),
     "integer target": ({"target": ones(torch.int32)}, TypeError, ["target", "float32", "int32"]),
@@ -147,7 +148,7 @@ def test_refused(name: str, inplace: bool) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "shapes differ", "alpha too long", "empty batch", "integer target", "sparse mean",
+        "shapes differ", "alpha too long", "empty, one channel less", "integer target", "sparse mean",
         "an array", "eps 0", "channel_dim too big", "channel_dim a float", "all meta",
     ],
 )  # fmt: skip
@@ -161,7 +162,14 @@ def test_log_likelihood_map_refuses_the_same(name: str) -> None:
 @pytest.mark.parametrize("asked", ["auto", "reference", *dispatch.NAMES])
 @pytest.mark.parametrize(
     "name",
-    ["shapes differ", "nothing is broadcast", "alpha too short", "empty batch", "integer mean", "eps 0"],
+    [
+        "shapes differ",
+        "nothing is broadcast",
+        "alpha too short",
+        "empty, one channel less",
+        "integer mean",
+        "eps 0",
+    ],
 )
 def test_every_backend_refuses_the_same(name: str, asked: str) -> None:
     changes, error, _ = BAD[name]

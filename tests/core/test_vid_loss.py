@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from vid_formula import check, formula, small_module
 
+import vidfast
 from vidfast import VIDLoss
 
 SPATIAL = {
@@ -185,7 +186,7 @@ def test_copies(module: VIDLoss) -> None:
         ((4, 5, 3, 3), (4, 6, 9), ["(4, 5, 3, 3)", "(4, 6, 9)"]),
         ((4, 5, 3, 3), (4, 6), ["(4, 5, 3, 3)", "(4, 6)"]),
         ((5,), (6,), ["(5,)"]),
-        ((0, 5, 3, 3), (0, 6, 3, 3), ["empty", "(0, 6, 3, 3)"]),
+        ((0, 5, 3, 3), (0, 5, 3, 3), ["teacher", "6", "(0, 5, 3, 3)"]),
     ],
     ids=str,
 )
@@ -208,17 +209,20 @@ def test_features_of_the_wrong_kind(module: VIDLoss, bad: Any) -> None:
         module(bad, torch.randn(4, 6, 3, 3))
 
 
-def test_runs_in_place_without_touching_the_features(module: VIDLoss) -> None:
+def test_runs_in_place_without_touching_the_features(
+    module: VIDLoss, monkeypatch: pytest.MonkeyPatch
+) -> None:
     s, t = torch.randn(4, 5, 3, 3, requires_grad=True), torch.randn(4, 6, 3, 3)
     before = s.detach().clone(), t.clone()
     seen: list[Tensor] = []
-    convolve = module.regressor[4].forward
 
-    def spy(x: Tensor) -> Tensor:
-        seen.append(convolve(x))
-        return seen[-1]
+    def spy(mean: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.append(mean)
+        return vidfast.gaussian_nll(mean, *args, **options)
 
-    module.regressor[4].forward = spy  # no hook: those turn inplace off
+    # neither a hook nor another method of a layer: those turn inplace off
+    monkeypatch.setattr(vidfast.vid, "gaussian_nll", spy)
+    monkeypatch.setattr(vidfast.vid, "fused_nll", lambda *_, **__: None)
     module(s, t).backward()
     assert torch.equal(s.detach(), before[0])
     assert torch.equal(t, before[1])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -11,9 +11,10 @@ import torch
 from method_checks import batch_of
 from torch import Tensor, nn
 
-import vidfast.vid
+import vidfast.regressor
 from vidfast.distill import REGRESSORS, VID, FitNet, Infomax, PointwiseStack
-from vidfast.distill.regressors import laid_out, regress
+from vidfast.distill.regressors import laid_out
+from vidfast.regressor import regress
 
 SHAPES = {
     "conv3": ((4, 3, 5, 6), (4, 7, 5, 6)),
@@ -28,17 +29,17 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-def keep_output(layer: nn.Module) -> list[Tensor]:
-    """What the layer returns from now on, without a hook, as those turn in-place off."""
-    kept: list[Tensor] = []
-    call = layer.forward
+@contextmanager
+def written_over() -> Iterator[list[bool]]:
+    """Of each tensor that autograd saves in this block: whether it was written over, as initialised weights were."""
+    found: list[bool] = []
 
-    def spy(x: Tensor) -> Tensor:
-        kept.append(call(x))
-        return kept[-1]
+    def pack(x: Tensor) -> Tensor:
+        found.append(x._version > 0)
+        return x
 
-    layer.forward = spy  # type: ignore[method-assign]
-    return kept
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield found
 
 
 def value_and_gradients(call: Callable[[Tensor], Tensor], regressor: nn.Module, x: Tensor) -> list[Tensor]:
@@ -57,11 +58,13 @@ def test_rectifiers_write_over_their_inputs_and_the_numbers_are_equal(name: str,
     before, shown = x.clone(), repr(regressor)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         expected = value_and_gradients(regressor, regressor, x)
-        hidden = keep_output(regressor[0])  # type: ignore[index]
-        found = value_and_gradients(lambda s: regress(regressor, s, teacher), regressor, x)
+        with written_over() as of_a_plain_call:
+            regressor(x)
+        with written_over() as hidden:
+            found = value_and_gradients(lambda s: regress(regressor, s, teacher), regressor, x)
     for mine, plain in zip(found, expected, strict=True):
         assert torch.equal(mine, plain)
-    assert hidden[0].min() == 0
+    assert sum(hidden) > sum(of_a_plain_call)
     assert torch.equal(x, before)
     assert repr(regressor) == shown
 
@@ -72,15 +75,17 @@ def test_with_a_hook_nothing_is_written_over(kind: str, where: str) -> None:
     student, teacher = SHAPES["conv3"]
     regressor, x = REGRESSORS["conv3"](student, teacher), torch.randn(student)
     expected = value_and_gradients(regressor, regressor, x)
-    hidden = keep_output(regressor[0])  # type: ignore[index]
     handle = HOOKS[kind](regressor.get_submodule(where))
-    found = value_and_gradients(lambda s: regress(regressor, s, teacher), regressor, x)
+    with written_over() as watched:
+        found = value_and_gradients(lambda s: regress(regressor, s, teacher), regressor, x)
     for mine, plain in zip(found, expected, strict=True):
         assert torch.equal(mine, plain)
-    assert hidden[0].min() < 0
     handle.remove()
-    regress(regressor, x, teacher)
-    assert hidden[1].min() == 0
+    with written_over() as of_a_plain_call:
+        value_and_gradients(regressor, regressor, x)
+    with written_over() as hidden:
+        value_and_gradients(lambda s: regress(regressor, s, teacher), regressor, x)
+    assert sum(watched) == sum(of_a_plain_call) < sum(hidden)
 
 
 class _Reading(nn.Sequential):
@@ -126,7 +131,7 @@ def test_a_regressor_that_gives_no_tensor_is_refused() -> None:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every activation counts as one for which another layout is worth its while."""
-    monkeypatch.setattr(vidfast.vid, "_LARGE_ACTIVATION", 1)
+    monkeypatch.setattr(vidfast.regressor, "_LARGE_ACTIVATION", 1)
 
 
 @pytest.mark.usefixtures("large")
@@ -158,7 +163,7 @@ def test_value_and_gradients_do_not_depend_on_the_layout(
     gradients = torch.autograd.grad(loss, leaves)
     handle.remove()
     in_place = torch.autograd.grad(method(batch, 1.7), leaves)
-    monkeypatch.setattr(vidfast.vid, "_LARGE_ACTIVATION", 1 << 60)
+    monkeypatch.setattr(vidfast.regressor, "_LARGE_ACTIVATION", 1 << 60)
     plain = method(batch, 1.7)
     expected = torch.autograd.grad(plain, leaves)
     # FitNet's error is a pass of torch over both: of one layout they are faster.

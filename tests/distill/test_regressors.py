@@ -8,7 +8,8 @@ from torch import nn
 
 from vidfast.distill import REGRESSORS, PointwiseStack, TransposedStack, UnknownNameError, UpsampledStack
 from vidfast.distill.registry import Registry
-from vidfast.distill.regressors import make, owns_its_output, resolve
+from vidfast.distill.regressors import make, resolve
+from vidfast.regressor import owns_its_output
 
 
 @pytest.mark.parametrize(

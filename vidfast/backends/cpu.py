@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vidfast.layout import Layout, dense_like, walk
+from vidfast.raw import vector
 
 try:
     import vidfast._C as _C
@@ -23,6 +24,7 @@ except ImportError as error:  # a source checkout that was never built
     _missing = f"the extension vidfast._C is not built ({error}); pip install vidfast builds it"
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_CPU = torch.device("cpu")
 _F64 = torch.float64
 _F32 = torch.float32
 # empty_like is twice as fast as empty, and asks no default device.
@@ -57,6 +59,7 @@ class CpuBackend:
         self, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, k: float, eps: float, full: bool
     ) -> tuple[Tensor, Tensor]:
         outer, channels, inner, mean_stride, target_stride = layout[:5]
+        alpha = vector("alpha", alpha, channels, mean.device)
         md, td = _DTYPE[mean.dtype], _DTYPE[target.dtype]
         wide = md == 1 or td == 1
         loss = torch.empty_like(_SCALAR_F64 if wide else _SCALAR_F32)
@@ -82,6 +85,7 @@ class CpuBackend:
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         outer, channels, inner, mean_stride, target_stride, channel = layout
+        alpha = vector("alpha", alpha, channels, mean.device)
         md, td = _DTYPE[mean.dtype], _DTYPE[target.dtype]
         wide = md == 1 or td == 1
         loss = torch.empty_like(_SCALAR_F64 if wide else _SCALAR_F32)
@@ -111,6 +115,8 @@ class CpuBackend:
         want: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         outer, channels, inner, mean_stride, target_stride, channel = layout
+        g, alpha = vector("g", g, 1, _CPU), vector("alpha", alpha, channels, _CPU)
+        sum_sq = vector("sum_sq", sum_sq, channels, _CPU, _F64)
         row = channels * inner
         grad_mean = grad_target = None
         activations = (0, 0, 0, 0, 0, 0)
@@ -144,7 +150,9 @@ class CpuBackend:
         alpha_dtype: torch.dtype,
         in_place: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        out = grad_mean
+        g, out = vector("g", g, 1, _CPU), grad_mean
+        if grad_alpha is not None:
+            grad_alpha = vector("grad_alpha", grad_alpha, grad_alpha.numel(), _CPU, _F64)
         outer = row = src_stride = dst_stride = dtype = 0
         if grad_mean is not None:
             n = grad_mean.numel()

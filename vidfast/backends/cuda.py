@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vidfast.layout import Layout, dense_like, walk
+from vidfast.raw import vector
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _F64 = torch.float64
@@ -106,6 +107,7 @@ class CudaBackend:
         md, td = _DTYPE[mean.dtype], _DTYPE[target.dtype]
         wide = md == 1 or td == 1
         index, device = mean.get_device(), mean.device
+        alpha = vector("alpha", alpha, channels, device)
         with self._on(index):
             loss = torch.empty((), dtype=_F64 if wide else _F32, device=device)
             sum_sq = torch.empty(channels, dtype=_F64, device=device)
@@ -136,6 +138,7 @@ class CudaBackend:
         md, td = _DTYPE[mean.dtype], _DTYPE[target.dtype]
         wide = md == 1 or td == 1
         index, device = mean.get_device(), mean.device
+        alpha = vector("alpha", alpha, channels, device)
         with self._on(index):
             loss = torch.empty((), dtype=_F64 if wide else _F32, device=device)
             grad_mean = mean.detach() if inplace else dense_like(mean, channel)
@@ -169,8 +172,10 @@ class CudaBackend:
         row = channels * inner
         grad_mean = grad_target = None
         activations = (0, 0, 0, 0, 0, 0)
-        index = alpha.get_device()
+        index, device = alpha.get_device(), alpha.device
         with self._on(index):
+            g, alpha = vector("g", g, 1, device), vector("alpha", alpha, channels, device)
+            sum_sq = vector("sum_sq", sum_sq, channels, device, _F64)
             if want[0] or want[1]:
                 assert mean is not None, "gradients of the activations need the activations"
                 assert target is not None, "gradients of the activations need the activations"
@@ -203,8 +208,11 @@ class CudaBackend:
     ) -> tuple[Tensor | None, Tensor | None]:
         out = grad_mean
         outer = row = source_stride = result_stride = dtype = 0
-        index = g.get_device()
+        index, device = g.get_device(), g.device
         with self._on(index):
+            g = vector("g", g, 1, device)
+            if grad_alpha is not None:
+                grad_alpha = vector("grad_alpha", grad_alpha, grad_alpha.numel(), device, _F64)
             if grad_mean is not None:
                 walked = walk(grad_mean, channel)
                 if walked is None:  # a saved-tensor hook may give it back laid out in any way

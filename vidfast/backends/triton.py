@@ -30,6 +30,7 @@ from vidfast.backends.triton_plan import (
 )
 from vidfast.backends.triton_tune import autotunes, tuned
 from vidfast.layout import Layout, dense_like, walk
+from vidfast.raw import vector
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -139,6 +140,7 @@ class TritonBackend:
     def forward(
         self, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, k: float, eps: float, full: bool
     ) -> tuple[Tensor, Tensor]:
+        alpha = vector("alpha", alpha, layout.channels, mean.device)
         loss = _empty_loss(mean, target)
         sum_sq = torch.empty(layout.channels, dtype=_F64, device=mean.device)
         with self._on(mean):
@@ -156,6 +158,7 @@ class TritonBackend:
         full: bool,
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        alpha = vector("alpha", alpha, layout.channels, mean.device)
         loss = _empty_loss(mean, target)
         grad_mean = mean.detach() if inplace else dense_like(mean, layout.channel)
         grad_alpha = torch.empty(layout.channels, dtype=_F64, device=mean.device)
@@ -175,6 +178,9 @@ class TritonBackend:
         eps: float,
         want: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        g = vector("g", g, 1, alpha.device)
+        alpha = vector("alpha", alpha, layout.channels, alpha.device)
+        sum_sq = vector("sum_sq", sum_sq, layout.channels, alpha.device, _F64)
         grad_mean = grad_target = None
         if want[0] or want[1]:
             assert mean is not None, "gradients of the activations need the activations"
@@ -201,7 +207,7 @@ class TritonBackend:
         alpha_dtype: torch.dtype,
         in_place: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        out = grad_mean
+        g, out = vector("g", g, 1, g.device), grad_mean
         flat: Flat | None = None
         if grad_mean is not None:
             walked = walk(grad_mean, channel)
@@ -215,6 +221,8 @@ class TritonBackend:
                 outer, row, src_stride, src_stride if in_place else row, grad_mean.element_size(), self.rule
             )
         channels = 0 if grad_alpha is None else grad_alpha.numel()
+        if grad_alpha is not None:
+            grad_alpha = vector("grad_alpha", grad_alpha, channels, g.device, _F64)
         scaled_alpha = None if grad_alpha is None else torch.empty_like(grad_alpha, dtype=alpha_dtype)
         if flat is not None or scaled_alpha is not None:
             with self._on(g):

@@ -22,10 +22,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
-from vidfast.vid import is_watched, lay_out_for
+from vidfast.regressor import lay_out_for
 
 from .registry import Registry
 
@@ -33,16 +32,6 @@ Regressor = Callable[[Sequence[int], Sequence[int]], nn.Module]
 
 REGRESSORS: Registry[Regressor] = Registry("regressor")
 
-_OWNING = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Upsample,
-)
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -245,56 +234,9 @@ def make(regressor: Regressor, student_shape: Sequence[int], teacher_shape: Sequ
     return made
 
 
-def last_layer(module: nn.Module) -> nn.Module:
-    """The layer whose output is the regressor's."""
-    # Exact types: what a subclass does with its output is its own affair.
-    while type(module) is nn.Sequential and len(module):
-        module = module[-1]
-    return module
-
-
-def owns_its_output(module: nn.Module) -> bool:
-    """Whether a regressor ends in a convolution, a linear layer or an interpolation: nobody else reads that
-    output afterwards, and none of them needs it in backward."""
-    return not is_watched(module) and type(last_layer(module)) in _OWNING
-
-
-def own_rectifiers(module: nn.Module) -> list[nn.ReLU]:
-    """The ReLUs of a plain Sequential that may write over their input: what the layer before them made and nobody
-    else reads."""
-    # Exact types, as in `last_layer`.
-    if type(module) is not nn.Sequential:
-        return []
-    return [layer for before, layer in pairwise(module) if type(layer) is nn.ReLU and type(before) in _OWNING]
-
-
-def regress(regressor: nn.Module, student: Tensor, shape: Sequence[int]) -> Tensor:
-    """mu(s), of `shape`, with the ReLUs in place where no hook watches: nothing is allocated for their outputs.
-
-    Raises ValueError when the regressor gives another shape, TypeError when it gives no tensor.
-    """
-    # A compiler finds out by itself what it may write over.
-    compiling = torch.compiler.is_compiling()
-    rectifiers = [] if compiling or is_watched(regressor) else own_rectifiers(regressor)
-    # For the call alone: the regressor is one's own to look at, to call and to compare with another run's.
-    in_place = [layer for layer in rectifiers if not layer.inplace]
-    try:
-        for layer in in_place:
-            layer.inplace = True
-        mean = regressor(student)
-    finally:
-        for layer in in_place:
-            layer.inplace = False
-    if not isinstance(mean, Tensor):
-        raise TypeError(f"wanted a regressor that returns a Tensor, got {type(mean).__name__}")
-    if mean.shape != torch.Size(shape):
-        raise ValueError(f"the regressor gives {tuple(mean.shape)}, wanted {tuple(shape)}")
-    return mean
-
-
 def laid_out(regressor: nn.Module, student: Tensor) -> Tensor:
     """`student` in the memory format in which `regressor` is faster if that is a stack of 1x1 convolutions
-    (`vidfast.vid.lay_out_for`); as it came for any other regressor."""
+    (`vidfast.regressor.lay_out_for`); as it came for any other regressor."""
     if type(regressor) is not nn.Sequential:
         return student
     pointwise = all(

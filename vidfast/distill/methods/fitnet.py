@@ -15,7 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..regressors import Regressor, keeps_resolution, make, regress, resolve
+from vidfast.regressor import regress
+
+from ..regressors import Regressor, keeps_resolution, make, resolve
 from .base import METHODS
 from .pairs import PairedMethod, Pairs, place, wide
 from .variational import check_reduction

@@ -17,7 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..regressors import regress
+from vidfast.regressor import regress
+
 from .base import METHODS, Batch, Method
 from .fitnet import half_squared_error
 from .kd import check_temperature

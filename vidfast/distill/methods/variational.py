@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from vidfast.dispatch import check_name
 from vidfast.fused_regressor import fused_nll
 from vidfast.nll import GaussianNLL
-from vidfast.vid import is_watched
+from vidfast.regressor import is_watched, owns_its_output, regress
 
-from ..regressors import Regressor, keeps_resolution, laid_out, make, owns_its_output, regress, resolve
+from ..regressors import Regressor, keeps_resolution, laid_out, make, resolve
 from .base import Method, ParameterGroup
 from .pairs import PairedMethod, Pairs, place
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from vidfast import reference
 from vidfast.arguments import inverse_softplus
+from vidfast.regressor import last_layer
 
-from ..regressors import Regressor, last_layer
+from ..regressors import Regressor
 from .base import METHODS
 from .pairs import Pairs, wide
 from .variational import VariationalPairs

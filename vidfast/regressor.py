@@ -1,0 +1,171 @@
+"""What may be done with a regressor, the module that predicts the teacher's feature: one policy for all callers.
+
+A regressor is anybody's module. Whether its output and its hidden activations may be written over, whether its layers
+may be computed otherwise than by calling them, and in which type and memory format it is fed, is decided here and from
+what the module is at the moment of the call: parts, hooks and methods may have been exchanged since it was built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vidfast._torch import any_global_hook, dispatch_modes, function_mode
+
+# Layers whose output is new memory that none of them needs in backward.
+_OWNING = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Upsample,
+)
+# What a call of a layer goes through. As they were when this module was imported: compared by identity.
+_METHODS = ("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward", "forward", "_conv_forward")
+_AS_DEFINED: dict[type[nn.Module], tuple[tuple[str, object], ...]] = {
+    kind: tuple((name, getattr(kind, name)) for name in _METHODS if hasattr(kind, name))
+    for kind in (*_OWNING, nn.ReLU, nn.Sequential)
+}
+_FUNCTIONS = tuple(
+    (place, name, getattr(place, name))
+    for place, name in ((F, "conv2d"), (F, "relu"), (torch, "conv2d"), (torch, "relu"), (torch, "relu_"))
+)
+# From this size of its widest activation on, a stack of 1x1 convolutions is faster in channels_last on the CPU: oneDNN
+# need not reorder it, and reordering takes fresh memory (docs/kernel-notes.md, "Regressors").
+_LARGE_ACTIVATION = 16 << 20
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether anything sees, and may keep, what goes into the module or a part of it or comes out.
+
+    That is a hook of a part, a backward hook too (what it wraps cannot be written over); a hook for all modules; a
+    TorchFunctionMode or TorchDispatchMode, as selective checkpointing and profilers use. A compiler is none of these.
+    """
+    if not torch.compiler.is_compiling() and (function_mode() or dispatch_modes()):
+        return True
+    return any_global_hook() or any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in module.modules()
+    )
+
+
+def is_as_defined(module: nn.Module) -> bool:
+    """Whether the module and its parts are layers known here that compute what torch defines, by torch's own code.
+
+    No subclass, no method exchanged on an instance or on its class, nothing compiled.
+    """
+    for part in module.modules():
+        methods = _AS_DEFINED.get(type(part))
+        if methods is None or part._compiled_call_impl is not None:
+            return False
+        own, kind = part.__dict__, type(part)
+        if any(name in own or getattr(kind, name) is not method for name, method in methods):
+            return False
+    return all(getattr(place, name) is function for place, name, function in _FUNCTIONS)
+
+
+def last_layer(module: nn.Module) -> nn.Module:
+    """The layer whose output is the regressor's."""
+    # Exact types: what a subclass does with its output is its own affair.
+    while type(module) is nn.Sequential and len(module):
+        module = module[-1]
+    return module
+
+
+def owns_its_output(module: nn.Module) -> bool:
+    """Whether the output may be written over: nothing else reads it afterwards, and no layer needs it in backward.
+
+    So it is where a regressor that nothing watches ends in a convolution, a linear layer or an interpolation, by
+    torch's own code. Any other may return its input, a view of it, or something that it keeps.
+    """
+    last = last_layer(module)
+    return type(last) in _OWNING and not is_watched(module) and is_as_defined(last)
+
+
+def own_rectifiers(module: nn.Module) -> list[nn.ReLU]:
+    """The ReLUs that may write over their input: what the layer before them made, and nothing else reads.
+
+    Those of a plain Sequential that nothing watches.
+    """
+    if type(module) is not nn.Sequential or is_watched(module):
+        return []
+    return [
+        layer
+        for before, layer in pairwise(module)
+        if type(layer) is nn.ReLU
+        and type(before) in _OWNING
+        and is_as_defined(before)
+        and is_as_defined(layer)
+    ]
+
+
+def regress(regressor: nn.Module, student: Tensor, shape: Sequence[int], inplace: bool = True) -> Tensor:
+    """mu(s), of `shape`.
+
+    Args:
+        regressor: Called with `student`.
+        student: (B, ...), what the regressor takes.
+        shape: What it has to give.
+        inplace: Its ReLUs write over their inputs where nothing can tell (:func:`own_rectifiers`).
+
+    Raises:
+        ValueError: The regressor gives another shape.
+        TypeError: It gives no tensor.
+    """
+    # A compiler finds out by itself what it may write over.
+    rectifiers = own_rectifiers(regressor) if inplace and not torch.compiler.is_compiling() else []
+    # For the call alone: the regressor is one's own to look at, to call and to compare with another run's.
+    in_place = [layer for layer in rectifiers if not layer.inplace]
+    try:
+        for layer in in_place:
+            layer.inplace = True
+        mean = regressor(student)
+    finally:
+        for layer in in_place:
+            layer.inplace = False
+    if not isinstance(mean, Tensor):
+        raise TypeError(f"wanted a regressor that returns a Tensor, got {type(mean).__name__}")
+    if mean.shape != torch.Size(shape):
+        raise ValueError(f"the regressor gives {tuple(mean.shape)}, wanted {tuple(shape)}")
+    return mean
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype | None:
+    """The floating dtype of the module's first weight, or None where it has none.
+
+    A replica of DataParallel and a module under FSDP's flat parameters have no parameters: there the weights are
+    attributes.
+    """
+    found = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    if found is not None or torch.compiler.is_compiling():
+        return found
+    tensors = (x for part in module.modules() for x in part.__dict__.values() if isinstance(x, Tensor))
+    return next((x.dtype for x in tensors if x.is_floating_point()), None)
+
+
+def lay_out_for(regressor: nn.Module, student: Tensor) -> Tensor:
+    """`student` in the memory format in which a stack of 1x1 convolutions runs faster; its values are the same.
+
+    That is channels_last for large fp32 maps on the CPU; anything else is handed back as it came. The gradient
+    arrives in the format that the regressor was given, which autograd accepts from anybody.
+
+    Args:
+        regressor: What will be applied to it; the widest convolution directly inside decides.
+        student: (B, C, H, W), or any other tensor, which is handed back.
+    """
+    if student.dim() != 4 or not student.is_cpu or student.dtype != torch.float32:
+        return student
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return student
+    widths = [part.out_channels for part in regressor.children() if type(part) is nn.Conv2d]
+    positions = student.shape[0] * student.shape[2] * student.shape[3]
+    if len(widths) < 2 or 4 * positions * max(widths) < _LARGE_ACTIVATION:
+        return student
+    return student.contiguous(memory_format=torch.channels_last)
