@@ -1,5 +1,6 @@
 """vidfast: fused kernels for Variational Information Distillation (Ahn et al., CVPR 2019)."""
 
+from vidfast import functional
 from vidfast._version import __version__
 from vidfast.dispatch import info
 from vidfast.memory import empty_cache
@@ -11,6 +12,7 @@ __all__ = [
     "VIDLoss",
     "__version__",
     "empty_cache",
+    "functional",
     "gaussian_nll",
     "info",
     "log_likelihood_map",

@@ -1,0 +1,5 @@
+"""The losses as functions, where torch keeps its own: `torch.nn.functional` has the functions of its modules."""
+
+from vidfast.nll import gaussian_nll, log_likelihood_map
+
+__all__ = ["gaussian_nll", "log_likelihood_map"]
