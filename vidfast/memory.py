@@ -19,7 +19,10 @@ from torch import Tensor
 try:
     from vidfast import _C
 except ImportError:  # a source checkout that was never built
+    from vidfast.unbuilt import warn_of_hidden_package
+
     _C = None  # type: ignore[assignment]
+    warn_of_hidden_package()
 
 # From 32 MiB on glibc maps every block afresh. Smaller ones it reuses, but gives back what is at its heap's end: every
 # tenth step with a gradient of 13 MB took four times as long as the others. Below 4 MiB nothing was to be seen.
