@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..choices import Reduction
 from ..regressors import Regressor, keeps_resolution, make, regress, resolve
 from .base import METHODS
 from .pairs import PairedMethod, Pairs, place, wide
@@ -47,7 +48,7 @@ class FitNet(PairedMethod):
         self,
         pairs: Pairs,
         regressor: str | Regressor = "linear",
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         channel_dim: int = 1,
         *,
         weight: float = 200.0,
@@ -69,7 +70,7 @@ class FitNet(PairedMethod):
         return f"{super().extra_repr()}, reduction={self.reduction}"
 
 
-def half_squared_error(mean: Tensor, target: Tensor, reduction: str, factor: float) -> Tensor:
+def half_squared_error(mean: Tensor, target: Tensor, reduction: Reduction, factor: float) -> Tensor:
     """factor * 1/2 ||target - mean||^2, equation 7 of the VID paper, in fp32 or wider.
 
     mean, target: of one shape, batch first. reduction: the sum as it is, over the batch size ("batchmean") or

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vidfast.nll import GaussianNLL
 
+from ..choices import BackendName, Reduction
 from ..regressors import Regressor, make, resolve
 from .base import METHODS, Batch
 from .pairs import place
@@ -81,9 +82,9 @@ class Infomax(GaussianMethod):
         regressor: str | Regressor = "upsampled",
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         alpha_lr: float = 1.0,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..choices import LwFForm, Reduction
 from ..regressors import regress
 from .base import METHODS, Batch, Method
 from .fitnet import half_squared_error
@@ -53,10 +54,10 @@ class LwF(Method):
     def __init__(
         self,
         layer: str,
-        form: str = "mse",
+        form: LwFForm = "mse",
         temperature: float = 2.0,
         scale_by_temperature: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         bias: bool = False,
         *,
         weight: float = 1.0,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vidfast.nll import GaussianNLL
 
+from ..choices import BackendName, Reduction
 from ..regressors import Regressor
 from .base import METHODS
 from .pairs import Pairs
@@ -53,10 +54,10 @@ class VID(GaussianMethod, VariationalPairs):
         regressor: str | Regressor = "conv3",
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         channel_dim: int = 1,
         alpha_lr: float = 1.0,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vidfast.nll import GaussianNLL
 
+from ..choices import BackendName, Reduction
 from .base import METHODS, Batch
 from .pairs import place
 from .penultimate import check_layer, penultimate
@@ -49,9 +50,9 @@ class VIDLP(GaussianMethod):
         bias: bool = False,
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         alpha_lr: float = 1.0,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vidfast import reference
 from vidfast.arguments import inverse_softplus
 
+from ..choices import Reduction
 from ..regressors import Regressor, last_layer
 from .base import METHODS
 from .pairs import Pairs, wide
@@ -161,7 +162,7 @@ class StudentTVID(VariationalPairs):
         regressor: str | Regressor = "conv3",
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         channel_dim: int = 1,
         alpha_lr: float = 1.0,
         weight: float = 1.0,
@@ -244,7 +245,7 @@ class MixtureVID(VariationalPairs):
         regressor: str | Regressor = "conv3",
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         channel_dim: int = 1,
         alpha_lr: float = 1.0,
         weight: float = 1.0,
