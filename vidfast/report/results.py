@@ -112,6 +112,11 @@ class Row:
     def cold(self) -> bool:
         return bool(self.facts.get("cold", False))
 
+    @property
+    def warm(self) -> bool:
+        """Whether inputs that were meant to be in memory may have been in the cache: it is larger than they are."""
+        return bool(self.facts.get("meant_cold", False)) and not self.cold
+
 
 @dataclass(frozen=True)
 class Run:
