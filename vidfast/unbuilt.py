@@ -37,7 +37,8 @@ def source_root() -> Path | None:
 
 def reason(error: ImportError) -> str:
     """Why `vidfast._C` could not be imported, and what to do, in one line."""
-    if (there := extension_in(FOLDER)) is not None:
+    there = extension_in(FOLDER)
+    if there is not None and not isinstance(error, ModuleNotFoundError):
         return f"the extension {there} does not load ({error}); installing vidfast again builds it for this machine"
     root = source_root()
     if root is None:
