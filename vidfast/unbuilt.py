@@ -1,4 +1,4 @@
-"""Why there is no native extension, and what to do. Imported only where `vidfast._C` cannot be."""
+"""Why there is no native extension, and what to do. Imported only where `vidfast._C` is not beside the package."""
 
 from __future__ import annotations
 
@@ -58,17 +58,33 @@ def warn_of_hidden_package() -> None:
     hidden = hidden_package()
     if hidden is None:
         return
-    build = f"build this one: pip install -e {root}" if (root := source_root()) else "remove this one"
-    # The caller is the first frame that is not the package's own.
+    _warn(
+        f"vidfast was imported from {FOLDER}, where its extension is not built, which hides the vidfast that is "
+        f"installed in {hidden}: everything runs on the slow reference. {_advice()}"
+    )
+
+
+def warn_of_foreign_extension(extension: str) -> None:
+    """Says that the extension is that of another folder, as an editable installation's finder gives it to this one."""
+    if Path(extension).resolve().parent != FOLDER:
+        _warn(
+            f"vidfast was imported from {FOLDER}, where its extension is not built, and took the extension "
+            f"{extension}, which may be of other sources. {_advice()}"
+        )
+
+
+def _advice() -> str:
+    root = source_root()
+    build = f"build this one: pip install -e {root}" if root else "remove this one"
+    return f"Start Python in another folder, or {build}"
+
+
+def _warn(message: str) -> None:
+    """A RuntimeWarning at the caller's line: that of the first frame that is not the package's own."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _is_own(frame.f_code.co_filename):
         level, frame = level + (not frame.f_code.co_filename.startswith("<frozen")), frame.f_back
-    warnings.warn(
-        f"vidfast was imported from {FOLDER}, where its extension is not built, which hides the vidfast that is "
-        f"installed in {hidden}: everything runs on the slow reference. Start Python in another folder, or {build}",
-        RuntimeWarning,
-        stacklevel=level,
-    )
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def _is_own(file: str) -> bool:

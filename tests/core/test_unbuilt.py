@@ -86,6 +86,26 @@ sys.meta_path.append(Editable)
     assert f"hides the vidfast that is installed in {installed / 'vidfast'}:" in done.stderr
 
 
+def test_an_extension_of_another_folder_is_named(checkout: Path, installed: Path) -> None:
+    """As setuptools' finder of an editable installation gives it to whatever vidfast was imported."""
+    finder = f"""
+import importlib.machinery, sys
+class Editable:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "vidfast._C":
+            return importlib.machinery.PathFinder.find_spec(name, [{str(installed / "vidfast")!r}])
+sys.meta_path.append(Editable)
+"""
+    done = run(finder + "import vidfast  # here", checkout)
+    (said,) = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
+    (extension,) = (installed / "vidfast").glob("_C.*so")
+    assert f"imported from {checkout / 'vidfast'}, where its extension is not built, and took" in said
+    assert f"took the extension {extension}, which may be of other sources" in said
+    assert f"pip install -e {checkout}" in said
+    assert "import vidfast  # here" in done.stderr
+
+
 def test_with_no_other_package_the_reasons_name_the_source_folder(checkout: Path) -> None:
     code = """
 import torch, vidfast
