@@ -29,8 +29,8 @@ def tool(name: str) -> str:
 # In the order in which CMake looks for them.
 COMPILERS = ("c++", "CC", "g++", "clang++", "icpx")
 INSTALL = (
-    "install g++ or clang (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: conda install "
-    "gxx; macOS: xcode-select --install), or set CXX to one"
+    "install g++ or clang (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
+    "conda: conda install gxx; macOS: xcode-select --install), or set CXX to one"
 )
 PROBE = """\
 #include <algorithm>
@@ -57,7 +57,8 @@ def check_compiler(scratch: Path) -> None:
     wanted = shlex.split(os.environ.get("CXX", ""))
     if wanted and shutil.which(wanted[0]) is None:
         raise RuntimeError(
-            f"CXX must be a C++17 compiler, got {os.environ['CXX']!r}, which is not there: name another, or unset it"
+            f"CXX must be a C++17 compiler, got {os.environ['CXX']!r}, which is not there: "
+            "name another, or unset it"
         )
     compiler = wanted or [name for name in COMPILERS if shutil.which(name)][:1]
     if not compiler:
@@ -223,7 +224,8 @@ class CMakeBuild(build_ext):
         except subprocess.CalledProcessError as error:
             step = "build" if "--build" in error.cmd else "configuration"
             raise SystemExit(
-                f"error: CMake's {step} of vidfast._C failed (exit code {error.returncode}): its reason is above"
+                f"error: CMake's {step} of vidfast._C failed (exit code {error.returncode}): "
+                "its reason is above"
             ) from None
         if not target.exists():
             raise SystemExit(f"error: the build ended without making {target.name}")

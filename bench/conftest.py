@@ -61,7 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bench-reference",
         action="store_true",
-        help="measure even where no kernel runs on the device, so that vidfast's rows are those of its reference",
+        help="measure even where no kernel runs on the device: vidfast's rows are then its reference's",
     )
     group.addoption("--bench-seconds", type=float, default=None, help="seconds of samples for each case")
 
@@ -91,7 +91,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if all(reasons.values()):
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise pytest.UsageError(
-            f"refusing to measure the reference: no kernel runs on {device} ({why}); --bench-reference measures it"
+            f"refusing to measure the reference: no kernel runs on {device} ({why}); "
+            "--bench-reference measures it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Why there is no native extension, and what to do. Imported only where `vidfast._C` is not beside the package."""
+"""Why there is no native extension, and what to do. Imported only where `vidfast._C` is not beside this."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ def reason(error: ImportError) -> str:
     """Why `vidfast._C` could not be imported, and what to do, in one line."""
     there = extension_in(FOLDER)
     if there is not None and not isinstance(error, ModuleNotFoundError):
-        return f"the extension {there} does not load ({error}); installing vidfast again builds it for this machine"
+        return f"the extension {there} does not load ({error}); installing vidfast again builds it anew"
     root = source_root()
     if root is None:
         return f"the extension vidfast._C is not built ({error}); pip install vidfast builds it"
     others = sorted(path.name for path in FOLDER.glob("_C.*") if path.suffix in (".so", ".pyd", ".dylib"))
     built = f", and only {', '.join(others)} for another Python" if others else ""
     return (
-        f"the extension vidfast._C is not built ({error}): vidfast was imported from {FOLDER}, an unbuilt source "
-        f"folder{built}; pip install -e {root} builds it there"
+        f"the extension vidfast._C is not built ({error}): vidfast was imported from {FOLDER}, "
+        f"an unbuilt source folder{built}; pip install -e {root} builds it there"
     )
 
 
 def warn_of_hidden_package() -> None:
-    """Says, where an installed vidfast has the extension and this folder has not, that this folder was imported."""
+    """Says, where an installed vidfast has the extension and this folder has none, which was imported."""
     if extension_in(FOLDER) is not None:
         return
     hidden = hidden_package()
     if hidden is None:
         return
     _warn(
-        f"vidfast was imported from {FOLDER}, where its extension is not built, which hides the vidfast that is "
-        f"installed in {hidden}: everything runs on the slow reference. {_advice()}"
+        f"vidfast was imported from {FOLDER}, where its extension is not built, which hides "
+        f"the vidfast that is installed in {hidden}: everything runs on the slow reference. {_advice()}"
     )
 
 
 def warn_of_foreign_extension(extension: str) -> None:
-    """Says that the extension is that of another folder, as an editable installation's finder gives it to this one."""
+    """Says that the extension is another folder's, as the finder of an editable installation gives it."""
     if Path(extension).resolve().parent != FOLDER:
         _warn(
             f"vidfast was imported from {FOLDER}, where its extension is not built, and took the extension "

@@ -17,7 +17,7 @@ from vidfast.report import main
 ROOT = Path(__file__).parents[2]
 
 
-# A plugin that gives the run another machine: its last-level cache, memory enough, and the most slots of a case.
+# A plugin that gives the run another machine: its cache, memory enough, and the most slots of a case.
 OTHER_MACHINE = """
 import bench.buffers, bench.clock, bench.machine
 for module in (bench.buffers, bench.clock, bench.machine):
@@ -68,7 +68,7 @@ def test_a_row_carries_what_a_sceptic_asks_for(stored: Path) -> None:
 
 
 def check_cold(row: dict[str, Any], cache: int) -> None:
-    """A row is cold exactly where its buffers are at least twice that cache: what the machine allows is its own."""
+    """A row is cold exactly where its buffers are at least twice that cache, whatever the machine has."""
     facts = row["extra_info"]
     assert facts["meant_cold"]
     assert facts["cold"] == (facts["slots"] * 2 * facts["pass_bytes"] >= 2 * cache)

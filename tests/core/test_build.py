@@ -32,7 +32,7 @@ def programs(tmp_path: Path) -> Path:
 
 
 def build(programs: Path, code: str | None = None, **environment: str) -> list[str]:
-    """The lines that a failing `setup.py build_ext` prints with that PATH; `code` runs it instead of setup.py."""
+    """The lines that a failing `setup.py build_ext` prints with that PATH, or `code` in its place."""
     clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "CXXFLAGS", "CUDA_HOME", "CUDA_PATH")}
     into = ["build_ext", "--build-lib", str(programs / "lib"), "--build-temp", str(programs / "temp")]
     script = [str(ROOT / "setup.py")] if code is None else ["-c", code]

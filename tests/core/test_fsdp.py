@@ -1,4 +1,4 @@
-"""FSDP2: parameters are DTensors outside of a module and plain tensors inside of its forward, where the kernels run."""
+"""FSDP2: parameters are DTensors outside of a module and plain tensors in its forward: the kernels run."""
 
 from __future__ import annotations
 

@@ -79,7 +79,8 @@ class Editable:
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name == "vidfast":
-            return importlib.util.spec_from_file_location(name, {str(installed / "vidfast" / "__init__.py")!r})
+            found = {str(installed / "vidfast" / "__init__.py")!r}
+            return importlib.util.spec_from_file_location(name, found)
 sys.meta_path.append(Editable)
 """
     done = run(finder + "import vidfast", checkout)

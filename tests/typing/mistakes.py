@@ -1,4 +1,4 @@
-"""Mistakes that users make, each marked: a type checker must find every one, and nothing else (test_typing.py).
+"""Mistakes that users make, each marked: a type checker must find them and nothing else (test_typing.py).
 
 Never run or imported.
 """

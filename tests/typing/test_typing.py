@@ -1,7 +1,7 @@
-"""What type checkers say of programs that use vidfast: nothing of right ones, and every mistake of wrong ones.
+"""What type checkers say of programs that use vidfast: nothing of right ones, every mistake of wrong ones.
 
-A checker that is not installed skips its tests; `make test` installs both (the extra "dev"). basedpyright is pyright
-with a node of its own, so that it needs no network.
+A checker that is not installed skips its tests; `make test` installs both (the extra "dev"). basedpyright is
+pyright with a node of its own, so that it needs no network.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(command: list[str]) -> str:
 
 @lru_cache(maxsize=1)
 def mypy() -> Found:
-    """`mypy --strict`, as of a program in whose environment vidfast is installed: silent about vidfast itself."""
+    """`mypy --strict`, as where vidfast is installed: silent about vidfast itself."""
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed")
     options = [

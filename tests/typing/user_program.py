@@ -1,4 +1,4 @@
-"""What users write, with every public name: it runs, and type checkers find nothing in it (test_typing.py)."""
+"""What users write, with every public name: it runs, and checkers find nothing in it (test_typing.py)."""
 
 from __future__ import annotations
 

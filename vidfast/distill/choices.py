@@ -1,4 +1,4 @@
-"""The names that options may have, as types: a misspelt one is a type checker's error before it is a run's."""
+"""The names that options may have, as types: a type checker finds a misspelt one before a run does."""
 
 from __future__ import annotations
 

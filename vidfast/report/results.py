@@ -114,7 +114,7 @@ class Row:
 
     @property
     def warm(self) -> bool:
-        """Whether inputs that were meant to be in memory may have been in the cache: it is larger than they are."""
+        """Whether inputs that were meant to be in memory may have been in the cache, which is too large."""
         return bool(self.facts.get("meant_cold", False)) and not self.cold
 
 
