@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,61 @@ def tool(name: str) -> str:
     if found is None:
         raise RuntimeError(f"vidfast needs {name} to build: pip install {name}")
     return found
+
+
+# In the order in which CMake looks for them.
+COMPILERS = ("c++", "CC", "g++", "clang++", "icpx")
+INSTALL = (
+    "install g++ or clang (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
+    "conda: conda install gxx; macOS: xcode-select --install), or set CXX to one"
+)
+PROBE = """\
+#include <algorithm>
+#include <cstdint>
+#if __cplusplus < 201703L
+#error "this is not C++17"
+#endif
+inline constexpr std::int64_t kZero = 0;
+int main() {
+  if constexpr (sizeof(void*) > 0) return static_cast<int>(std::clamp<std::int64_t>(1, kZero, kZero));
+}
+"""
+
+
+def check_compiler(scratch: Path) -> None:
+    """Compiles a few lines with the compiler that CMake will take: CXX, else the first on PATH.
+
+    Args:
+        scratch: A folder for the lines and for what becomes of them.
+
+    Raises:
+        RuntimeError: There is no compiler, or it cannot compile C++17; one line that says what to install.
+    """
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    if wanted and shutil.which(wanted[0]) is None:
+        raise RuntimeError(
+            f"CXX must be a C++17 compiler, got {os.environ['CXX']!r}, which is not there: "
+            "name another, or unset it"
+        )
+    compiler = wanted or [name for name in COMPILERS if shutil.which(name)][:1]
+    if not compiler:
+        raise RuntimeError(
+            f"vidfast needs a C++17 compiler to build its CPU kernels, and there is none on PATH: {INSTALL}"
+        )
+    source = scratch / "compiler_check.cpp"
+    source.write_text(PROBE)
+    flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    command = [*compiler, *flags, "-std=c++17", "-c", str(source), "-o", str(source.with_suffix(".o"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        said = next(
+            (line for line in lines if "error" in line.lower()), lines[0] if lines else "it says nothing"
+        )
+        raise RuntimeError(
+            "vidfast needs a C++17 compiler to build its CPU kernels, and "
+            f"{shlex.join(compiler)} does not compile C++17 ({said}): {INSTALL}"
+        )
 
 
 def find_nvcc() -> str | None:
@@ -124,12 +180,15 @@ def build(library: Path, scratch: Path, debug: bool = False, options: Sequence[s
         options: Further arguments of CMake, such as -DVIDFAST_TUNE=ON.
 
     Raises:
-        RuntimeError: A tool or nvcc is missing, or an environment variable is wrong.
+        RuntimeError: A compiler, a tool or nvcc is missing, or an environment variable is wrong.
         subprocess.CalledProcessError: CMake or the compiler failed.
     """
-    import pybind11
-
+    try:
+        import pybind11
+    except ImportError:
+        raise RuntimeError("vidfast needs pybind11 to build: pip install pybind11") from None
     scratch.mkdir(parents=True, exist_ok=True)
+    check_compiler(scratch)
     configure = [
         tool("cmake"),
         str(ROOT),
@@ -157,9 +216,19 @@ class CMakeExtension(Extension):
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build(target.parent, Path(self.build_temp).resolve() / ext.name, self.debug)
+        # SystemExit: what pip shows then ends in this line, and not in a traceback through setuptools.
+        try:
+            build(target.parent, Path(self.build_temp).resolve() / ext.name, self.debug)
+        except RuntimeError as error:
+            raise SystemExit(f"error: {error}") from None
+        except subprocess.CalledProcessError as error:
+            step = "build" if "--build" in error.cmd else "configuration"
+            raise SystemExit(
+                f"error: CMake's {step} of vidfast._C failed (exit code {error.returncode}): "
+                "its reason is above"
+            ) from None
         if not target.exists():
-            raise RuntimeError(f"the build ended without making {target.name}")
+            raise SystemExit(f"error: the build ended without making {target.name}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from bench.cases import Case
-from bench.machine import last_level_cache
+from bench.machine import free_memory, last_level_cache
 
 # The set of buffers in rotation is this many times the last-level cache.
 CACHE_MULTIPLE = 4
 MOST_SLOTS = 4096
+# They take at most this share of the memory that is free: results and other processes need the rest.
+MOST_MEMORY = 0.25
 # On a GPU a graph holds one call a slot: few slots would leave it too short to time.
 FEWEST_SLOTS_OF_A_GRAPH = 4
 # Calls in one sample of a small case: each needs buffers of its own where it runs in place.
@@ -42,7 +44,8 @@ class Pool:
         pair = 2 * case.nbytes
         wanted = math.ceil(CACHE_MULTIPLE * last_level_cache(case.device) / pair) if case.cold else HOT_SLOTS
         fewest = FEWEST_SLOTS_OF_A_GRAPH if case.on_gpu else 1
-        count = slots or min(max(wanted, fewest), MOST_SLOTS)
+        most = MOST_SLOTS if case.on_gpu else min(MOST_SLOTS, max(1, int(MOST_MEMORY * free_memory() / pair)))
+        count = slots or max(min(wanted, most), fewest)
         self.slots = [Slot(mean.clone(), target.clone()) for _ in range(count)]
         # A real out-of-cache case says so: too few slots would be a warm measurement under a cold name.
         self.cold = case.cold and count * pair >= 2 * last_level_cache(case.device)

@@ -13,6 +13,7 @@ from bench import machine
 from bench.cases import Case
 from bench.interleave import Budget
 from bench.record import Opener, Row, file_row, measure, recorded_seconds
+from vidfast import dispatch
 
 MEASUREMENTS = pytest.StashKey["Measurements"]()
 
@@ -57,6 +58,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="mark",
         help="what to do when others are using the machine: mark the rows, or stop",
     )
+    group.addoption(
+        "--bench-reference",
+        action="store_true",
+        help="measure even where no kernel runs on the device: vidfast's rows are then its reference's",
+    )
     group.addoption("--bench-seconds", type=float, default=None, help="seconds of samples for each case")
 
 
@@ -73,6 +79,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_columns = ["median", "iqr", "rounds"]
     if not config.getoption("--benchmark-json") and not config.getoption("--benchmark-save"):
         config.option.benchmark_autosave = config.getoption("--benchmark-autosave") or "benchmarks"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Rows of the slow reference under the kernels' names would be a figure about nothing."""
+    device = device_of(session.config)
+    if session.config.getoption("--bench-reference"):
+        return
+    names = ("cpu",) if torch.device(device).type == "cpu" else ("cuda", "triton")
+    reasons = {name: dispatch.load(name).unavailable() for name in names}
+    if all(reasons.values()):
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise pytest.UsageError(
+            f"refusing to measure the reference: no kernel runs on {device} ({why}); "
+            "--bench-reference measures it"
+        )
 
 
 def device_of(config: pytest.Config) -> str:

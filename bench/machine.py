@@ -20,6 +20,7 @@ NEIGHBOUR_CORES = 0.10
 STOLEN_CORES = 0.05
 # /proc/stat counts in hundredths of a second: below this much CPU time a share is only rounding.
 RESOLUTION_SECONDS = 0.05
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 ENVIRONMENT = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
@@ -110,6 +111,18 @@ def last_level_cache(device: str) -> int:
         text = path.read_text().strip()
         found.append(int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text))
     return max(found, default=1 << 25)
+
+
+def free_memory() -> int:
+    """Bytes of the host's memory that may still be allocated, by the control group of a container too."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        facts = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return free
+    # Files that nothing has read lately are counted as used, and go when memory is wanted.
+    return max(0, min(free, limit - used + int(facts.get("inactive_file", 0))))
 
 
 CPU_FACTS = ("brand_raw", "arch", "count", "hz_advertised_friendly")

@@ -76,9 +76,11 @@ def compiled(mode: str | None) -> Callable[[Case], LossFunction]:
     return build
 
 
-def vidfast_loss(backend: BackendName, strategy: Strategy, inplace: bool) -> Callable[[Case], LossFunction]:
+def vidfast_loss(backend: str, strategy: str, inplace: bool) -> Callable[[Case], LossFunction]:
     def build(case: Case) -> LossFunction:
         from vidfast import gaussian_nll
+
+        options: dict[str, Any] = {"strategy": strategy, "backend": backend}
 
         def loss(mean: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
             result: torch.Tensor = gaussian_nll(
@@ -88,8 +90,7 @@ def vidfast_loss(backend: BackendName, strategy: Strategy, inplace: bool) -> Cal
                 channel_dim=case.channel_dim,
                 eps=EPS,
                 inplace=inplace,
-                strategy=strategy,
-                backend=backend,
+                **options,
             )
             return result
 

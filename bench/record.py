@@ -129,6 +129,7 @@ def measure(case: Case, suite: Opener, names: list[str], budget: Budget) -> dict
                 continue
             assert row.info is not None
             row.info |= {"load": window.load.as_dict(), "slots": len(pool.slots), "cold": pool.cold}
+            row.info["meant_cold"] = case.cold
             row.info["timer"] = clock.name
             try:
                 row.info |= after_the_rounds(case, contender, len(timings[contender.name].samples))

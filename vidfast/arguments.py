@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, SupportsIndex, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOATS = frozenset(DTYPES)
 
 
-def check_tensors(mean: Tensor, target: Tensor, alpha: Tensor, channel_dim: int) -> tuple[int, Tensor]:
+def check_tensors(
+    mean: Tensor, target: Tensor, alpha: Tensor, channel_dim: SupportsIndex
+) -> tuple[int, Tensor]:
     """(the channel dimension, not negative; alpha as (C,)).
 
     Args:
@@ -108,7 +110,7 @@ def _complain(mean: object, target: object, alpha: object, channel_dim: object) 
     return channel_dim
 
 
-def _is_broadcast(alpha: Tensor, mean: Tensor, channel_dim: int) -> bool:
+def _is_broadcast(alpha: Tensor, mean: Tensor, channel_dim: SupportsIndex) -> bool:
     """Whether alpha is one number a channel in a shape that lines up with mean's by broadcasting's rule."""
     wanted = [1] * mean.dim()
     wanted[channel_dim] = mean.shape[channel_dim]

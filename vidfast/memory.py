@@ -11,6 +11,7 @@ Such a tensor is like any other but for one thing: its storage cannot be resized
 from __future__ import annotations
 
 import math
+from os.path import dirname
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,15 @@ from torch import Tensor
 try:
     from vidfast import _C
 except ImportError:  # a source checkout that was never built
+    from vidfast.unbuilt import warn_of_hidden_package
+
     _C = None  # type: ignore[assignment]
+    warn_of_hidden_package()
+else:
+    if dirname(_C.__file__) != dirname(__file__):
+        from vidfast.unbuilt import warn_of_foreign_extension
+
+        warn_of_foreign_extension(_C.__file__)
 
 # From 32 MiB on glibc maps every block afresh. Smaller ones it reuses, but gives back what is at its heap's end: every
 # tenth step with a gradient of 13 MB took four times as long as the others. Below 4 MiB nothing was to be seen.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def gaussian_nll(
     target: Tensor,
     alpha: Tensor,
     *,
-    channel_dim: int = 1,
+    channel_dim: SupportsIndex = 1,
     eps: float = 1e-5,
     reduction: Reduction = "mean",
     full: bool = False,
@@ -132,7 +132,7 @@ def _refuse_transforms(*tensors: Tensor) -> None:
 
 
 def log_likelihood_map(
-    mean: Tensor, target: Tensor, alpha: Tensor, *, channel_dim: int = 1, eps: float = 1e-5
+    mean: Tensor, target: Tensor, alpha: Tensor, *, channel_dim: SupportsIndex = 1, eps: float = 1e-5
 ) -> Tensor:
     """log q(t_hw|s) = sum_c log q(t_chw|s), with its -1/2 log(2 pi): the heat maps of figure 2 (Ahn et al.).
 
@@ -174,9 +174,9 @@ class GaussianNLL(nn.Module):
 
     def __init__(
         self,
-        num_channels: int,
+        num_channels: SupportsIndex,
         *,
-        channel_dim: int = 1,
+        channel_dim: SupportsIndex = 1,
         init_var: float = 5.0,
         eps: float = 1e-5,
         reduction: Reduction = "mean",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +88,9 @@ class VIDLoss(nn.Module):
 
     def __init__(
         self,
-        num_input_channels: int,
-        num_mid_channel: int,
-        num_target_channels: int,
+        num_input_channels: SupportsIndex,
+        num_mid_channel: SupportsIndex,
+        num_target_channels: SupportsIndex,
         init_pred_var: float = 5.0,
         eps: float = 1e-5,
         *,

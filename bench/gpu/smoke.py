@@ -214,7 +214,8 @@ def check(problem: Problem, device: str) -> dict[str, Any]:
         in_place = problem.strategy.endswith("in place")
         if in_place:
             fed = Lend.apply(leaf)  # type: ignore[no-untyped-call]
-        loss = vidfast.gaussian_nll(fed, t, a, strategy=strategy, inplace=in_place, **options)
+        options["strategy"] = strategy
+        loss = vidfast.gaussian_nll(fed, t, a, inplace=in_place, **options)
         grads = torch.autograd.grad(loss, inputs, torch.full_like(loss, g))
         scalars(g, loss.detach(), grads[1])
         gradient("d mean", grads[0], g * want.grad_mean)

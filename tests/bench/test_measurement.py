@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench import machine, traffic
+from bench import buffers, machine, traffic
 from bench.accuracy import Oracle
 from bench.buffers import EPS, Pool
 from bench.cases import Case, kernel_cases, loss_cases
@@ -304,11 +306,57 @@ def test_extents_of_every_layout() -> None:
     assert [extents(case) for case in LAYOUTS] == [(6, 5, 12), (72, 5, 1), (24, 5, 1)]
 
 
-def test_a_cold_pool_exceeds_the_cache_and_a_hot_one_says_that_it_does_not() -> None:
-    pool = Pool(Case("test", (16, 64, 16, 16)))
+LARGE = Case("test", (16, 64, 16, 16))  # a slot is 2 MiB
+
+
+def test_a_cold_pool_exceeds_the_cache_and_a_hot_one_says_that_it_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(buffers, "last_level_cache", lambda device: 8 << 20)
+    pool = Pool(LARGE)
     assert pool.cold
-    assert len(pool.slots) * 2 * pool.pristine.nbytes >= 2 * machine.last_level_cache("cpu")
+    assert len(pool.slots) == 16
     assert not Pool(SMALL).cold
+
+
+@pytest.mark.parametrize("cache", [480 << 20, 1 << 30], ids=["480 MiB", "1 GiB"])
+def test_a_cache_that_the_slots_cannot_exceed_makes_no_cold_pool(
+    cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffers, "last_level_cache", lambda device: cache)
+    monkeypatch.setattr(buffers, "MOST_SLOTS", 8)
+    pool = Pool(LARGE)
+    assert len(pool.slots) == 8
+    assert not pool.cold
+
+
+@pytest.mark.parametrize(
+    ("free", "slots", "cold"), [(1 << 20, 1, False), (40 << 20, 5, False), (1 << 40, 16, True)]
+)
+def test_the_slots_leave_most_of_the_free_memory_alone(
+    free: int, slots: int, cold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffers, "last_level_cache", lambda device: 8 << 20)
+    monkeypatch.setattr(buffers, "free_memory", lambda: free)
+    pool = Pool(LARGE)
+    assert (len(pool.slots), pool.cold) == (slots, cold)
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"),
+    [("max", 1000), ("600", 530), ("50", 0), (None, 1000)],
+    ids=["none", "tight", "over", "no group"],
+)
+def test_free_memory_is_what_the_control_group_leaves(
+    limit: str | None, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text("100\n")
+        (tmp_path / "memory.stat").write_text("anon 70\ninactive_file 30\n")
+    assert machine.free_memory() == free
 
 
 def test_every_case_of_a_suite_has_a_name_of_its_own() -> None:

@@ -87,6 +87,29 @@ def test_a_contended_case_is_marked(store: Store, tmp_path: Path) -> None:
     assert "| 8x4x2x2 float32 (busy machine) |" in page_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        ({"meant_cold": True, "cold": False}, "8x4x2x2 float32 (warm cache)"),
+        (
+            {"meant_cold": True, "cold": False, "contended": True},
+            "8x4x2x2 float32 (busy machine, warm cache)",
+        ),
+        ({"meant_cold": True}, "8x4x2x2 float32"),
+        ({"meant_cold": False, "cold": False}, "8x4x2x2 float32"),
+        ({"cold": False}, "8x4x2x2 float32"),  # a run of before the mark
+    ],
+)
+def test_a_case_whose_inputs_the_cache_may_hold_is_marked(
+    store: Store, tmp_path: Path, facts: dict[str, bool], name: str
+) -> None:
+    assert (
+        main([str(store("run", [stored_row("eager", samples(1.0), **facts)])), "--output", str(tmp_path)])
+        == 0
+    )
+    assert f"| {name} |" in page_of(tmp_path)
+
+
 def test_comparing_runs_marks_what_changed_beyond_noise(store: Store, tmp_path: Path) -> None:
     before, after = store("before", step()), store("after", step(compiled=3.01e-3, ours=2e-3))
     assert main([str(after), "--compare", str(before), "--output", str(tmp_path)]) == 0

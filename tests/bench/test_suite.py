@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,28 @@ from typing import Any
 
 import pytest
 
+from bench import machine
 from vidfast.report import main
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+# A plugin that gives the run another machine: its cache, memory enough, and the most slots of a case.
+OTHER_MACHINE = """
+import bench.buffers, bench.clock, bench.machine
+for module in (bench.buffers, bench.clock, bench.machine):
+    module.last_level_cache = lambda device: {cache}
+bench.buffers.free_memory = lambda: 1 << 40
+bench.buffers.MOST_SLOTS = 128
+"""
+
+
+def run_bench(*arguments: str, plugins: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = [str(plugins)] if plugins else []
+    found += [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    environment = os.environ | ({"PYTHONPATH": os.pathsep.join(found)} if found else {})
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +58,40 @@ def test_a_row_carries_what_a_sceptic_asks_for(stored: Path) -> None:
     assert facts["share_of_copy"] == pytest.approx(facts["gb_per_s"] / facts["copy_gb_per_s"])
     assert facts["times_eager"]["low"] <= facts["times_eager"]["value"] <= facts["times_eager"]["high"]
     assert facts["error"]["loss"] < 1e-6
-    assert facts["cold"]
-    assert facts["slots"] * 2 * facts["pass_bytes"] > 2**25
+    check_cold(row, machine.last_level_cache("cpu"))
     assert 128 * 1000 * 4 <= facts["peak_extra_bytes"] < 2 * 128 * 1000 * 4
     assert set(facts["load"]) >= {"neighbour_cores", "stolen_cores", "load_average", "contended"}
     weighted = next(
         row for row in rows_of(stored) if "128x1000" in row["name"] and "default g=0.37" in row["name"]
     )
     assert weighted["extra_info"]["bytes"] == 5 * 128 * 1000 * 4
+
+
+def check_cold(row: dict[str, Any], cache: int) -> None:
+    """A row is cold exactly where its buffers are at least twice that cache, whatever the machine has."""
+    facts = row["extra_info"]
+    assert facts["meant_cold"]
+    assert facts["cold"] == (facts["slots"] * 2 * facts["pass_bytes"] >= 2 * cache)
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "cold"),
+    [(1, True), (32, True), (480, False), (1024, False)],
+    ids=["1 MiB", "32 MiB", "480 MiB", "1 GiB"],
+)
+def test_a_row_on_a_machine_of_another_cache_is_marked(mebibytes: int, cold: bool, tmp_path: Path) -> None:
+    """128 slots of 128x1000 are 125 MiB: more than twice 32, and not twice 480."""
+    (tmp_path / "other_machine.py").write_text(OTHER_MACHINE.format(cache=mebibytes << 20))
+    path = tmp_path / "run.json"
+    selected = ["-k", "loss_step and 128x1000 and default", "--bench-device=cpu", "--bench-seconds=0.1"]
+    stored = ["-p", "other_machine", "--benchmark-quiet", f"--benchmark-json={path}"]
+    done = run_bench(*selected, *stored, plugins=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(path)
+    assert len(rows) == 2
+    for row in rows:
+        check_cold(row, mebibytes << 20)
+        assert row["extra_info"]["cold"] is cold
 
 
 def test_stored_statistics_are_those_of_the_samples(stored: Path) -> None:

@@ -7,8 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import vidfast
+
+ROOT = Path(__file__).parents[2]
 
 
 def python(code: str, cwd: Path) -> str:
@@ -22,6 +27,34 @@ def test_versions_agree() -> None:
 
     assert vidfast.__version__ == importlib.metadata.version("vidfast")
     assert _C.version == ".".join(vidfast.__version__.split(".")[:3])
+
+
+def project() -> dict[str, Any]:
+    """The table [project] of pyproject.toml."""
+    toml = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    table: dict[str, Any] = toml.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return table
+
+
+def test_triton_is_an_extra_and_no_dependency() -> None:
+    """torch's GPU builds bring the one they pin; beside a CPU build it is a gigabyte that finds no GPU."""
+    extras = project()["optional-dependencies"]
+    assert [name for name in project()["dependencies"] if name.startswith("triton")] == []
+    (triton,) = extras["triton"]
+    assert triton.startswith("triton;")
+    assert triton in extras["test"], "make test interprets and compiles the kernels"
+
+
+def test_without_triton_everything_else_works(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch, vidfast
+x = torch.ones(2, 3)
+vidfast.gaussian_nll(x, 2 * x, x[0])
+print(vidfast.info()["backends"]["triton"]["reason"])
+"""
+    assert "pip install 'vidfast[triton]'" in python(code, tmp_path)
 
 
 def test_the_package_is_typed() -> None:

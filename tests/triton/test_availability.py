@@ -38,6 +38,7 @@ def test_without_triton_the_reason_is_its_absence(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     backend = TritonBackend()
     assert "not installed" in str(backend.unavailable())
+    assert "pip install 'vidfast[triton]'" in str(backend.unavailable())
     assert backend.info() == {}
     x = torch.ones(2, 3, device="meta")
     assert "not installed" in str(backend.supports(x, x, x[0]))

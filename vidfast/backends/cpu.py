@@ -21,7 +21,9 @@ try:
             f"unset, {_C.cpu_isa()} is taken"
         )
 except ImportError as error:  # a source checkout that was never built
-    _missing = f"the extension vidfast._C is not built ({error}); pip install vidfast builds it"
+    from vidfast.unbuilt import reason
+
+    _missing = reason(error)
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CPU = torch.device("cpu")

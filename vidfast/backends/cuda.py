@@ -246,8 +246,9 @@ def _of_this_build() -> CudaBackend:
     try:
         from vidfast import _C
     except ImportError as error:  # a source checkout that was never built
-        missing = f"the extension vidfast._C is not built ({error}); pip install vidfast builds it"
-        return CudaBackend(None, missing, "cuda", stream)
+        from vidfast.unbuilt import reason
+
+        return CudaBackend(None, reason(error), "cuda", stream)
     if not hasattr(_C, "cuda_forward"):
         missing = (
             "vidfast._C was built without CUDA (VIDFAST_CUDA=0, or no nvcc): "

@@ -76,7 +76,10 @@ class TritonBackend:
 
     def _find_device(self) -> tuple[str | None, str]:
         if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed; pip install triton", ""
+            return (
+                "the package triton is not installed: torch's GPU builds bring it, "
+                "pip install 'vidfast[triton]' adds it"
+            ), ""
         try:
             from vidfast.backends.triton_math import INTERPRETED
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -177,6 +177,17 @@ class Distiller(nn.Module):
             raise ValueError("nothing to learn from: no labels were given and there are no terms")
         loss = sum(list(terms.values())[1:], next(iter(terms.values())))
         return Losses(loss, batch.student.logits, {name: term.detach() for name, term in terms.items()})
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+
+        def __call__(
+            self,
+            inputs: Any,
+            labels: Tensor | None = None,
+            *,
+            scale: float = 1.0,
+            teacher: Activations | None = None,
+        ) -> Losses: ...
 
     @torch.no_grad()
     def teacher_activations(self, inputs: Any) -> Activations:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+
+from .choices import Device, Optimizer, Precision, Schedule
 
 # At most this many of the checkpoints of checkpoint_every="epoch", for data sets whose epoch is a few steps.
 MOST_CHECKPOINTS = 100
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
+SCHEDULES: dict[Schedule, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "steps": lambda done: 0.1 ** sum(done >= at for at in (0.6, 0.8, 0.9)),
     "constant": lambda done: 1.0,
@@ -44,21 +46,21 @@ class TrainOptions:
 
     steps: int = 300
     batch_size: int = 64
-    optimizer: str = "sgd"
+    optimizer: Optimizer = "sgd"
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     warmup: int = 0
     seed: int = 0
-    eval_every: int | str = 0
-    checkpoint_every: int | str = 0
+    eval_every: int | Literal["epoch"] = 0
+    checkpoint_every: int | Literal["epoch"] = 0
     check_every: int = 10
     accumulation: int = 1
-    mixed_precision: str = "no"
+    mixed_precision: Precision = "no"
     clip: float | None = None
     channels_last: bool = False
-    device: str = "auto"
+    device: Device = "auto"
     workers: int = 0
     epochs: int | None = None
     compile: bool | str = False
@@ -140,7 +142,7 @@ class TrainOptions:
         """Whether a checkpoint follows this step."""
         return step == self.steps or self._due(self.checkpoint_every, step, size, MOST_CHECKPOINTS)
 
-    def _due(self, every: int | str, step: int, size: int, most: float) -> bool:
+    def _due(self, every: int | Literal["epoch"], step: int, size: int, most: float) -> bool:
         if isinstance(every, int):
             return every > 0 and step % every == 0
         batch = min(self.batch_size, size)

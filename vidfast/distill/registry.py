@@ -10,9 +10,10 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
+Thing = TypeVar("Thing")
 
 
 class UnknownNameError(ValueError):
@@ -38,16 +39,19 @@ class Registry(Generic[T]):
         self.kind = kind
         self._things: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """A decorator that enters a class or a function as `name`.
+    def register(self, name: str) -> Callable[[Thing], Thing]:
+        """A decorator that enters a class or a function as `name`, and keeps its type.
 
         Raises ValueError when another thing has that name.
         """
 
-        def enter(thing: T) -> T:
-            if self._things.get(name, thing) is not thing:
+        # What is decorated is a T, but of its own type: a method's class, whose signature callers see. A type
+        # variable cannot be bound to another, so that is not checked.
+        def enter(thing: Thing) -> Thing:
+            entered = cast(T, thing)
+            if self._things.get(name, entered) is not entered:
                 raise ValueError(f"{self.kind} {name!r} is registered already, as {self._things[name]!r}")
-            self._things[name] = thing
+            self._things[name] = entered
             return thing
 
         return enter

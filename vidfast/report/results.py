@@ -112,6 +112,11 @@ class Row:
     def cold(self) -> bool:
         return bool(self.facts.get("cold", False))
 
+    @property
+    def warm(self) -> bool:
+        """Whether inputs that were meant to be in memory may have been in the cache, which is too large."""
+        return bool(self.facts.get("meant_cold", False)) and not self.cold
+
 
 @dataclass(frozen=True)
 class Run:

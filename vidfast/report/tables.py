@@ -64,8 +64,10 @@ def summary(run: Run, suite: str = STEP, incoming: float | None = 1.0) -> Table:
 
 
 def mark(case: str, rows: list[Row]) -> str:
-    """The case's name, and a warning where it was measured beside others."""
-    return f"{case} (busy machine)" if any(row.contended for row in rows) else case
+    """The case's name, and a warning where others were running or the cache may have held its inputs."""
+    warnings = ["busy machine"] if any(row.contended for row in rows) else []
+    warnings += ["warm cache"] if any(row.warm for row in rows) else []
+    return f"{case} ({', '.join(warnings)})" if warnings else case
 
 
 def detail(run: Run, suite: str, case: str) -> Table:

@@ -7,17 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..choices import Optimizer
 from ..trainer import TrainOptions
 from .runs import Term
 
-Rate = tuple[str, float]
+Rate = tuple[Optimizer, float]
 
 
 @dataclass(frozen=True)
 class Setting:
     """One choice of what a row trains with."""
 
-    optimizer: str
+    optimizer: Optimizer
     lr: float
     terms: tuple[Term, ...] = ()
     task_weight: float = 1.0

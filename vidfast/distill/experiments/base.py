@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..choices import Device
+
 
 @dataclass(frozen=True)
 class Options:
@@ -36,7 +38,7 @@ class Options:
     arms: tuple[str, ...] | None = None
     jobs: int | None = None
     cache: Path | None = None
-    device: str = "auto"
+    device: Device = "auto"
     quiet: bool = False
 
     @property

@@ -14,6 +14,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from vidfast.arguments import BackendName, ScalarReduction
+
+from ..choices import Optimizer
 from ..data.base import ImageData, LabelledImages
 from ..data.sampling import samples_per_class
 from ..distiller import Distiller
@@ -28,8 +31,11 @@ Terms = Callable[[TappedNetwork, TappedNetwork], list[Method]]
 
 # What was found best on the digits' validation images (docs/vid-search.csv) for each arm: its optimizer, and
 # with either optimizer its learning rate; VID's for sgd was found at weight 10.
-TUNED_OPTIMIZER = {"alone": "sgd", "vid": "adamw"}
-TUNED_LR = {"alone": {"sgd": 0.1, "adamw": 0.003}, "vid": {"sgd": 0.01, "adamw": 0.02}}
+TUNED_OPTIMIZER: dict[str, Optimizer] = {"alone": "sgd", "vid": "adamw"}
+TUNED_LR: dict[str, dict[Optimizer, float]] = {
+    "alone": {"sgd": 0.1, "adamw": 0.003},
+    "vid": {"sgd": 0.01, "adamw": 0.02},
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,8 @@ class VIDOptions:
     regressor: str = "linear"
     init_var: float = 1.0
     alpha_lr: float = 1.0
-    reduction: str = "mean"
-    backend: str = "auto"
+    reduction: ScalarReduction = "mean"
+    backend: BackendName = "auto"
 
     def terms(self, student: TappedNetwork, teacher: TappedNetwork) -> list[Method]:
         """One VID term over the two networks' layers of interest, paired in order."""
@@ -82,7 +88,7 @@ class Config:
 
 
 def tuned(
-    options: TrainOptions, optimizer: str | None = None, lr: float | None = None
+    options: TrainOptions, optimizer: Optimizer | None = None, lr: float | None = None
 ) -> dict[str, TrainOptions]:
     """The options with each arm's best optimizer and learning rate, so far as they are not given."""
     arms = {}

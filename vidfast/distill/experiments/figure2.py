@@ -33,6 +33,7 @@ from ..models.base import TappedNetwork
 from ..registry import UnknownNameError
 from ..trainer import CHECKPOINT, NonFiniteLossError, Trainer, TrainOptions
 from . import presets
+from .arms import Rate
 from .base import Options
 from .compare import save_network
 from .figure2_outcome import Outcome
@@ -91,7 +92,8 @@ def plan(options: Options) -> Plan:
     data = presets.data_spec(options, "digits32" if options.data == "digits" else options.data)
     training = presets.students(options, 300 if quick else 64_000)
     # Quick: what was found best on the digits' validation images (docs/vid-search.csv). Full: the public recipe.
-    alone, vid = (("sgd", 0.1), ("adamw", 0.02)) if quick else (("sgd", 0.05), ("sgd", 0.05))
+    alone: Rate = ("sgd", 0.1 if quick else 0.05)
+    vid: Rate = ("adamw", 0.02) if quick else ("sgd", 0.05)
     return Plan(
         data=data,
         teacher="wrn-16-1" if quick else "wrn-40-2",

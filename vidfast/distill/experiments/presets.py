@@ -16,9 +16,9 @@ Rates = Sequence[Rate]
 
 # Candidates of the quick budget. VID's and FitNet's losses at these weights diverge with the student's best SGD
 # rate, so every row may choose between the two optimizers.
-RATES = (("sgd", 0.1), ("adamw", 0.003), ("adamw", 0.02))
+RATES: tuple[Rate, ...] = (("sgd", 0.1), ("adamw", 0.003), ("adamw", 0.02))
 # The paper's optimizer with a rate around the usual one.
-FULL_RATES = (("sgd", 0.01), ("sgd", 0.1))
+FULL_RATES: tuple[Rate, ...] = (("sgd", 0.01), ("sgd", 0.1))
 
 
 def data_spec(options: Options, name: str | None = None, classes: Sequence[int] | None = None) -> DataSpec:

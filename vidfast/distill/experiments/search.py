@@ -22,6 +22,7 @@ from statistics import mean
 import torch
 from tqdm.auto import tqdm
 
+from ..choices import Optimizer
 from ..data import load
 from ..files import write_csv
 from ..trainer import NonFiniteLossError, Row, TrainOptions
@@ -31,7 +32,7 @@ from .teacher import default_cache, trained_teacher
 # Far from 0, 1, 2, ..., with which results are reported.
 SEARCH_SEEDS = (1000, 1001)
 SAMPLES = (5, 10)
-RATES = (
+RATES: tuple[tuple[Optimizer, float], ...] = (
     ("sgd", 0.01),
     ("sgd", 0.03),
     ("sgd", 0.1),
@@ -49,7 +50,7 @@ class Candidate:
     """One point of the search. vid is None for the student alone."""
 
     stage: str
-    optimizer: str
+    optimizer: Optimizer
     lr: float
     vid: VIDOptions | None
 

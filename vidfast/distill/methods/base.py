@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -110,6 +110,10 @@ class Method(nn.Module):
         exactly 1.
         """
         raise NotImplementedError
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+
+        def __call__(self, batch: Batch, factor: float) -> Tensor: ...
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Every parameter of the method, once. Override to treat some of them apart."""

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from vidfast.arguments import ScalarReduction
 from vidfast.regressor import regress
 
 from ..regressors import Regressor, keeps_resolution, make, resolve
@@ -49,7 +50,7 @@ class FitNet(PairedMethod):
         self,
         pairs: Pairs,
         regressor: str | Regressor = "linear",
-        reduction: str = "mean",
+        reduction: ScalarReduction = "mean",
         channel_dim: int = 1,
         *,
         weight: float = 200.0,
@@ -71,7 +72,7 @@ class FitNet(PairedMethod):
         return f"{super().extra_repr()}, reduction={self.reduction}"
 
 
-def half_squared_error(mean: Tensor, target: Tensor, reduction: str, factor: float) -> Tensor:
+def half_squared_error(mean: Tensor, target: Tensor, reduction: ScalarReduction, factor: float) -> Tensor:
     """factor * 1/2 ||target - mean||^2, equation 7 of the VID paper, in fp32 or wider.
 
     mean, target: of one shape, batch first. reduction: the sum as it is, over the batch size ("batchmean") or

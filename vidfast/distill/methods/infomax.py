@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from vidfast.arguments import BackendName, ScalarReduction
 from vidfast.nll import GaussianNLL
 
 from ..regressors import Regressor, make, resolve
@@ -81,9 +82,9 @@ class Infomax(GaussianMethod):
         regressor: str | Regressor = "upsampled",
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: ScalarReduction = "mean",
         alpha_lr: float = 1.0,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:

@@ -17,8 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from vidfast.arguments import ScalarReduction
 from vidfast.regressor import regress
 
+from ..choices import LwFForm
 from .base import METHODS, Batch, Method
 from .fitnet import half_squared_error
 from .kd import check_temperature
@@ -54,10 +56,10 @@ class LwF(Method):
     def __init__(
         self,
         layer: str,
-        form: str = "mse",
+        form: LwFForm = "mse",
         temperature: float = 2.0,
         scale_by_temperature: bool = False,
-        reduction: str = "mean",
+        reduction: ScalarReduction = "mean",
         bias: bool = False,
         *,
         weight: float = 1.0,

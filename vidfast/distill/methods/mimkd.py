@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from vidfast.vid import match_spatial
 
+from ..choices import Critic
 from .base import METHODS
 from .itrd import pooled
 from .pairs import PairedMethod, Pairs, place, wide
@@ -109,7 +110,7 @@ class MIMKD(PairedMethod):
         global_weight: float = 1.0,
         local_weight: float = 1.0,
         feature_weight: float = 1.0,
-        critic: str = "separable",
+        critic: Critic = "separable",
         hidden: int = 256,
         weight: float = 1.0,
         name: str | None = None,

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from vidfast.arguments import BackendName, ScalarReduction
 from vidfast.dispatch import check_name
 from vidfast.fused_regressor import fused_nll
 from vidfast.nll import GaussianNLL
@@ -25,7 +26,7 @@ from .pairs import PairedMethod, Pairs, place
 REDUCTIONS = ("mean", "batchmean", "sum")
 
 
-def check_reduction(reduction: str) -> str:
+def check_reduction(reduction: ScalarReduction) -> ScalarReduction:
     """Raises ValueError for a name that is not known."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"wanted reduction 'mean', 'batchmean' or 'sum', got {reduction!r}")
@@ -53,7 +54,7 @@ class VariationalMethod(Method):
         *,
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: ScalarReduction = "mean",
         alpha_lr: float = 1.0,
         **method: Any,
     ) -> None:
@@ -102,7 +103,7 @@ class GaussianMethod(VariationalMethod):
     Raises ValueError for a backend that is not known.
     """
 
-    def __init__(self, *, backend: str = "auto", **options: Any) -> None:
+    def __init__(self, *, backend: BackendName = "auto", **options: Any) -> None:
         super().__init__(**options)
         check_name(backend)
         self.backend = backend
@@ -170,7 +171,7 @@ class VariationalPairs(VariationalMethod, PairedMethod):
         regressor: str | Regressor = "conv3",
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: ScalarReduction = "mean",
         channel_dim: int = 1,
         alpha_lr: float = 1.0,
         weight: float = 1.0,

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from vidfast.arguments import BackendName, ScalarReduction
 from vidfast.nll import GaussianNLL
 
 from ..regressors import Regressor
@@ -53,10 +54,10 @@ class VID(GaussianMethod, VariationalPairs):
         regressor: str | Regressor = "conv3",
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: ScalarReduction = "mean",
         channel_dim: int = 1,
         alpha_lr: float = 1.0,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from vidfast.arguments import BackendName, ScalarReduction
 from vidfast.nll import GaussianNLL
 
 from .base import METHODS, Batch
@@ -49,9 +50,9 @@ class VIDLP(GaussianMethod):
         bias: bool = False,
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: ScalarReduction = "mean",
         alpha_lr: float = 1.0,
-        backend: str = "auto",
+        backend: BackendName = "auto",
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vidfast import reference
-from vidfast.arguments import inverse_softplus
+from vidfast.arguments import ScalarReduction, inverse_softplus
 from vidfast.regressor import last_layer
 
 from ..regressors import Regressor
@@ -162,7 +162,7 @@ class StudentTVID(VariationalPairs):
         regressor: str | Regressor = "conv3",
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: ScalarReduction = "mean",
         channel_dim: int = 1,
         alpha_lr: float = 1.0,
         weight: float = 1.0,
@@ -245,7 +245,7 @@ class MixtureVID(VariationalPairs):
         regressor: str | Regressor = "conv3",
         init_var: float = 5.0,
         eps: float = 1e-5,
-        reduction: str = "mean",
+        reduction: ScalarReduction = "mean",
         channel_dim: int = 1,
         alpha_lr: float = 1.0,
         weight: float = 1.0,

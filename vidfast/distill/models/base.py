@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..registry import Registry
 
@@ -21,6 +21,10 @@ class TappedNetwork(nn.Module):
 
     taps: ClassVar[tuple[str, ...]]
     penultimate: ClassVar[str]
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+
+        def __call__(self, images: Tensor) -> Tensor: ...
 
 
 # From what follows the family's name, in_channels, num_classes, (height, width).

@@ -1,0 +1,167 @@
+"""What users write, with every public name: it runs, and checkers find nothing in it (test_typing.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+import vidfast
+from vidfast.distill import (
+    AT,
+    ITRD,
+    KD,
+    METHODS,
+    MIMKD,
+    NST,
+    REGRESSORS,
+    VID,
+    VIDLP,
+    Activations,
+    Batch,
+    Distiller,
+    FitNet,
+    HeteroscedasticVID,
+    Infomax,
+    Losses,
+    LwF,
+    Method,
+    MixtureVID,
+    PairedMethod,
+    ParameterGroup,
+    PointwiseStack,
+    StudentTVID,
+    TapError,
+    Taps,
+    TransposedStack,
+    UnknownNameError,
+    UpsampledStack,
+)
+from vidfast.distill.models import build
+
+
+def losses() -> Tensor:
+    """The losses alone."""
+    mean = torch.randn(4, 8, 6, 6, requires_grad=True)
+    target = torch.randn(4, 8, 6, 6)
+    nll = vidfast.GaussianNLL(8, init_var=1.0, reduction="batchmean", strategy="two_pass", backend="auto")
+    vid = vidfast.VIDLoss(8, 16, 8, weight=0.5, reduction="mean", backend="reference")
+    total = assert_type(nll(mean, target), Tensor) + assert_type(vid(input=mean, target=target), Tensor)
+    total = total + assert_type(vidfast.gaussian_nll(mean, target, nll.alpha, weight=0.1), Tensor)
+    total = total + assert_type(vidfast.functional.gaussian_nll(mean, target, nll.alpha), Tensor)
+    with torch.no_grad():
+        per_element = assert_type(vidfast.log_likelihood_map(mean, target, nll.alpha), Tensor)
+    vidfast.empty_cache()
+    print(vidfast.__version__, vidfast.info()["torch"], per_element.shape)
+    return total
+
+
+@METHODS.register("typing-test-hint")
+class Hint(Method):
+    """A method of the user's own."""
+
+    def __init__(self, layer: str, *, weight: float = 1.0, name: str | None = None) -> None:
+        super().__init__(weight=weight, name=name)
+        self.student_layers = self.teacher_layers = (layer,)
+        self.regressor: nn.Module = nn.Identity()
+
+    def build(self, batch: Batch) -> None:
+        student = assert_type(batch.student, Activations).taps[self.student_layers[0]]
+        teacher = batch.from_teacher.taps[self.teacher_layers[0]]
+        self.regressor = PointwiseStack(depth=1)(student.shape, teacher.shape)
+
+    def forward(self, batch: Batch, factor: float) -> Tensor:
+        layer = self.student_layers[0]
+        predicted: Tensor = self.regressor(batch.student.taps[layer])
+        return (predicted - batch.from_teacher.taps[layer]).square().mean() * factor
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [ParameterGroup(list(self.parameters()), lr_factor=0.5, name="hint")]
+
+
+class Distance(PairedMethod):
+    """A method of the user's own over pairs of layers."""
+
+    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
+        return (student.mean(1) - teacher.mean(1)).abs().mean() * factor
+
+
+@REGRESSORS.register("typing-test-linear")
+def linear(student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Module:
+    """A mean function of the user's own."""
+    return nn.Conv2d(student_shape[1], teacher_shape[1], 1)
+
+
+def terms() -> list[Method]:
+    """Every method, with options by name."""
+    pairs = {"group2": "group2", "group3": "group3"}
+    last = [("group3", "group3")]
+    own = assert_type(Hint("group3", weight=0.1), Hint)
+    vid = assert_type(VID(pairs, regressor="conv2", reduction="batchmean", backend="cpu", weight=0.1), VID)
+    return [
+        vid,
+        own,
+        Distance(pairs, name="distance"),
+        VIDLP("pool", init_var=1.0, reduction="mean"),
+        HeteroscedasticVID(last, regressor="typing-test-linear"),
+        StudentTVID(last, nu=6.0, learn_nu=True, regressor=linear),
+        MixtureVID(last, components=2, regressor=PointwiseStack(depth=2, width=0.5)),
+        Infomax("group1", regressor=UpsampledStack(depth=1)),
+        KD(temperature=2.0, weight=0.5),
+        FitNet(pairs, reduction="sum", weight=1e-3),
+        AT(pairs, weight=10.0),
+        NST(pairs),
+        LwF("pool", form="softened", temperature=2.0),
+        ITRD([("pool", "pool")], l_corr=1.0),
+        MIMKD([("pool", "pool")], critic="concat", hidden=8),
+    ]
+
+
+def distil() -> Losses:
+    """One step."""
+    student = build("wrn-10-1", in_channels=1, num_classes=3, image_size=(8, 8))
+    teacher = build("wrn-10-1", in_channels=1, num_classes=3, image_size=(8, 8))
+    images, labels = torch.randn(6, 1, 8, 8), torch.randint(3, (6,))
+    distiller = Distiller(student, teacher, terms(), example=images, task_weight=0.5)
+    optimizer = torch.optim.SGD(distiller.parameter_groups(lr=0.01, weight_decay=5e-4), momentum=0.9)
+    kept = assert_type(distiller.teacher_activations(images), Activations)
+    result = assert_type(distiller(images, labels, scale=0.5, teacher=kept), Losses)
+    assert_type(result.loss, Tensor).backward()
+    optimizer.step()
+    for name, term in result.terms.items():
+        print(f"{name} {term.item():.3f}")
+    assert_type(student(images), Tensor)
+    return result
+
+
+def taps() -> dict[str, Tensor]:
+    """Layers by name, and what goes wrong."""
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True))
+    watched = Taps(network, ["0"])
+    found: dict[str, Tensor] = {}
+    try:
+        with watched.recording() as activations:
+            network(torch.randn(2, 3))
+            found = activations()
+    except TapError as error:
+        print(error)
+    watched.remove()
+    try:
+        assert_type(METHODS["vidd"], type[Method])
+    except UnknownNameError as error:
+        print(error)
+    print(TransposedStack(width=0.5)((2, 4), (2, 8, 4, 4)))
+    return found
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    losses().backward()
+    assert distil().loss.isfinite()
+    assert not taps(), "the ReLU wrote over what was tapped"
+
+
+if __name__ == "__main__":
+    main()
