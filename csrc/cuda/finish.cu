@@ -11,20 +11,24 @@ namespace {
 // Loads in flight in a thread.
 constexpr int kReduceUnroll = 8;
 
-// The partial sums of channel c number i, of rows whose runs are cut by tiles: the first two parts, and the others.
+// Of rows whose runs are cut by tiles: the sums of one run in the first row chunk. There is one of them, and `more`.
 struct Parts {
   const double* first;
   int more;
 
-  __device__ Parts(const Args& a, int64_t c, int i) {
-    const RowChunks& rows = a.rows;
-    const unsigned join = static_cast<unsigned>(rows.join);
-    const unsigned chunk = static_cast<unsigned>(i) / join;
-    const int64_t run = (static_cast<unsigned>(i) - chunk * join) * a.channels + c;
+  __device__ Parts(const Args& a, int64_t run) {
     const int64_t begin = run * a.inner;
-    const int64_t tile = begin >> rows.tile_bits;
-    first = a.partials + chunk * rows.sums + run + tile;
-    more = static_cast<int>(((begin + a.inner - 1) >> rows.tile_bits) - tile);
+    const int64_t tile = begin >> a.rows.tile_bits;
+    first = a.partials + run + tile;
+    more = static_cast<int>(((begin + a.inner - 1) >> a.rows.tile_bits) - tile);
+  }
+  // Those of channel c number i, counted over the joined rows of all row chunks.
+  __device__ static Parts number(const Args& a, int64_t c, int i) {
+    const unsigned join = static_cast<unsigned>(a.rows.join);
+    const unsigned chunk = static_cast<unsigned>(i) / join;
+    Parts parts(a, (static_cast<unsigned>(i) - chunk * join) * a.channels + c);
+    parts.first += chunk * a.rows.sums;
+    return parts;
   }
 };
 
@@ -42,19 +46,33 @@ struct Share {
 
   // All loads without a condition, so that none waits for another: beyond the end the last sum again.
   __device__ void load(int first) {
+    if (Cut && a.rows.join > 1) {
 #pragma unroll
-    for (int u = 0; u < kReduceUnroll; ++u) {
-      const int i = first + u * a.blocks.deep;
-      const int at = i < depth ? i : depth - 1;
-      if constexpr (Cut) {
-        const Parts parts(a, c, at);
+      for (int u = 0; u < kReduceUnroll; ++u) {
+        const Parts parts = Parts::number(a, c, place(first, u));
         x[u] = parts.first[0];
         y[u] = parts.first[parts.more > 0 ? 1 : 0];
         if (parts.more == 0) y[u] = 0;
-      } else {
-        x[u] = a.partials[at * a.channels + c];
       }
+    } else if constexpr (Cut) {
+      const Parts parts(a, c);
+      const double* second = parts.first + (parts.more > 0 ? 1 : 0);
+#pragma unroll
+      for (int u = 0; u < kReduceUnroll; ++u) {
+        x[u] = parts.first[place(first, u) * a.rows.sums];
+        y[u] = second[place(first, u) * a.rows.sums];
+      }
+#pragma unroll
+      for (int u = 0; u < kReduceUnroll; ++u)
+        if (parts.more == 0) y[u] = 0;
+    } else {
+#pragma unroll
+      for (int u = 0; u < kReduceUnroll; ++u) x[u] = a.partials[place(first, u) * a.channels + c];
     }
+  }
+  __device__ int place(int first, int u) const {
+    const int i = first + u * a.blocks.deep;
+    return i < depth ? i : depth - 1;
   }
   __device__ double loaded(int first) const {
     double s = 0;
@@ -73,7 +91,7 @@ struct Share {
     }
     if (Cut && a.inner > a.rows.tile) {  // a run may lie in more than two tiles
       for (int i = lane; i < depth; i += a.blocks.deep) {
-        const Parts parts(a, c, i);
+        const Parts parts = Parts::number(a, c, i);
         for (int p = 2; p <= parts.more; ++p) s += parts.first[p];
       }
     }

@@ -42,13 +42,8 @@ __device__ inline double block_sum(double* scratch, double value) {
 // Called by all threads of a block.
 __device__ inline bool last_to_arrive(unsigned* counter, unsigned expected) {
   bool last = false;
-  if (threadIdx.x == 0) {
-    __threadfence();  // what this thread wrote comes before the count
-    last = atomicAdd(counter, 1u) == expected - 1;
-  }
-  if (!__syncthreads_or(last)) return false;
-  __threadfence();  // and what is read now comes after it
-  return true;
+  if (threadIdx.x == 0) last = count_in(counter) == expected - 1;
+  return __syncthreads_or(last) != 0;
 }
 
 // alpha of a channel and, without sums, the incoming gradient, on their way.

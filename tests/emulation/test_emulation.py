@@ -77,7 +77,9 @@ BREAKS = {
     "a shuffle without some lanes": Break(
         "planes.cu", "total = warp_sum(total);", "if (lane > 0) total = warp_sum(total);"
     ),
-    "the sum of a cut run on one side only": Break("finish.cu", "if (parts.more == 0) y", "if (parts.more <= 1) y"),
+    "the sum of a cut run on one side only": Break(
+        "finish.cu", "(parts.more == 0) y[u] = 0;\n    } else", "(parts.more <= 1) y[u] = 0;\n    } else"
+    ),
     "the sum of a run cut twice": Break("finish.cu", "p <= parts.more; ++p", "p < parts.more; ++p"),
     "one of several runs that a block adds": Break("rows.cu", "more < added; ++more", "more + 1 < added; ++more"),
     "a partial sum too few": Break("finish.cu", "deep < depth) s +=", "deep + 1 < depth) s +="),
