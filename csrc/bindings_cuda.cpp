@@ -107,6 +107,7 @@ const FreeNumber* free_numbers() {
       {"kAlone", &kAlone},
       {"kShare", &kShare},
       {"kOverlap", &kOverlap, 0},
+      {"kPrefetch", &kPrefetch, 0},
       {nullptr, nullptr},
   };
   return all;

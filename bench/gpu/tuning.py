@@ -31,6 +31,7 @@ GRID: dict[str, tuple[int, ...]] = {
     "kAlone": (1, 8, 64),
     "kShare": (4, 16),
     "kOverlap": (1,),
+    "kPrefetch": (0,),
 }
 # Several at once: what may only pay together.
 TOGETHER: tuple[dict[str, int], ...] = (

@@ -34,6 +34,7 @@ struct Args {
   const double* saved_sum_sq;  // [C]
   void* grad_alpha_out;        // [C] of alpha's dtype, or absent
 
+  bool prefetch;
   bool vectors;  // RowChunks: every tensor's rows are whole vectors on 16-byte addresses
   bool overlap;  // the finish is started before the sweep's end
   PlaneChunks planes;

@@ -67,6 +67,8 @@ VIDFAST_FREE kAlone = 16;
 VIDFAST_FREE kShare = 8;
 // 1: the finish starts while the sweep ends, and waits for its sums (compute capability 9.0 and later); 0: behind it.
 VIDFAST_FREE kOverlap = 0;
+// 1: a warp's first batch is asked for while its channels' variances are computed.
+VIDFAST_FREE kPrefetch = 1;
 #undef VIDFAST_FREE
 
 // Vectors in a warp's chunk, of so many in all: kChunks chunks, of kFewestVectors to `most`.

@@ -78,6 +78,7 @@ Args arguments(const Problem& p, const Plan& plan, const View& grad_mean, const 
   a.m = static_cast<double>(p.outer) * static_cast<double>(p.inner);
   a.n = a.m * static_cast<double>(p.channels);
   a.full = p.full;
+  a.prefetch = kPrefetch != 0;
   a.planes = plan.plane_chunks;
   a.rows = plan.row_chunks;
   a.blocks = plan.blocks;

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, (Pair<M, T>::any ? 2 : 3)) planes(co
   Run<M, T, Sum> run{a, Acc(0), sum, nullptr, nullptr, nullptr, nullptr};
   run.begin(block * cut.outer, c * a.inner + begin);
   if (!Sum || a.grad_mean.data != nullptr) {
-    run.prefetch_start(lane, n);
+    if (a.prefetch) run.prefetch_start(lane, n);
     const Scale<Sum> scale(a, c);
     run.scale = static_cast<Acc>(scale.value());
     if (!Sum && piece == 0 && block == 0 && lane == 0) write_grad_alpha(a, c, scale.gk());

@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, (Pair<M, T>::any ? 2 : 3)) rows(cons
     here.find(cut, a.inner);
     if (threadIdx.x == 0) place = here;
     if (gradients) {
-      prefetch_start<M, T>(a, here, x, y, lane);
+      if (a.prefetch) prefetch_start<M, T>(a, here, x, y, lane);
       for (int i = threadIdx.x; i < here.runs; i += kThreads) {
         const int64_t run = here.first_run + i;
         const Scale<Sum> scale(a, run < a.channels ? run : run % a.channels);
