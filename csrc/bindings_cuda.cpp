@@ -91,6 +91,7 @@ int64_t cuda_workspace_bytes(int64_t outer, int64_t channels, int64_t inner, int
 struct FreeNumber {
   const char* name;
   int64_t* value;
+  int64_t least = 1;
 };
 
 const FreeNumber* free_numbers() {
@@ -103,7 +104,10 @@ const FreeNumber* free_numbers() {
       {"kFewestRows", &kFewestRows},
       {"kMostRows", &kMostRows},
       {"kBlocks", &kBlocks},
-      {"kLoads", &kLoads},
+      {"kAlone", &kAlone},
+      {"kShare", &kShare},
+      {"kOverlap", &kOverlap, 0},
+      {"kPrefetch", &kPrefetch, 0},
       {nullptr, nullptr},
   };
   return all;
@@ -118,7 +122,8 @@ py::dict cuda_free_numbers() {
 void cuda_set_free_number(const std::string& name, int64_t value) {
   for (const FreeNumber* n = free_numbers(); n->name != nullptr; ++n) {
     if (name != n->name) continue;
-    if (value < 1) throw py::value_error(name + " must be at least 1, got " + std::to_string(value));
+    if (value < n->least)
+      throw py::value_error(name + " must be at least " + std::to_string(n->least) + ", got " + std::to_string(value));
     *n->value = value;
     return;
   }

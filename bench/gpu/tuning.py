@@ -1,12 +1,12 @@
-"""The free numbers of the CUDA back end (csrc/cuda/chunks.h), each changed alone: a suite of device time.
+"""The free numbers of the CUDA back end (csrc/cuda/chunks.h), each changed alone, and some together: device time.
 
 All rows of a case are captured first, each under its own numbers, and then replayed in the same rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +21,25 @@ from vidfast.report.device import AS_BUILT
 
 # What is tried, beside the value in the code.
 GRID: dict[str, tuple[int, ...]] = {
-    "kLoads": (1, 2, 8, 64),
-    "kMostVectors": (256, 512),
-    "kFewestVectors": (64, 256),
-    "kChunks": (2048, 8192),
-    "kFewestRows": (8, 16),
-    "kMostRows": (32, 128),
-    "kBlocks": (512, 2048),
     "kPlane": (256, 512, 4096),
+    "kFewestVectors": (64, 256),
+    "kMostVectors": (512, 2048),
+    "kChunks": (1024, 2048, 8192),
+    "kFewestRows": (2, 8, 16),
+    "kMostRows": (32,),
+    "kBlocks": (256, 1024, 2048),
+    "kAlone": (1, 8, 64),
+    "kShare": (4, 16),
+    "kOverlap": (1,),
+    "kPrefetch": (0,),
 }
+# Several at once: what may only pay together.
+TOGETHER: tuple[dict[str, int], ...] = (
+    {"kOverlap": 1, "kAlone": 64},
+    {"kOverlap": 1, "kChunks": 2048},
+    {"kOverlap": 1, "kFewestRows": 8},
+    {"kPlane": 256, "kChunks": 2048},
+)
 
 
 def native() -> Any:
@@ -48,29 +58,47 @@ def missing(backends: Sequence[str]) -> str | None:
 
 
 @contextmanager
-def free_number(name: str, value: int) -> Iterator[None]:
-    """The CUDA back end plans with this value inside the block, and as before behind it."""
+def free_numbers(values: Mapping[str, int]) -> Iterator[None]:
+    """The CUDA back end plans with these values inside the block, and as before behind it."""
     module, backend = native(), dispatch.load("cuda")
-    before = module.cuda_free_numbers()[name]
+    before = module.cuda_free_numbers()
     forget = backend._workspace_bytes.cache_clear  # type: ignore[attr-defined]
     try:
-        module.cuda_set_free_number(name, value)
+        for name, value in values.items():
+            module.cuda_set_free_number(name, value)
         forget()
         yield
     finally:
-        module.cuda_set_free_number(name, before)
+        for name in values:
+            if name in before:
+                module.cuda_set_free_number(name, before[name])
         forget()
+
+
+def free_number(name: str, value: int) -> AbstractContextManager[None]:
+    """One of them."""
+    return free_numbers({name: value})
+
+
+def named(values: Mapping[str, int]) -> str:
+    """The name of a row: kOverlap=1 with kAlone=64."""
+    return " with ".join(f"{name}={value}" for name, value in values.items())
 
 
 @dataclass(frozen=True)
 class TuningSuite:
-    """forward_grad in place under every value of GRID; `parts` limits it to some names."""
+    """forward_grad in place under every value of GRID, and some together; `parts` limits it to single names."""
 
-    parts: Sequence[str] = tuple(GRID)
+    parts: Sequence[str] | None = None
+
+    def settings(self) -> dict[str, Mapping[str, int]]:
+        """What the rows are built with, by their names."""
+        singles = [{name: v} for name in self.parts or GRID for v in GRID[name]]
+        return {named(values): values for values in [*singles, *(TOGETHER if self.parts is None else ())]}
 
     def names(self, case: Case) -> list[str]:
         del case
-        return [COPY, AS_BUILT, *(f"{name}={value}" for name in self.parts for value in GRID[name])]
+        return [COPY, AS_BUILT, *self.settings()]
 
     def contenders(self, case: Case, pool: Pool, names: list[str]) -> Built:
         for name in names:
@@ -81,8 +109,7 @@ class TuningSuite:
             return copy_of(case, pool)
         if name == AS_BUILT:
             return self.captured(name, case, pool)
-        number, value = name.split("=")
-        with free_number(number, int(value)):
+        with free_numbers(self.settings()[name]):
             return self.captured(name, case, pool)
 
     def captured(self, name: str, case: Case, pool: Pool) -> GraphContender:

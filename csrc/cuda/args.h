@@ -14,19 +14,19 @@ struct Args {
   int64_t outer, channels, inner;
   const void* alpha;  // [C]
   DType alpha_dtype;
+  int64_t alpha_bytes;
   double eps, k;
   double m, n;  // outer * inner, and that times C
   bool full;
 
-  // Sums wanted (forward): the outputs that the last block writes, and its workspace.
+  // Sums wanted (forward): the outputs of the finish, and the workspace.
   void* loss;
   DType loss_dtype;
   double* sum_sq;      // [C] or absent
   double* grad_alpha;  // [C] or absent
-  unsigned* counters;  // zero at launch: of finished blocks, then of finished chunks in each group
+  unsigned* counter;   // blocks of the finish that are done; the sweep sets it to zero
+  double* losses;      // [blocks of the finish] their channels' losses
   double* partials;    // PlaneChunks: [outer_blocks * pieces, C]; RowChunks: [row_chunks, sums]
-  double* group_sums;  // RowChunks: [groups, sums]
-  Channel* known;      // [C] written by whoever meets a channel first
 
   // No sums wanted (backward): the incoming gradient, and d/d alpha from forward's sums.
   const void* g;
@@ -34,9 +34,12 @@ struct Args {
   const double* saved_sum_sq;  // [C]
   void* grad_alpha_out;        // [C] of alpha's dtype, or absent
 
+  bool prefetch;
   bool vectors;  // RowChunks: every tensor's rows are whole vectors on 16-byte addresses
+  bool overlap;  // the finish is started before the sweep's end
   PlaneChunks planes;
   RowChunks rows;
+  FinishBlocks blocks;  // of the finish
 };
 
 std::string describe(const Args& a);
@@ -78,6 +81,8 @@ inline int width_of(DType mean, DType target) {
 // The two mappings; `sums`: forward, else backward.
 void launch_planes(const Args& a, bool sums, cudaStream_t stream);
 void launch_rows(const Args& a, bool sums, cudaStream_t stream);
+// From the partial sums of either to the loss and d/d alpha.
+void launch_finish(const Args& a, cudaStream_t stream);
 // d/d alpha alone.
 void launch_alpha(const Args& a, cudaStream_t stream);
 

@@ -14,11 +14,28 @@ int64_t floor_power_of_two(int64_t n) {
   return p;
 }
 
+int64_t ceil_power_of_two(int64_t n) {
+  int64_t p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+// log2 of a power of two.
+int bits(int64_t n) {
+  int b = 0;
+  while ((int64_t{1} << b) < n) ++b;
+  return b;
+}
+
 }  // namespace
+
+int64_t warp_vectors(int64_t all, int64_t most) {
+  return std::clamp(floor_power_of_two(all / kChunks), std::min(kFewestVectors, most), most);
+}
 
 PlaneChunks cut_planes(int64_t outer, int64_t channels, int64_t inner, int width) {
   const int64_t vectors = outer * channels * inner / width;
-  const int64_t elements = width * std::clamp(floor_power_of_two(vectors / kChunks), kFewestVectors, kMostVectors);
+  const int64_t elements = width * warp_vectors(vectors, kMostVectors);
   PlaneChunks p{};
   p.piece = inner;
   p.outer = 1;
@@ -62,17 +79,38 @@ RowChunks cut_rows(int64_t outer, int64_t channels, int64_t inner, int width, bo
   while (across > 1 && across / 2 * warp_columns >= r.columns) across /= 2;
   down = kWarps / across;
   r.across = static_cast<int>(across);
+  r.across_bits = bits(across);
   r.down = static_cast<int>(down);
   r.tile = warp_columns * across;
+  r.tile_bits = bits(r.tile);
+  r.most_runs = static_cast<int>(inner == 1 ? r.tile : (r.tile - 1) / inner + 2);
   r.tiles = ceil_div(r.columns, r.tile);
   const int64_t wanted = std::max<int64_t>(1, kBlocks / r.tiles);
   const int64_t thread_rows = ceil_div(ceil_div(r.rows, down * wanted), kFewestRows) * kFewestRows;
   r.chunk_rows = down * std::clamp(thread_rows, kFewestRows, kMostRows);
   r.row_chunks = ceil_div(r.rows, r.chunk_rows);
-  r.sums = channels * r.join + r.tiles;
-  r.groups = r.row_chunks > kGroup ? ceil_div(r.row_chunks, kGroup) : 0;
   r.count = r.tiles * r.row_chunks;
+  r.added = r.tiles == 1 ? r.join : 1;
+  r.whole = r.tiles == 1 || r.tile % inner == 0;
+  r.sums = channels * r.join / r.added + (r.whole ? 0 : r.tiles);
   return r;
+}
+
+FinishBlocks cut_finish(int64_t depth, int64_t channels) {
+  constexpr int64_t kThreads = 256;
+  constexpr int64_t kNeighbours = 4;  // channels in 32 bytes, which are read at once
+  FinishBlocks f{};
+  f.depth = depth;
+  int64_t deep = floor_power_of_two(std::max<int64_t>(1, kThreads / channels));
+  if (channels > kThreads || ceil_div(depth, deep) > kAlone) {
+    const int64_t most = kThreads / std::min(kNeighbours, ceil_power_of_two(channels));
+    deep = std::min(ceil_power_of_two(ceil_div(depth, kShare)), most);
+  }
+  f.deep = static_cast<int>(deep);
+  f.across = static_cast<int>(kThreads / deep);
+  f.across_bits = bits(f.across);
+  f.blocks = ceil_div(channels, f.across);
+  return f;
 }
 
 }  // namespace vidfast::cuda

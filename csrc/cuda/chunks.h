@@ -23,17 +23,25 @@ struct RowChunks {
   int64_t join, columns;
   int64_t rows;  // of `columns` each; the last may be incomplete
   int64_t complete_rows;
-  int across, down;     // warps
-  int64_t tile, tiles;  // columns in a block, blocks in a row
+  int across, across_bits, down;  // warps
+  int tile_bits;                  // log2 of the tile
+  int64_t tile, tiles;            // columns in a block, blocks in a row
+  int most_runs;                  // that a tile meets: each of them has a scale in shared memory
   int64_t chunk_rows, row_chunks;
-  // A run cut by the edge of a tile has a sum on either side: the sum of run q in tile t is number q + t.
-  int64_t sums;  // of one row chunk: runs + tiles
-  // With more row chunks than kGroup, the last of each group to finish adds the group's sums.
-  int64_t groups;  // 0: not grouped
-  int64_t count;   // tiles * row_chunks; the tile runs fastest
+  int64_t count;  // tiles * row_chunks; the tile runs fastest
+  // Partial sums: one for each run, or for each channel where a row is one tile, whose block adds the channel's runs.
+  // Where the edges of tiles cut runs, each side has a sum: that of run q in tile t is number q + t.
+  int64_t added;  // runs of a channel that a block adds: join or 1
+  bool whole;     // no run is cut
+  int64_t sums;   // of one row chunk
 };
 
-constexpr int64_t kGroup = 32;
+// How the partial sums are added: a block takes `across` channels, `deep` threads each. Both are powers of two.
+struct FinishBlocks {
+  int64_t depth;  // partial sums of a channel, those of cut runs counted once
+  int across, across_bits, deep;
+  int64_t blocks;
+};
 
 // The free numbers of the host's code: any value gives right sums, and which is fastest is for a GPU to say. What
 // decided each is in docs/kernel-notes.md. With VIDFAST_TUNE a search may change them while the program runs
@@ -53,13 +61,22 @@ VIDFAST_FREE kChunks = 4096;
 // A thread's rows in a chunk, and the blocks' chunks wanted.
 VIDFAST_FREE kFewestRows = 4;
 VIDFAST_FREE kMostRows = 64;
-VIDFAST_FREE kBlocks = 1024;
-// Full loads of the device in a grid, at most.
-VIDFAST_FREE kLoads = 4;
+VIDFAST_FREE kBlocks = 512;
+// Partial sums that a thread of the finish adds: at most, where one block does it alone, and about, where more do.
+VIDFAST_FREE kAlone = 16;
+VIDFAST_FREE kShare = 8;
+// 1: the finish starts while the sweep ends, and waits for its sums (compute capability 9.0 and later); 0: behind it.
+VIDFAST_FREE kOverlap = 0;
+// 1: a warp's first batch is asked for while its channels' variances are computed.
+VIDFAST_FREE kPrefetch = 1;
 #undef VIDFAST_FREE
+
+// Vectors in a warp's chunk, of so many in all: kChunks chunks, of kFewestVectors to `most`.
+int64_t warp_vectors(int64_t all, int64_t most);
 
 PlaneChunks cut_planes(int64_t outer, int64_t channels, int64_t inner, int width);
 // back_to_back: every tensor's outer stride is channels * inner.
 RowChunks cut_rows(int64_t outer, int64_t channels, int64_t inner, int width, bool back_to_back);
+FinishBlocks cut_finish(int64_t depth, int64_t channels);
 
 }  // namespace vidfast::cuda

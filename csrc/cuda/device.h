@@ -67,31 +67,80 @@ class Residency {
   std::atomic<int> known_[kDevices] = {};
 };
 
-// Launches kernel(args) on blocks of kThreads threads.
+// Whether the current device can start a kernel while the one before it ends, asked for once.
+inline bool can_overlap() {
+#ifdef VIDFAST_EMULATION
+  return true;
+#else
+  static const bool can = [] {
+    int device = 0, major = 0, driver = 0;
+    return cudaGetDevice(&device) == cudaSuccess && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030 &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  }();
+  return can;
+#endif
+}
+
+// In a kernel: what is launched behind it with `overlap` may start as soon as all blocks have come here or ended.
+__device__ inline void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+// In a kernel launched with `overlap`: the one before has ended, and what it wrote is seen.
+__device__ inline void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Adds one to a counter, behind all that this thread wrote and before all that its block reads after a barrier; what it
+// was. A fence and an atomicAdd would order this thread against the whole device, which takes longer.
+__device__ inline unsigned count_in(unsigned* counter) {
+#ifdef __CUDA_ARCH__
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+#else
+  return atomicAdd(counter, 1u);
+#endif
+}
+
+// Asks for the 128 bytes around p, which need not be anybody's, to be in the second-level cache soon.
+__device__ inline void prefetch(const void* p) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  (void)p;
+#endif
+}
+
+// Launches kernel(args) on blocks of kThreads threads. overlap: it may start before the kernel before it has ended.
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), int64_t blocks, size_t shared, cudaStream_t stream,
-            const Args& args) {
+            const Args& args, bool overlap = false) {
   const unsigned grid = static_cast<unsigned>(blocks);
 #ifdef VIDFAST_EMULATION
   const cudaError_t status = emulation::launch([&] { kernel(args); }, grid, kThreads, shared);
   (void)stream;
+  (void)overlap;
 #else
   void* parameters[] = {const_cast<Args*>(&args)};
-  const cudaError_t status =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(kThreads), parameters, shared, stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  const cudaError_t status = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
 #endif
   if (status != cudaSuccess)
     check(status, std::string(name) + "<<<" + std::to_string(blocks) + ", " + std::to_string(kThreads) + ", " +
                       std::to_string(shared) + ">>>(" + describe(args) + ")");
-}
-
-// Launches a kernel that walks `blocks` blocks' worth of chunks: some full loads of the device, so that the hardware
-// evens out the ends, and no more.
-template <class Args>
-void launch_chunks(const char* name, void (*kernel)(Args), Residency& residency, int64_t blocks, size_t shared,
-                   cudaStream_t stream, const Args& args) {
-  const int64_t most = kLoads * residency.blocks(kernel);
-  launch(name, kernel, blocks < most ? blocks : most, shared, stream, args);
 }
 
 }  // namespace vidfast::cuda

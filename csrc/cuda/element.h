@@ -62,6 +62,38 @@ __device__ inline Acc load_as(const void* base, DType t, int64_t i) {
   }
   return 0;
 }
+// One number of a dtype known at run time as it lies in memory, not yet waited for.
+struct Raw {
+  uint64_t bits;
+  DType dtype;
+
+  __device__ Raw(const void* base, DType t, int64_t i) : dtype(t) {
+    switch (t) {
+      case DType::f64: bits = static_cast<const uint64_t*>(base)[i]; break;
+      case DType::f32: bits = static_cast<const uint32_t*>(base)[i]; break;
+      case DType::bf16:
+      case DType::f16: bits = static_cast<const uint16_t*>(base)[i]; break;
+    }
+  }
+  __device__ double value() const {
+    switch (dtype) {
+      case DType::f64: return as<double>(bits);
+      case DType::f32: return as<float>(static_cast<uint32_t>(bits));
+      case DType::bf16: return to_float(as<bf16>(static_cast<uint16_t>(bits)));
+      case DType::f16: return to_float(as<f16>(static_cast<uint16_t>(bits)));
+    }
+    return 0;
+  }
+
+ private:
+  template <class T, class Bits>
+  __device__ static T as(Bits b) {
+    T x;
+    memcpy(&x, &b, sizeof(x));
+    return x;
+  }
+};
+
 template <class Acc>
 __device__ inline void store_as(void* base, DType t, int64_t i, Acc x) {
   switch (t) {
@@ -145,8 +177,8 @@ struct Tensor {
   int64_t stride;  // between outer indices, in elements
   DType dtype;
   int bytes;           // of an element
-  int64_t row_bytes;   // RowChunks: from one (joined) row to the next,
-  int64_t step_bytes;  // and to a thread's next
+  int64_t row_bytes;   // RowChunks: from one (joined) row to the next
+  int64_t step_bytes;  // to the next row of a thread, or the next plane of a warp
 
   // The address of element i; T is this tensor's element, or Any.
   template <class T>

@@ -20,15 +20,12 @@ struct Plan {
   PlaneChunks plane_chunks;
   RowChunks row_chunks;
 
-  // Doubles and counters of the workspace: partial sums, group sums, the channels' numbers.
-  int64_t partials() const {
-    return planes ? plane_chunks.outer_blocks * plane_chunks.pieces * channels
-                  : row_chunks.row_chunks * row_chunks.sums;
-  }
-  int64_t group_sums() const { return planes ? 0 : row_chunks.groups * row_chunks.sums; }
-  int64_t counters() const { return 1 + (planes ? 0 : row_chunks.groups * row_chunks.tiles); }
-  int64_t counter_bytes() const { return (counters() * 4 + 15) / 16 * 16; }
-  int64_t bytes() const { return counter_bytes() + 8 * (partials() + group_sums()) + channels * sizeof(Channel); }
+  FinishBlocks blocks;
+
+  // The workspace: a counter, the losses of the finish's blocks, partial sums.
+  static constexpr int64_t counter_bytes = 16;
+  int64_t partials() const { return planes ? blocks.depth * channels : row_chunks.row_chunks * row_chunks.sums; }
+  int64_t bytes() const { return counter_bytes + 8 * (blocks.blocks + partials()); }
 };
 
 Plan plan(int64_t outer, int64_t channels, int64_t inner, DType mean, DType target, bool back_to_back) {
@@ -46,6 +43,10 @@ Plan plan(int64_t outer, int64_t channels, int64_t inner, DType mean, DType targ
     p.plane_chunks = cut_planes(outer, channels, inner, width);
   else
     p.row_chunks = cut_rows(outer, channels, inner, width, back_to_back);
+  const PlaneChunks& planes = p.plane_chunks;
+  const RowChunks& rows = p.row_chunks;
+  p.blocks =
+      cut_finish(p.planes ? planes.outer_blocks * planes.pieces : rows.row_chunks * rows.join / rows.added, channels);
   return p;
 }
 
@@ -71,14 +72,19 @@ Args arguments(const Problem& p, const Plan& plan, const View& grad_mean, const 
   a.inner = plan.inner;
   a.alpha = p.alpha;
   a.alpha_dtype = p.alpha_dtype;
+  a.alpha_bytes = p.channels * size_of(p.alpha_dtype);
   a.eps = p.eps;
   a.k = p.k;
   a.m = static_cast<double>(p.outer) * static_cast<double>(p.inner);
   a.n = a.m * static_cast<double>(p.channels);
   a.full = p.full;
+  a.prefetch = kPrefetch != 0;
   a.planes = plan.plane_chunks;
   a.rows = plan.row_chunks;
-  if (!plan.planes) {
+  a.blocks = plan.blocks;
+  if (plan.planes) {
+    for (Tensor* t : {&a.mean, &a.target, &a.grad_mean, &a.grad_target}) t->step_bytes = t->stride * t->bytes;
+  } else {
     const int width = width_of(p.mean.dtype, p.target.dtype);
     a.vectors = true;
     for (Tensor* t : {&a.mean, &a.target, &a.grad_mean, &a.grad_target}) {
@@ -98,21 +104,15 @@ void launch_sums(Args& a, const Plan& plan, void* loss, DType loss_dtype, void* 
   a.loss = loss;
   a.loss_dtype = loss_dtype;
   unsigned char* at = static_cast<unsigned char*>(workspace);
-  a.counters = reinterpret_cast<unsigned*>(at);
-  at += plan.counter_bytes();
-  const auto doubles = [&](int64_t n) {
-    double* here = reinterpret_cast<double*>(at);
-    at += 8 * n;
-    return here;
-  };
-  a.partials = doubles(plan.partials());
-  a.group_sums = doubles(plan.group_sums());
-  a.known = reinterpret_cast<Channel*>(at);
-  check(cudaMemsetAsync(a.counters, 0, plan.counters() * 4, stream), "cudaMemsetAsync of the counters");
+  a.counter = reinterpret_cast<unsigned*>(at);
+  a.losses = reinterpret_cast<double*>(at + plan.counter_bytes);
+  a.partials = a.losses + plan.blocks.blocks;
+  a.overlap = kOverlap != 0 && can_overlap();
   if (plan.planes)
     launch_planes(a, true, stream);
   else
     launch_rows(a, true, stream);
+  launch_finish(a, stream);
 }
 
 Plan plan_of(const Problem& p) {
@@ -199,7 +199,8 @@ void scale(const void* g, DType g_dtype, int64_t outer, int64_t row, const View&
   }
   a.outer = outer;
   a.row = row;
-  a.piece = 512 * (16 / size_of(source.dtype));  // 16 vectors a lane
+  const int64_t width = 16 / size_of(source.dtype);
+  a.piece = width * warp_vectors(outer * row / width, 512);
   a.pieces = (row + a.piece - 1) / a.piece;
   a.channels = grad_alpha == nullptr ? 0 : channels;
   a.grad_alpha = grad_alpha;

@@ -2,8 +2,8 @@
 //
 // A warp walks a chunk: up to 1024 vectors of one channel, a head and a tail of single elements where planes do not
 // begin or end on 16 bytes. Running sums are fp32 (fp64 for fp64), one for each element of a vector, of at most
-// 64 values each; a lane's are added in fp64, then the warp's, and the chunk's sum is stored. The block that
-// finishes last adds the chunks' sums of each channel. Traffic: mean and target once, each gradient once.
+// 64 values each; a lane's are added in fp64, then the warp's, and the chunk's sum is stored for the finish. Traffic:
+// mean and target once, each gradient once.
 #include "reduce.h"
 
 namespace vidfast::cuda {
@@ -22,12 +22,19 @@ struct Run {
   Acc (&sum)[W];
   unsigned char *mean, *target, *grad_mean, *grad_target;
 
-  __device__ void at(int64_t o, int64_t offset) {
+  __device__ void begin(int64_t o, int64_t offset) {
     mean = a.mean.at<M>(o * a.mean.stride + offset);
     target = a.target.at<T>(o * a.target.stride + offset);
     grad_mean = a.grad_mean.data == nullptr ? nullptr : a.grad_mean.at<M>(o * a.grad_mean.stride + offset);
     grad_target =
         Sum || a.grad_target.data == nullptr ? nullptr : a.grad_target.at<T>(o * a.grad_target.stride + offset);
+  }
+  // The same run of the next outer index.
+  __device__ void next() {
+    mean += a.mean.step_bytes;
+    target += a.target.step_bytes;
+    if (grad_mean != nullptr) grad_mean += a.grad_mean.step_bytes;
+    if (!Sum && grad_target != nullptr) grad_target += a.grad_target.step_bytes;
   }
   __device__ unsigned char* element(unsigned char* base, const Tensor& t, int i, int known) const {
     return base + i * (P::any ? t.bytes : known);
@@ -43,6 +50,16 @@ struct Run {
     if (grad_mean != nullptr) store_element<M>(element(grad_mean, a.mean, i, mean_bytes), a.mean.dtype, gradient);
     if (!Sum && grad_target != nullptr)
       store_element<T>(element(grad_target, a.target, i, target_bytes), a.target.dtype, -gradient);
+  }
+
+  // The first batch of n elements.
+  __device__ void prefetch_start(int lane, int n) const {
+    const auto line = [&](const unsigned char* from, int i, int bytes) {
+      return 128 * i < n * bytes ? from + 128 * i : nullptr;
+    };
+    prefetch_batch<M, T>(
+        lane, [&](int u, int i) { return line(mean, u * (kWarp * W * mean_bytes / 128) + i, mean_bytes); },
+        [&](int u, int i) { return line(target, u * (kWarp * W * target_bytes / 128) + i, target_bytes); });
   }
 
   __device__ void walk(int lane, int n) {
@@ -105,55 +122,43 @@ __global__ void __launch_bounds__(kThreads, (Pair<M, T>::any ? 2 : 3)) planes(co
   using Acc = typename Pair<M, T>::Acc;
   constexpr int W = Pair<M, T>::width;
   const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
   const PlaneChunks& cut = a.planes;
-  const double gk = incoming<Sum>(a);
+  begin_sweep<Sum>(a);
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (chunk >= cut.count) return;
+  const int64_t piece = chunk % cut.pieces;
+  const int64_t c = chunk / cut.pieces % a.channels;
+  const int64_t block = chunk / cut.pieces / a.channels;
+  const int64_t begin = piece * cut.piece;
+  const int n = static_cast<int>(begin + cut.piece < a.inner ? cut.piece : a.inner - begin);
+  const int planes = static_cast<int>((block + 1) * cut.outer < a.outer ? cut.outer : a.outer - block * cut.outer);
 
-  for (int64_t chunk = static_cast<int64_t>(blockIdx.x) * kWarps + warp; chunk < cut.count;
-       chunk += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const int64_t piece = chunk % cut.pieces;
-    const int64_t c = chunk / cut.pieces % a.channels;
-    const int64_t block = chunk / cut.pieces / a.channels;
-    const bool first = piece == 0 && block == 0;
-    Acc scale = 0;
-    if (first && lane == 0) once_per_channel<Sum>(a, c, gk);
-    if (!Sum || a.grad_mean.data != nullptr) scale = static_cast<Acc>(gk / variance(a, c));
-    const int64_t begin = piece * cut.piece;
-    const int n = static_cast<int>(begin + cut.piece < a.inner ? cut.piece : a.inner - begin);
-    const int64_t stop = (block + 1) * cut.outer < a.outer ? (block + 1) * cut.outer : a.outer;
-    Acc sum[W] = {};
-    Run<M, T, Sum> run{a, scale, sum, nullptr, nullptr, nullptr, nullptr};
-    for (int64_t o = block * cut.outer; o < stop; ++o) {
-      run.at(o, c * a.inner + begin);
-      run.walk(lane, n);
-    }
-    if constexpr (Sum) {
-      double total = 0;
-#pragma unroll
-      for (int e = 0; e < W; ++e) total += static_cast<double>(sum[e]);
-      total = warp_sum(total);
-      if (lane == 0) a.partials[(block * cut.pieces + piece) * a.channels + c] = total;
-    }
+  Acc sum[W] = {};
+  Run<M, T, Sum> run{a, Acc(0), sum, nullptr, nullptr, nullptr, nullptr};
+  run.begin(block * cut.outer, c * a.inner + begin);
+  if (!Sum || a.grad_mean.data != nullptr) {
+    if (a.prefetch) run.prefetch_start(lane, n);
+    const Scale<Sum> scale(a, c);
+    run.scale = static_cast<Acc>(scale.value());
+    if (!Sum && piece == 0 && block == 0 && lane == 0) write_grad_alpha(a, c, scale.gk());
   }
-
+  for (int left = planes; left > 0; --left) {
+    run.walk(lane, n);
+    run.next();
+  }
   if constexpr (Sum) {
-    if (!last_to_arrive(a.counters, gridDim.x)) return;
-    const int64_t count = cut.outer_blocks * cut.pieces;
-    finish(a, count, [&](int64_t c, int lane_of_channel, int lanes) {
-      double s = 0;
-#pragma unroll kReduceUnroll
-      for (int64_t i = lane_of_channel; i < count; i += lanes) s += __ldcg(a.partials + i * a.channels + c);
-      return s;
-    });
+    double total = 0;
+#pragma unroll
+    for (int e = 0; e < W; ++e) total += static_cast<double>(sum[e]);
+    total = warp_sum(total);
+    if (lane == 0) a.partials[(block * cut.pieces + piece) * a.channels + c] = total;
   }
 }
 
 template <class M, class T, bool Sum>
 void launch_pair(const Args& a, cudaStream_t stream) {
-  static Residency residency;
   const int64_t blocks = (a.planes.count + kWarps - 1) / kWarps;
-  launch_chunks(Sum ? "planes (forward)" : "planes (backward)", &planes<M, T, Sum>, residency, blocks,
-                Sum ? kFinishBytes : 0, stream, a);
+  launch(Sum ? "planes (forward)" : "planes (backward)", &planes<M, T, Sum>, blocks, 0, stream, a);
 }
 
 }  // namespace

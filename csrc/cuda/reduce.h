@@ -1,53 +1,14 @@
-// From partial sums to the loss and d/d alpha: the last block to finish does it, in an order that is the same
-// whichever block that is.
+// What the kernels share: sums over threads, and the numbers of one channel.
 #pragma once
 
 #include "args.h"
 
 namespace vidfast::cuda {
 
-// Enough loads in flight to hide a good part of their latency.
-constexpr int kReduceUnroll = 8;
-
 __device__ inline double warp_sum(double x) {
 #pragma unroll
   for (int d = kWarp / 2; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
   return x;
-}
-
-// Whether this block is the last of `expected` to come here; if so it sees what all of them wrote before.
-// Called by all threads of a block.
-__device__ inline bool last_to_arrive(unsigned* counter, unsigned expected) {
-  __threadfence();  // what this thread wrote comes before the count
-  __syncthreads();  // of all threads
-  const int last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(counter, 1u) == expected - 1);
-  if (last) __threadfence();  // and what is read now comes after it
-  return last != 0;
-}
-
-__device__ inline Channel channel(const Args& a, int64_t c) {
-  return channel_of(load_as<double>(a.alpha, a.alpha_dtype, c), a.eps);
-}
-
-// The variance alone: what is not asked for is not computed.
-__device__ inline double variance(const Args& a, int64_t c) { return channel(a, c).variance; }
-
-// What one thread does for each channel: its numbers for the last block, or (backward) d/d alpha at once.
-template <bool Sum>
-__device__ inline void once_per_channel(const Args& a, int64_t c, double gk) {
-  if constexpr (Sum)
-    a.known[c] = channel(a, c);
-  else if (a.grad_alpha_out != nullptr)
-    store_as(a.grad_alpha_out, a.alpha_dtype, c, gk * channel_grad_alpha(channel(a, c), a.saved_sum_sq[c], a.m));
-}
-
-// k, times the incoming gradient where there is one.
-template <bool Sum>
-__device__ inline double incoming(const Args& a) {
-  if constexpr (Sum)
-    return a.k;
-  else
-    return load_as<double>(a.g, a.g_dtype, 0) * a.k;
 }
 
 // The sum of `value` over the threads `stride` apart, in thread `i` < stride; others get something else.
@@ -65,32 +26,78 @@ __device__ inline double strided_sum(double* scratch, double value, int stride) 
   return sum;
 }
 
-// Writes all that depends on the sums S_c. share(c, lane, lanes) is one lane's part of S_c. Called by all threads
-// of the last block, with kThreads doubles of shared memory that nobody uses any more.
-template <class Share>
-__device__ inline void finish(const Args& a, int64_t shares, const Share& share) {
-  double* scratch = reinterpret_cast<double*>(shared_memory());
-  // As many lanes as there are idle threads and shares for them.
-  int lanes = 1;
-  while (lanes < kThreads && lanes < shares && 2 * lanes * a.channels <= kThreads) lanes *= 2;
-  const int abreast = kThreads / lanes;
-  const int lane = threadIdx.x / abreast;
-  double loss = 0;
-  for (int64_t first = 0; first < a.channels; first += abreast) {
-    const int64_t c = first + threadIdx.x % abreast;
-    double s = c < a.channels ? share(c, lane, lanes) : 0.0;
-    if (lanes > 1) s = strided_sum(scratch, s, abreast);
-    if (lane == 0 && c < a.channels) {
-      const Channel ch{__ldcg(&a.known[c].variance), __ldcg(&a.known[c].log_variance), __ldcg(&a.known[c].sigmoid)};
-      if (a.sum_sq != nullptr) a.sum_sq[c] = s;
-      if (a.grad_alpha != nullptr) a.grad_alpha[c] = a.k * channel_grad_alpha(ch, s, a.m);
-      loss += channel_loss(ch, s, a.m);
-    }
-  }
-  loss = strided_sum(scratch, loss, 1);
-  if (threadIdx.x == 0) store_as(a.loss, a.loss_dtype, 0, total_loss(loss, a.k, a.n, a.full));
+// The sum of `value` over the block, in thread 0; others get something else. scratch: [kWarps]. Called by all threads.
+__device__ inline double block_sum(double* scratch, double value) {
+  value = warp_sum(value);
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  double sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += scratch[w];
+  __syncthreads();
+  return sum;
 }
 
-constexpr size_t kFinishBytes = kThreads * sizeof(double);
+// Whether this block is the last of `expected` to come here; if so it sees what thread 0 of each wrote before.
+// Called by all threads of a block.
+__device__ inline bool last_to_arrive(unsigned* counter, unsigned expected) {
+  bool last = false;
+  if (threadIdx.x == 0) last = count_in(counter) == expected - 1;
+  return __syncthreads_or(last) != 0;
+}
+
+// alpha of a channel and, without sums, the incoming gradient, on their way.
+template <bool Sum>
+struct Scale {
+  const Args& a;
+  Raw alpha, g;
+
+  __device__ Scale(const Args& args, int64_t c)
+      : a(args),
+        alpha(args.alpha, args.alpha_dtype, c),
+        g(Sum ? args.alpha : args.g, Sum ? args.alpha_dtype : args.g_dtype, Sum ? c : 0) {}
+  // k, times the incoming gradient where there is one.
+  __device__ double gk() const { return Sum ? a.k : g.value() * a.k; }
+  // That over the channel's variance; what else there is of the channel is not computed.
+  __device__ double value() const { return gk() / channel_of(alpha.value(), a.eps).variance; }
+};
+
+// Backward: d/d alpha of a channel, by one thread, if it is wanted.
+__device__ inline void write_grad_alpha(const Args& a, int64_t c, double gk) {
+  if (a.grad_alpha_out == nullptr) return;
+  const Channel ch = channel_of(Raw(a.alpha, a.alpha_dtype, c).value(), a.eps);
+  store_as(a.grad_alpha_out, a.alpha_dtype, c, gk * channel_grad_alpha(ch, a.saved_sum_sq[c], a.m));
+}
+
+// A sweep with sums begins: the finish may come, will count from zero, and wants alpha of the first channels soon.
+template <bool Sum>
+__device__ inline void begin_sweep(const Args& a) {
+  if constexpr (Sum) {
+    let_next_start();
+    if (blockIdx.x > 0) return;
+    if (threadIdx.x == 0) *a.counter = 0;
+    if (threadIdx.x * 128 < a.alpha_bytes) prefetch(static_cast<const unsigned char*>(a.alpha) + threadIdx.x * 128);
+  }
+}
+
+// The 128-byte lines of a warp's first batch of loads: on their way while the channel's variance is computed. A batch
+// has up to 32 lines, one for each lane: `mean` and `target` are called with a line's vector and the line in it, and
+// give its address, or null beyond the end.
+template <class M, class T, class Mean, class Target>
+__device__ inline void prefetch_batch(int lane, const Mean& mean, const Target& target) {
+  using P = Pair<M, T>;
+  if constexpr (!P::any) {
+    constexpr int of_mean = kWarp * P::width * static_cast<int>(sizeof(M)) / 128;  // lines of a vector a lane
+    constexpr int of_target = kWarp * P::width * static_cast<int>(sizeof(T)) / 128;
+    static_assert(P::batch * (of_mean + of_target) <= kWarp, "a line a lane");
+    const int other = lane - P::batch * of_mean;
+    const unsigned char* line = nullptr;
+    if (other < 0)
+      line = mean(lane / of_mean, lane % of_mean);
+    else if (other < P::batch * of_target)
+      line = target(other / of_target, other % of_target);
+    if (line != nullptr) prefetch(line);
+  }
+}
 
 }  // namespace vidfast::cuda

@@ -10,11 +10,6 @@
 namespace vidfast::cuda {
 namespace {
 
-// Runs that a tile of columns meets: each of them has a scale in shared memory.
-__host__ __device__ inline int64_t most_runs(int64_t tile, int64_t inner) {
-  return inner == 1 ? tile : (tile - 1) / inner + 2;
-}
-
 // One thread's columns of a chunk.
 template <class M, class T, bool Sum>
 struct Columns {
@@ -96,11 +91,52 @@ struct Columns {
   }
 };
 
-// sums [down, tile] of the columns -> one sum for each of the tile's `runs` runs; the first begins `phase` columns
-// before the tile. Called by all threads.
+// Where a block is. It lies in shared memory: registers are for the vectors.
+struct Place {
+  int64_t tile, tile_begin;                  // the tile, its first column
+  int64_t row_chunk, begin, complete, stop;  // the chunk's rows, those of them that are complete
+  int64_t first_run;                         // the run of the tile's first column, which lies
+  int phase;                                 // so many columns into it
+  int columns, runs;                         // of the tile
+
+  __device__ void find(const RowChunks& cut, int64_t inner) {
+    const unsigned tiles = static_cast<unsigned>(cut.tiles);  // fewer than blocks
+    row_chunk = blockIdx.x / tiles;
+    tile = blockIdx.x % tiles;
+    tile_begin = tile * cut.tile;
+    begin = row_chunk * cut.chunk_rows;
+    stop = begin + cut.chunk_rows < cut.rows ? begin + cut.chunk_rows : cut.rows;
+    complete = stop < cut.complete_rows ? stop : cut.complete_rows;
+    first_run = tile_begin / inner;
+    phase = static_cast<int>(tile_begin - first_run * inner);
+    columns = static_cast<int>(cut.columns - tile_begin < cut.tile ? cut.columns - tile_begin : cut.tile);
+    runs = static_cast<int>(static_cast<unsigned>(phase + columns - 1) / static_cast<unsigned>(inner)) + 1;
+  }
+};
+
+// Lines of a warp's first batch of rows.
+template <class M, class T>
+__device__ inline void prefetch_start(const Args& a, const Place& place, int x, int y, int lane) {
+  constexpr int W = Pair<M, T>::width;
+  if constexpr (!Pair<M, T>::any) {
+    const int down = a.rows.down;
+    const auto line = [&](const Tensor& t, int u, int i, int bytes) -> const unsigned char* {
+      const int column = x * kWarp * W + i * 128 / bytes;
+      const int64_t row = place.begin + y + u * down;
+      if (column >= place.columns || row >= place.complete) return nullptr;
+      return t.data + row * t.row_bytes + (place.tile_begin + column) * bytes;
+    };
+    prefetch_batch<M, T>(
+        lane, [&](int u, int i) { return line(a.mean, u, i, sizeof(M)); },
+        [&](int u, int i) { return line(a.target, u, i, sizeof(T)); });
+  }
+}
+
+// sums [down, tile] of the columns -> one sum for each of `runs` runs, the first of which begins `phase` columns before
+// the tile; to each of them is `added` what lies `runs` runs further on, so many times less one. Called by all threads.
 template <class Acc>
-__device__ inline void add_columns(const Acc* sums, int tile, int down, int columns, int runs, int phase, int64_t inner,
-                                   double* out) {
+__device__ inline void add_columns(const Acc* sums, int tile, int down, int columns, int runs, int added, int phase,
+                                   int64_t inner, double* out) {
   int lanes = 1;
   while (lanes < kWarp && lanes < inner && 2 * lanes * runs <= kThreads) lanes *= 2;
   const int abreast = kThreads / lanes;
@@ -108,8 +144,8 @@ __device__ inline void add_columns(const Acc* sums, int tile, int down, int colu
   for (int first = 0; first < runs; first += abreast) {  // all threads go round equally often: they shuffle
     const int run = first + threadIdx.x / lanes;
     double s = 0;
-    if (run < runs) {
-      const int64_t start = run * inner - phase;
+    for (int more = run < runs ? 0 : added; more < added; ++more) {
+      const int64_t start = (run + more * runs) * inner - phase;
       const int begin = start > 0 ? static_cast<int>(start) : 0;
       const int end = start + inner < columns ? static_cast<int>(start + inner) : columns;
       for (int j = begin + lane; j < end; j += lanes)
@@ -120,28 +156,6 @@ __device__ inline void add_columns(const Acc* sums, int tile, int down, int colu
   }
 }
 
-// Where a block is. It lies in shared memory: registers are for the vectors.
-struct Place {
-  int64_t tile, tile_begin;                  // the tile, its first column
-  int64_t row_chunk, begin, complete, stop;  // the chunk's rows, those of them that are complete
-  int64_t first_run;                         // the run of the tile's first column, which lies
-  int phase;                                 // so many columns into it
-  int columns, runs;                         // of the tile
-
-  __device__ void find(const RowChunks& cut, int64_t chunk, int64_t inner) {
-    tile = chunk % cut.tiles;
-    tile_begin = tile * cut.tile;
-    row_chunk = chunk / cut.tiles;
-    begin = row_chunk * cut.chunk_rows;
-    stop = begin + cut.chunk_rows < cut.rows ? begin + cut.chunk_rows : cut.rows;
-    complete = stop < cut.complete_rows ? stop : cut.complete_rows;
-    first_run = tile_begin / inner;
-    phase = static_cast<int>(tile_begin - first_run * inner);
-    columns = static_cast<int>(cut.columns - tile_begin < cut.tile ? cut.columns - tile_begin : cut.tile);
-    runs = static_cast<int>((phase + columns - 1) / inner) + 1;
-  }
-};
-
 template <class M, class T, bool Sum>
 __global__ void __launch_bounds__(kThreads, (Pair<M, T>::any ? 2 : 3)) rows(const __grid_constant__ Args a) {
   using Acc = typename Pair<M, T>::Acc;
@@ -150,107 +164,75 @@ __global__ void __launch_bounds__(kThreads, (Pair<M, T>::any ? 2 : 3)) rows(cons
   const int tile = static_cast<int>(cut.tile);
   Place& place = *reinterpret_cast<Place*>(shared_memory());
   Acc* scales = reinterpret_cast<Acc*>(&place + 1);  // [most_runs]
-  Acc* sums = scales + most_runs(tile, a.inner);     // [down, tile]
+  Acc* sums = scales + cut.most_runs;                // [down, tile]
   const bool gradients = !Sum || a.grad_mean.data != nullptr;
+  const int lane = threadIdx.x % kWarp;
+  const int x = (threadIdx.x / kWarp) & (cut.across - 1);
+  const int y = (threadIdx.x / kWarp) >> cut.across_bits;
 
-  for (int64_t chunk = blockIdx.x; chunk < cut.count; chunk += gridDim.x) {
-    __syncthreads();  // the chunk before has been read
-    bool same_tile = chunk != blockIdx.x && gridDim.x % cut.tiles == 0;
-    if (threadIdx.x == 0) place.find(cut, chunk, a.inner);
-    __syncthreads();
-    if ((gradients && !same_tile) || place.row_chunk == 0) {
-      const double gk = incoming<Sum>(a);
-      for (int i = threadIdx.x; i < place.runs; i += kThreads) {
-        const int64_t run = place.first_run + i;
-        // A channel is met first where its first run begins.
-        if (place.row_chunk == 0 && run < a.channels && (i > 0 || place.phase == 0)) once_per_channel<Sum>(a, run, gk);
-        if (gradients) scales[i] = static_cast<Acc>(gk / variance(a, run % a.channels));
-      }
-      __syncthreads();
-    }
-
-    const int lane = threadIdx.x % kWarp;
-    const int x = threadIdx.x / kWarp % cut.across;
-    const int y = threadIdx.x / kWarp / cut.across;
-    Columns<M, T, Sum> mine{a, place.tile_begin, 0, 0, {}, {}};
-    mine.first = a.vectors ? (x * kWarp + lane) * W : x * kWarp * W + lane;
-    mine.step = a.vectors ? 1 : kWarp;
+  begin_sweep<Sum>(a);
+  {
+    Place here;
+    here.find(cut, a.inner);
+    if (threadIdx.x == 0) place = here;
     if (gradients) {
-      const int inner = static_cast<int>(a.inner);
-      int run = (place.phase + mine.first) / inner;
-      int in_run = place.phase + mine.first - run * inner;
-#pragma unroll
-      for (int e = 0; e < W; ++e) {
-        if (mine.first + e * mine.step < place.columns) mine.scale[e] = scales[run];
-        in_run += mine.step;
-        if (in_run >= inner) {
-          const int over = mine.step == 1 ? 1 : in_run / inner;
-          run += over;
-          in_run -= over * inner;
-        }
-      }
-    }
-    if (a.vectors) {
-      mine.vectors(place.begin + y, place.complete, cut.down);
-    } else {
-      for (int64_t row = place.begin + y; row < place.complete; row += cut.down) mine.edge(row, cut.columns);
-    }
-    // The last row of joined ones may be incomplete.
-    if (place.complete < place.stop && (cut.complete_rows - place.begin) % cut.down == y)
-      mine.edge(cut.complete_rows, (a.outer - cut.complete_rows * cut.join) * a.channels * a.inner);
-
-    if constexpr (Sum) {
-#pragma unroll
-      for (int e = 0; e < W; ++e) sums[y * tile + mine.first + e * mine.step] = mine.sum[e];
-      __syncthreads();
-      const int64_t at = place.first_run + place.tile;
-      const int runs = place.runs;
-      add_columns(sums, tile, cut.down, place.columns, runs, place.phase, a.inner,
-                  a.partials + place.row_chunk * cut.sums + at);
-      if (cut.groups > 0) {
-        const int64_t group = place.row_chunk / kGroup;
-        const int64_t end = (group + 1) * kGroup < cut.row_chunks ? (group + 1) * kGroup : cut.row_chunks;
-        unsigned* counter = a.counters + 1 + place.tile * cut.groups + group;
-        if (last_to_arrive(counter, static_cast<unsigned>(end - group * kGroup))) {
-          for (int i = threadIdx.x; i < runs; i += kThreads) {
-            double s = 0;
-#pragma unroll kReduceUnroll
-            for (int64_t r = group * kGroup; r < end; ++r) s += __ldcg(a.partials + r * cut.sums + at + i);
-            a.group_sums[group * cut.sums + at + i] = s;
-          }
-        }
+      if (a.prefetch) prefetch_start<M, T>(a, here, x, y, lane);
+      for (int i = threadIdx.x; i < here.runs; i += kThreads) {
+        const int64_t run = here.first_run + i;
+        const Scale<Sum> scale(a, run < a.channels ? run : run % a.channels);
+        scales[i] = static_cast<Acc>(scale.value());
+        // A channel is met first where its first run begins.
+        if (!Sum && here.row_chunk == 0 && run < a.channels && (i > 0 || here.phase == 0))
+          write_grad_alpha(a, run, scale.gk());
       }
     }
   }
+  __syncthreads();
+
+  Columns<M, T, Sum> mine{a, place.tile_begin, 0, 0, {}, {}};
+  mine.first = a.vectors ? (x * kWarp + lane) * W : x * kWarp * W + lane;
+  mine.step = a.vectors ? 1 : kWarp;
+  if (gradients) {
+    const int inner = static_cast<int>(a.inner);
+    int run = (place.phase + mine.first) / inner;
+    int in_run = place.phase + mine.first - run * inner;
+#pragma unroll
+    for (int e = 0; e < W; ++e) {
+      if (mine.first + e * mine.step < place.columns) mine.scale[e] = scales[run];
+      in_run += mine.step;
+      if (in_run >= inner) {
+        const int over = mine.step == 1 ? 1 : in_run / inner;
+        run += over;
+        in_run -= over * inner;
+      }
+    }
+  }
+  if (a.vectors) {
+    mine.vectors(place.begin + y, place.complete, cut.down);
+  } else {
+    for (int64_t row = place.begin + y; row < place.complete; row += cut.down) mine.edge(row, cut.columns);
+  }
+  // The last row of joined ones may be incomplete.
+  if (place.complete < place.stop && (cut.complete_rows - place.begin) % cut.down == y)
+    mine.edge(cut.complete_rows, (a.outer - cut.complete_rows * cut.join) * a.channels * a.inner);
 
   if constexpr (Sum) {
-    if (!last_to_arrive(a.counters, gridDim.x)) return;
-    const double* from = cut.groups > 0 ? a.group_sums : a.partials;
-    const int64_t shares = (cut.groups > 0 ? cut.groups : cut.row_chunks) * cut.join;
-    finish(a, shares, [&](int64_t c, int lane_of_channel, int lanes) {
-      double s = 0;
-#pragma unroll kReduceUnroll
-      for (int64_t i = lane_of_channel; i < shares; i += lanes) {
-        const int64_t set = cut.join == 1 ? i : i / cut.join;
-        const int64_t run = (i - set * cut.join) * a.channels + c;
-        const int64_t last = ((run + 1) * a.inner - 1) / cut.tile;
-        for (int64_t in = run * a.inner / cut.tile; in <= last; ++in) s += __ldcg(from + set * cut.sums + run + in);
-      }
-      return s;
-    });
+#pragma unroll
+    for (int e = 0; e < W; ++e) sums[y * tile + mine.first + e * mine.step] = mine.sum[e];
+    __syncthreads();
+    const int64_t at = place.first_run + (cut.whole ? 0 : place.tile);
+    add_columns(sums, tile, cut.down, place.columns, place.runs / static_cast<int>(cut.added),
+                static_cast<int>(cut.added), place.phase, a.inner, a.partials + place.row_chunk * cut.sums + at);
   }
 }
 
 template <class M, class T, bool Sum>
 void launch_pair(const Args& a, cudaStream_t stream) {
   using Acc = typename Pair<M, T>::Acc;
-  static Residency residency;
-  const size_t scales = most_runs(a.rows.tile, a.inner) * sizeof(Acc);
+  const size_t scales = a.rows.most_runs * sizeof(Acc);
   const size_t sums = Sum ? a.rows.down * a.rows.tile * sizeof(Acc) : 0;
-  const size_t chunk = sizeof(Place) + scales + sums;
-  const size_t shared = Sum && chunk < kFinishBytes ? kFinishBytes : chunk;
-  launch_chunks(Sum ? "rows (forward)" : "rows (backward)", &rows<M, T, Sum>, residency, a.rows.count, shared, stream,
-                a);
+  launch(Sum ? "rows (forward)" : "rows (backward)", &rows<M, T, Sum>, a.rows.count, sizeof(Place) + scales + sums,
+         stream, a);
 }
 
 }  // namespace

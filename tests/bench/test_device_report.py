@@ -250,12 +250,12 @@ def test_tuning_shows_what_differs_beyond_the_spread(tmp_path: Path) -> None:
     def row(provider: str, seconds: float) -> Row:
         return stored_row(provider, samples(seconds), suite="tuning", graph=True)
 
-    rows = [row("copy", 1e-4), row("as built", 1e-4), row("kLoads=1", 2e-4), row("kLoads=2", 1e-4)]
+    rows = [row("copy", 1e-4), row("as built", 1e-4), row("kShare=4", 2e-4), row("kShare=16", 1e-4)]
     rows += [row("kPlane=256", 8e-5), row("kBlocks=512", 1e-4)]
     table = device.tuning(run_of(tmp_path, rows))
-    assert list(table.header) == ["case", "as built", "kLoads", "kPlane", "kBlocks"]
+    assert list(table.header) == ["case", "as built", "kShare", "kPlane", "kBlocks"]
     assert [list(cells) for cells in table.rows] == [
-        ["8x4x2x2 float32", "100 us", "1: -50%", "256: +25%", "tie"]
+        ["8x4x2x2 float32", "100 us", "4: -50%", "256: +25%", "tie"]
     ]
 
 

@@ -21,11 +21,14 @@ STORED = sorted((ROOT / "bench" / "results").glob("*.json*"))
 HEADING = "## Defaults, and what decided them"
 # Rules of the kernels themselves, which no search changes.
 FIXED = (
-    ("kGroup", "csrc/cuda/chunks.h", r"^constexpr int64_t kGroup = (\d+);"),
     ("kWarps", "csrc/cuda/device.h", r"^constexpr int kWarps = (\d+);"),
-    ("kReduceUnroll", "csrc/cuda/reduce.h", r"^constexpr int kReduceUnroll = (\d+);"),
+    ("kReduceUnroll", "csrc/cuda/finish.cu", r"^constexpr int kReduceUnroll = (\d+);"),
     ("bytes of loads that a thread has in flight", "csrc/cuda/element.h", r"int batch = any \? 2 : (\d+) /"),
-    ("vectors of a warp's piece in `scale`", "csrc/cuda/gaussian_nll.cu", r"a\.piece = (\d+) \*"),
+    (
+        "most vectors of a warp's piece in `scale`",
+        "csrc/cuda/gaussian_nll.cu",
+        r"outer \* row / width, (\d+)\);",
+    ),
 )
 # Said as long as no run on a GPU is stored, and not a day longer.
 UNMEASURED = {

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-SOURCES = ("planes", "rows", "scale", "alpha")
+SOURCES = ("planes", "rows", "scale", "alpha", "finish")
 ARCHES = os.environ.get("VIDFAST_TEST_ARCHES", "90").split(",")
 BYTES = {"float": 4, "double": 8, "__nv_bfloat16": 2, "__half": 2}
 
@@ -106,22 +106,23 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_every_kernel_is_there(built: Built) -> None:
-    """Two mappings, nine pairs, with and without sums; four dtypes of scale; alpha alone."""
+    """Two mappings, nine pairs, with and without sums; two finishes; four dtypes of scale; alpha alone."""
     count = {
-        m: sum(k.mapping == m for k in built.kernels) for m in ("planes", "rows", "scale_rows", "alpha_only")
+        m: sum(k.mapping == m for k in built.kernels)
+        for m in ("planes", "rows", "finish", "scale_rows", "alpha_only")
     }
-    assert count == {"planes": 18, "rows": 18, "scale_rows": 4, "alpha_only": 1}
+    assert count == {"planes": 18, "rows": 18, "finish": 2, "scale_rows": 4, "alpha_only": 1}
 
 
 def test_registers_and_spills_are_in_budget(built: Built) -> None:
-    """Three blocks of 256 threads on a multiprocessor need at most 80 registers; the rare pairs have two blocks.
-
-    Some 16-bit kernels spill a few numbers around their loops (test_loops_do_not_spill: never within).
-    """
+    """Three blocks of 256 threads on a multiprocessor need at most 80 registers; the rare pairs have two blocks."""
     over = []
     for k in built.kernels:
-        registers = {"scale_rows": 64, "alpha_only": 48}.get(k.mapping, 128 if "Any" in k.pair else 80)
-        if k.registers > registers or k.stack > 48 or k.spill_loads > 128:
+        registers = {"scale_rows": 64, "alpha_only": 48, "finish": 72}.get(
+            k.mapping, 128 if "Any" in k.pair else 80
+        )
+        spills = 16 if k.mapping == "finish" else 0  # around its divisions, which are calls
+        if k.registers > registers or k.stack > spills or k.spill_loads > spills:
             over.append(k)
     assert not over, "\n".join(map(str, over))
 

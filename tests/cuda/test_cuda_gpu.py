@@ -101,8 +101,8 @@ def test_a_graph_replays_beside_eager_work_on_another_stream(strategy: str) -> N
         assert same(eager, want_beside)
 
 
-@pytest.mark.parametrize(("strategy", "most"), [("one_pass", 2), ("two_pass", 2)])
-def test_two_kernels_a_step(strategy: str, most: int) -> None:
+@pytest.mark.parametrize(("strategy", "most"), [("one_pass", 3), ("two_pass", 3)])
+def test_three_kernels_a_step(strategy: str, most: int) -> None:
     mean, target, alpha = problem((32, 128, 14, 14))
     run = step([mean, target, alpha], strategy)
     run()
@@ -112,7 +112,7 @@ def test_two_kernels_a_step(strategy: str, most: int) -> None:
     names = [e.name for e in profile.events() if e.device_type == torch.profiler.DeviceType.CUDA]
     ours = [n for n in names if "vidfast" in n]
     assert len(ours) == most, names
-    assert sum("memset" in n.lower() for n in names) <= 1, names
+    assert not [n for n in names if "memset" in n.lower()], names
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")

@@ -263,8 +263,11 @@ int main(int argc, char** argv) {
       {"logits", 33, 1000, 1},
       {"one row", 1, 1000, 1},
       {"narrow rows, strided", 301, 6, 1, 2},
-      {"groups of row chunks", 20011, 8, 1},
-      {"groups of row chunks, small planes", 4000, 3, 9},
+      {"many row chunks", 20011, 8, 1},
+      {"many row chunks, small planes", 4000, 3, 9},
+      {"planes wider than a tile", 129, 3, 343},
+      {"many channels in several chunks", 65, 520, 1},
+      {"many channels, cut", 40, 300, 49},
       {"one element", 1, 1, 1},
   };
   const DType dtypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 
-KERNELS = ("planes.cu", "rows.cu", "scale.cu", "alpha.cu", "gaussian_nll.cu", "chunks.cpp")
+KERNELS = ("planes.cu", "rows.cu", "scale.cu", "alpha.cu", "finish.cu", "gaussian_nll.cu", "chunks.cpp")
 F32_ONLY = ("-DVIDFAST_CUDA_PAIRS(X)=X(float, float)",)
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
 FLAGS = (

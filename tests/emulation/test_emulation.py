@@ -60,12 +60,15 @@ class Break:
 
 BREAKS = {
     "the barrier before columns are added": Break(
-        "rows.cu", "mine.sum[e];\n      __syncthreads();", "mine.sum[e];"
+        "rows.cu", "mine.sum[e];\n    __syncthreads();", "mine.sum[e];"
     ),
-    "the barrier before the last block counts itself": Break("reduce.h", "  __syncthreads();  // of all threads\n", ""),
     "the barrier after the scales": Break(
-        "rows.cu", "      __syncthreads();\n    }\n\n    const int lane", "    }\n\n    const int lane"
+        "rows.cu", "  __syncthreads();\n\n  Columns<M, T, Sum> mine", "\n  Columns<M, T, Sum> mine"
     ),
+    "a barrier between the steps of a sum": Break(
+        "reduce.h", "    __syncthreads();\n    if (i < half)", "    if (i < half)"
+    ),
+    "the counter is not set": Break("reduce.h", "*a.counter = 0", "*a.counter = *a.counter"),
     "a column too many": Break("rows.cu", "if (column < limit)", "if (column <= limit)", sanitized=True),
     "a vector too many": Break("planes.cu", "if (v < count) {", "if (v <= count) {", sanitized=True),
     "a vector too few": Break("planes.cu", "if (v >= count) continue;", "if (v + 1 >= count) continue;"),
@@ -74,7 +77,12 @@ BREAKS = {
     "a shuffle without some lanes": Break(
         "planes.cu", "total = warp_sum(total);", "if (lane > 0) total = warp_sum(total);"
     ),
-    "the sum of a cut run on one side only": Break("rows.cu", "in <= last; ++in", "in < last; ++in"),
+    "the sum of a cut run on one side only": Break(
+        "finish.cu", "(parts.more == 0) y[u] = 0;\n    } else", "(parts.more <= 1) y[u] = 0;\n    } else"
+    ),
+    "the sum of a run cut twice": Break("finish.cu", "p <= parts.more; ++p", "p < parts.more; ++p"),
+    "one of several runs that a block adds": Break("rows.cu", "more < added; ++more", "more + 1 < added; ++more"),
+    "a partial sum too few": Break("finish.cu", "deep < depth) s +=", "deep + 1 < depth) s +="),
 }  # fmt: skip
 
 
@@ -105,7 +113,7 @@ def test_a_broken_kernel_is_found(
     found = text.count(broken.old)
     assert found == 1, f"{broken.file} has changed: {broken.old!r} is there {found} times"
     file.write_text(text.replace(broken.old, broken.new))
-    names = ["planes.cu", "rows.cu"] if broken.file.endswith(".h") else [broken.file]
+    names = ["planes.cu", "rows.cu", "finish.cu"] if broken.file.endswith(".h") else [broken.file]
     sanitize = SANITIZE if broken.sanitized else ()
     changed = compile_all(
         [csrc / "cuda" / n for n in names], tmp_path / "objects", csrc, (*F32_ONLY, *sanitize)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import vidfast
-from bench.gpu.tuning import GRID, free_number, missing
+from bench.gpu.tuning import GRID, TOGETHER, free_number, free_numbers, missing, named
 from vidfast import dispatch
 from vidfast.backends.cuda import CudaBackend
 
 CHUNKS = Path(__file__).parents[2] / "csrc" / "cuda" / "chunks.h"
-# Planes, pieces of planes, small planes in joined rows, groups of row chunks, logits; 17x19: planes or rows, by kPlane.
+# Planes, pieces of planes, small planes in joined rows, many row chunks, logits; 17x19: planes or rows, by kPlane.
 SHAPES = [(3, 5, 33, 33), (2, 2, 9001), (6, 24, 7, 7), (20011, 8), (33, 1000), (7, 3, 17, 19)]
 
 
@@ -44,8 +44,10 @@ def test_all_of_them_can_be_set_and_are_tried(native: ModuleType) -> None:
     assert "does not run" in str(missing(["triton"]))
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, v) for name, values in GRID.items() for v in values])
-def test_the_results_are_right_with_every_value(name: str, value: int) -> None:
+@pytest.mark.parametrize(
+    "values", [*({name: v} for name, values in GRID.items() for v in values), *TOGETHER], ids=named
+)
+def test_the_results_are_right_with_every_value(values: dict[str, int]) -> None:
     for number, shape in enumerate(SHAPES):
         torch.manual_seed(number)
         dtype = torch.bfloat16 if number % 2 else torch.float32
@@ -61,7 +63,7 @@ def test_the_results_are_right_with_every_value(name: str, value: int) -> None:
 
         wide = [x.double() for x in (mean, target, alpha)]
         want = results("reference", *wide)
-        with free_number(name, value):
+        with free_numbers(values):
             got = results("cuda", mean, target, alpha)
             again = results("cuda", mean, target, alpha)
         for g, w in zip(got, want, strict=True):
@@ -93,7 +95,7 @@ def test_a_number_is_put_back_after_an_error(native: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "says"),
-    [("kLoads", 0, "at least 1"), ("kNone", 1, "must be one of kPlane, .*got kNone")],
+    [("kShare", 0, "at least 1"), ("kNone", 1, "must be one of kPlane, .*got kNone")],
 )
 def test_what_cannot_be_set_is_an_error(native: ModuleType, name: str, value: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):

@@ -30,8 +30,8 @@ KERNELS_TEXT = (
     "gradient times the incoming one, in place (nothing where that is 1, else a read and a write)."
 )
 TUNING_TEXT = (
-    "One pass in place with one free number changed, as VALUE: change of speed, + is faster than as built; a tie is "
-    "within the spread. Below, each value over all cases: one to take is faster in the mean and slower nowhere."
+    "One pass in place with one free number changed, or some, as VALUE: change of speed, + is faster than as built; a "
+    "tie is within the spread. Below, each value over all cases: one to take is faster in the mean and slower nowhere."
 )
 
 
@@ -175,7 +175,7 @@ def tuning(run: Run) -> Table:
                     continue
                 ratio = times_faster(row.samples, built.samples)
                 if not ratio.tie and abs(ratio.value - 1) >= LEAST_CHANGE:
-                    gains.append(f"{row.provider.split('=')[1]}: {100 * (ratio.value - 1):+.0f}%")
+                    gains.append(f"{row.provider.split('=', 1)[1]}: {100 * (ratio.value - 1):+.0f}%")
             cells.append(", ".join(gains) or "tie")
         rows.append(cells)
     return Table(["case", AS_BUILT, *names], rows)
