@@ -20,7 +20,7 @@ from bench.gpu.workers import DEVICE, ask, backends, device_is_broken, processes
 ROOT = Path(__file__).parents[2]
 # Every run begins with these, whatever is asked for: the others need them.
 ALWAYS = ("build", "machine")
-KERNELS_OF_OURS = "regex:planes|rows|sweep"
+KERNELS_OF_OURS = "regex:planes|rows|sweep|finish"
 
 
 def prepare() -> None:
