@@ -26,7 +26,8 @@ def any_global_hook() -> bool:
 
 
 # torch 2.1 and later.
-_is_functional_tensor: Callable[[torch.Tensor], bool] | None = getattr(torch, "_is_functional_tensor", None)
+# Whether a tensor is a wrapper of functionalization, whose type is Tensor and whose memory is not its values.
+is_functional: Callable[[torch.Tensor], bool] | None = getattr(torch, "_is_functional_tensor", None)
 _unpack_dual: Any = getattr(getattr(torch, "_VF", None), "_unpack_dual", None)
 _shown: Any = getattr(torch._C, "_SetExcludeDispatchKeyGuard", None)
 _BELOW_AUTOGRAD = torch._C.DispatchKey.ADInplaceOrView
@@ -38,11 +39,6 @@ _function_modes: Callable[[], list[Any]] | None = getattr(
 # torch 2.9 and later: the precision of fp32 products, for each library and kind of operation.
 _fp32_precision: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
 _FULL_PRECISION = ("none", "ieee")
-
-
-def is_functional(x: torch.Tensor) -> bool:
-    """Whether x is a wrapper of functionalization, whose type is Tensor and whose memory is not its values."""
-    return _is_functional_tensor is not None and _is_functional_tensor(x)
 
 
 def has_tangent(x: torch.Tensor) -> bool:

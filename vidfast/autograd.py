@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 from vidfast import reference
 from vidfast.backends import Backend
 from vidfast.layout import Layout, prepare
-from vidfast.raw import is_own, restored, save
+from vidfast.raw import restored, savable, save
 
 
 class Call(NamedTuple):
@@ -111,7 +111,7 @@ class OnePass(torch.autograd.Function):
             # a producer that saved its output now finds it changed, instead of using a gradient for it
             torch.autograd.graph.increment_version(mean)
         origin = loss.new_empty(0)
-        save(ctx, grad_mean, grad_alpha, origin)
+        save(ctx, grad_mean, grad_alpha, origin=origin)
         ctx.call = call
         ctx.alpha_dtype = alpha.dtype
         ctx.set_materialize_grads(False)
@@ -121,7 +121,7 @@ class OnePass(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, _: None) -> Any:
         if g is None:
             return (None,) * 6
-        grad_mean, grad_alpha, origin = restored(ctx)
+        (grad_mean, grad_alpha), origin, own = restored(ctx, g.device)
         assert origin is not None
         wants = ctx.needs_input_grad
         grad_mean, grad_alpha = ctx.call.backend.scale(
@@ -130,7 +130,7 @@ class OnePass(torch.autograd.Function):
             ctx.call.channel,
             grad_alpha if wants[2] else None,
             ctx.alpha_dtype,
-            not graph_is_retained() and is_own(ctx, 0, grad_mean),
+            own and not graph_is_retained(),  # what a hook made may be its own copy
         )
         if torch.is_grad_enabled():
             grad_mean, grad_alpha = not_twice(origin, grad_mean, grad_alpha)
@@ -151,7 +151,8 @@ class TwoPass(torch.autograd.Function):
         )
         wants = ctx.needs_input_grad
         # for alpha alone the sums of squares are enough, and the activations go free
-        save(ctx, alpha, sum_sq, *((mean, target) if wants[0] or wants[1] else ()))
+        activations = (savable(mean), savable(target)) if wants[0] or wants[1] else ()
+        save(ctx, savable(alpha), sum_sq, *activations)
         ctx.call = call
         ctx.layout = walked[2]
         return loss
@@ -160,7 +161,8 @@ class TwoPass(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         call: Call = ctx.call
         wants: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
-        alpha, sum_sq, *activations = (x for x in restored(ctx) if x is not None)
+        found, _, _ = restored(ctx, g.device)
+        alpha, sum_sq, *activations = (x for x in found if x is not None)
         if torch.is_grad_enabled():
             return (*_differentiable(g, alpha, sum_sq, activations, call, ctx.layout, wants), None, None)
         mean = target = None

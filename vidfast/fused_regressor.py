@@ -25,7 +25,7 @@ from vidfast.backends import Backend
 from vidfast.layout import Layout, dense_like, prepare, walk
 from vidfast.memory import empty
 from vidfast.ops import loss_factor
-from vidfast.raw import is_own, restored, save
+from vidfast.raw import restored, save
 from vidfast.regressor import is_as_defined
 
 # The widest activation of a part of the batch: it stays in the cache, and a product over it is worth starting.
@@ -203,7 +203,7 @@ class FusedVID(torch.autograd.Function):
             gradients.add(activations, grad_mean, begin)
         total = torch.tensor(math.fsum(losses), dtype=torch.float32, device="cpu")
         origin = total.new_empty(0)
-        save(ctx, gradients.student, grad_alpha, origin, *gradients.weights())
+        save(ctx, gradients.student, grad_alpha, *gradients.weights(), origin=origin)
         ctx.call, ctx.alpha_dtype = call, alpha.dtype
         ctx.weights = [(w.shape, w.stride()) for w in weights]
         ctx.set_materialize_grads(False)
@@ -213,7 +213,7 @@ class FusedVID(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, _: None) -> Any:
         if g is None:
             return (None,) * (4 + len(ctx.weights))
-        student, grad_alpha, origin, *weights = restored(ctx)
+        (student, grad_alpha, *weights), origin, own = restored(ctx, g.device)
         assert origin is not None
         g = incoming(g)
         student, grad_alpha = ctx.call.backend.scale(
@@ -222,7 +222,7 @@ class FusedVID(torch.autograd.Function):
             1,
             grad_alpha if ctx.needs_input_grad[2] else None,
             ctx.alpha_dtype,
-            not graph_is_retained() and is_own(ctx, 0, student),
+            own and not graph_is_retained(),  # what a hook made may be its own copy
         )
         # never in place: the sums stay for a second backward, and are small
         scaled = [

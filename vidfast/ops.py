@@ -53,7 +53,7 @@ def forward(
 
     Arguments are those of :func:`vidfast.gaussian_nll`; channel_dim is not negative. Only loss is differentiable.
     """
-    channel_dim, alpha = check_tensors(mean, target, alpha, channel_dim)
+    channel_dim, alpha = check_tensors(mean, target, alpha, channel_dim)  # by hand nothing was checked
     check_options(eps, reduction, weight)
     if has_tangent(mean) or has_tangent(target) or has_tangent(alpha):  # a compiled graph would drop it
         raise RuntimeError(NO_FORWARD_MODE)
@@ -100,7 +100,7 @@ def backward(
     mean and target may be None where alpha's gradient alone is wanted; `shape` is theirs.
     """
     channels = shape[channel_dim]
-    alpha = vector("alpha", alpha, channels, alpha.device)
+    g, alpha = vector("g", g, 1, alpha.device), vector("alpha", alpha, channels, alpha.device)
     sum_sq = vector("sum_sq", sum_sq, channels, alpha.device, torch.float64)
     if mean is None or target is None or math.prod(shape) == 0:
         values = 1

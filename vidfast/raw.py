@@ -6,7 +6,7 @@ that lies otherwise in memory, and one that breaks torch's contract another tens
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +18,18 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def not_plain(x: Tensor) -> str | None:
-    """None if x's values lie in its memory, or the reason why not.
+    """None if the values of x, a strided tensor, lie in its memory, or the reason why not.
 
     Only plain strided tensors have an address at which their values lie: a fake tensor's is 0, a subclass
     gives its own meaning to operations, a wrapped or lazily negated one holds other values than it shows.
     """
     if type(x) not in PLAIN:
         return f"{type(x).__module__}.{type(x).__qualname__} is a tensor subclass"
-    if x.layout is not torch.strided:
-        return f"a tensor of layout {x.layout} has no memory in which every value lies"
     if x.is_neg():
         return "a lazily negated tensor (is_neg) holds other values than it shows"
     if x._is_zerotensor():
         return "a zero tensor without memory of its own (_is_zerotensor)"
-    if is_functional(x):
+    if is_functional is not None and is_functional(x):
         return "a functional tensor (torch.func.functionalize) holds its values in another one"
     return None
 
@@ -51,7 +49,8 @@ def vector(
     Raises:
         RuntimeError: It is something else. Nothing was read.
     """
-    if x.dtype not in (DTYPES if dtype is None else (dtype,)) or x.numel() != count or x.device != device:
+    fits = x.dtype in DTYPES if dtype is None else x.dtype is dtype
+    if not fits or x.numel() != count or x.device != device:
         wanted = "floating" if dtype is None else str(dtype).removeprefix("torch.")
         raise RuntimeError(
             f"{name} must be {count} {wanted} numbers on {device}, got {_what(x)}; if a saved-tensor hook made it, it "
@@ -60,49 +59,58 @@ def vector(
     return x if x.is_contiguous() else x.contiguous()
 
 
-class _Saved(NamedTuple):
-    """What was saved, as it has to come back, and where it lay."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    address: int
+# Of a saved tensor: where it lay, and what has to come back.
+_Saved = tuple[int, torch.Size, torch.dtype]
 
 
-def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """Saves for backward, to be taken back by :func:`restored`.
-
-    A tensor made under torch.inference_mode cannot be saved: a copy of it is.
-    """
-    kept = [x.clone() if x is not None and x.is_inference() else x for x in tensors]
-    ctx.save_for_backward(*kept)
-    ctx.saved_as = [None if x is None else _Saved(x.shape, x.dtype, x.device, x.data_ptr()) for x in kept]
+def savable(x: Tensor) -> Tensor:
+    """x, or a copy of one made under torch.inference_mode, which autograd saves for no backward."""
+    return x.clone() if x.is_inference() else x
 
 
-def restored(ctx: Any) -> list[Tensor | None]:
-    """What :func:`save` was given, equal in value, shape, dtype and device. Its strides may be others.
+def save(ctx: Any, *tensors: Tensor | None, origin: Tensor | None = None) -> None:
+    """Saves for backward, to be taken back by :func:`restored`. `origin` is for the graph alone and is not read."""
+    ctx.save_for_backward(*tensors, origin)
+    ctx.saved_as = [None if x is None else (x.data_ptr(), x.shape, x.dtype) for x in tensors]
+
+
+def restored(ctx: Any, device: torch.device) -> tuple[list[Tensor | None], Tensor | None, bool]:
+    """(what :func:`save` was given, `origin`, whether all of it came back in the memory in which it was saved).
+
+    Each tensor has the shape, dtype and device of what was saved, and memory of its own. Its strides may be others.
 
     Raises:
-        RuntimeError: A saved-tensor hook gave back something else, or something without memory of its own.
+        RuntimeError: A saved-tensor hook gave back something else.
     """
-    found: list[Tensor | None] = []
-    for x, wanted in zip(ctx.saved_tensors, ctx.saved_as, strict=True):
-        if x is not None:
-            if x.is_neg() or x._is_zerotensor():
-                x = x.resolve_neg().clone()
-            # in this order: what has another layout need not have strides
-            if (x.shape, x.dtype, x.device) != wanted[:3] or not_plain(x) is not None:
-                raise RuntimeError(
-                    "a saved-tensor hook must give back a tensor equal to the one it was given, "
-                    f"{tuple(wanted.shape)} {wanted.dtype} on {wanted.device}, got {_what(x)}"
-                )
-        found.append(x)
-    return found
+    *found, origin = ctx.saved_tensors
+    own = True
+    for index, wanted in enumerate(ctx.saved_as):
+        x = found[index]
+        if x is not None and not _is_the_same(x, *wanted):
+            found[index] = _checked(x, wanted, device)
+            own = False
+    return found, origin, own
 
 
-def is_own(ctx: Any, index: int, x: Tensor | None) -> bool:
-    """Whether the tensor saved as number `index` came back as it was: in our memory, not in a hook's."""
-    return x is not None and x.data_ptr() == ctx.saved_as[index].address
+def _is_the_same(x: Tensor, address: int, shape: torch.Size, dtype: torch.dtype) -> bool:
+    try:
+        return x.data_ptr() == address and x.dtype is dtype and x.shape == shape and not x.is_neg()
+    except RuntimeError:  # it has no memory: a sparse one, say
+        return False
+
+
+def _checked(x: Tensor, wanted: _Saved, device: torch.device) -> Tensor:
+    """A tensor that is not the one that was saved, if it is equal to it as far as can be seen."""
+    _, shape, dtype = wanted
+    alike = x.layout is torch.strided and (x.shape, x.dtype, x.device) == (shape, dtype, device)
+    if alike and (x.is_neg() or x._is_zerotensor()):
+        x = x.resolve_neg().clone()
+    if not alike or not_plain(x) is not None:
+        raise RuntimeError(
+            "a saved-tensor hook must give back a tensor equal to the one it was given, "
+            f"{tuple(shape)} {dtype} on {device}, got {_what(x)}"
+        )
+    return x
 
 
 def _what(x: Tensor) -> str:

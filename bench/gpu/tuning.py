@@ -21,24 +21,22 @@ from vidfast.report.device import AS_BUILT
 
 # What is tried, beside the value in the code.
 GRID: dict[str, tuple[int, ...]] = {
-    "kPlane": (256, 512, 4096),
+    "kPlane": (128, 512, 1024),
     "kFewestVectors": (64, 256),
     "kMostVectors": (512, 2048),
     "kChunks": (1024, 2048, 8192),
     "kFewestRows": (2, 8, 16),
     "kMostRows": (32,),
-    "kBlocks": (256, 1024, 2048),
+    "kBlocks": (128, 512, 1024),
     "kAlone": (1, 8, 64),
     "kShare": (4, 16),
-    "kOverlap": (1,),
+    "kOverlap": (0,),
     "kPrefetch": (0,),
 }
 # Several at once: what may only pay together.
 TOGETHER: tuple[dict[str, int], ...] = (
-    {"kOverlap": 1, "kAlone": 64},
-    {"kOverlap": 1, "kChunks": 2048},
-    {"kOverlap": 1, "kFewestRows": 8},
-    {"kPlane": 256, "kChunks": 2048},
+    {"kBlocks": 128, "kFewestRows": 8},
+    {"kPlane": 128, "kChunks": 2048},
 )
 
 

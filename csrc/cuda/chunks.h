@@ -52,7 +52,7 @@ struct FinishBlocks {
 #define VIDFAST_FREE constexpr int64_t
 #endif
 // From this many neighbouring elements on a plane is walked as a plane.
-VIDFAST_FREE kPlane = 1024;
+VIDFAST_FREE kPlane = 256;
 // A warp's chunk of planes: 4 to 32 vectors a lane. At the upper end a lane's running sums take 32 values each and the
 // partial sums are next to no traffic; even a small problem has kChunks chunks.
 VIDFAST_FREE kFewestVectors = 128;
@@ -61,12 +61,12 @@ VIDFAST_FREE kChunks = 4096;
 // A thread's rows in a chunk, and the blocks' chunks wanted.
 VIDFAST_FREE kFewestRows = 4;
 VIDFAST_FREE kMostRows = 64;
-VIDFAST_FREE kBlocks = 512;
+VIDFAST_FREE kBlocks = 256;
 // Partial sums that a thread of the finish adds: at most, where one block does it alone, and about, where more do.
 VIDFAST_FREE kAlone = 16;
 VIDFAST_FREE kShare = 8;
 // 1: the finish starts while the sweep ends, and waits for its sums (compute capability 9.0 and later); 0: behind it.
-VIDFAST_FREE kOverlap = 0;
+VIDFAST_FREE kOverlap = 1;
 // 1: a warp's first batch is asked for while its channels' variances are computed.
 VIDFAST_FREE kPrefetch = 1;
 #undef VIDFAST_FREE

@@ -353,3 +353,18 @@ def test_the_notes_are_written_between_their_markers(tmp_path: Path) -> None:
     assert "- missed, cuda: case of 200000000: forward_grad: 85%, aim 90% of the copy" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
+
+
+def test_a_run_that_only_tuned_is_for_the_kernel_notes(tmp_path: Path) -> None:
+    rows = [
+        stored_row(provider, samples(1e-4), suite="tuning", graph=True)
+        for provider in ("as built", "kShare=4")
+    ]
+    run = run_of(tmp_path, rows)
+    assert device.only_tuned(run)
+    assert "GPU Y" not in readme.block([run])
+    assert "pending" not in readme.block([run])
+    notes = device.notes([run])
+    assert "free numbers alone: **GPU Y**" in notes
+    assert "kShare=4" in notes
+    assert not device.only_tuned(run_of(tmp_path, [*rows, *kernels()]))

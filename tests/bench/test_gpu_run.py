@@ -167,7 +167,7 @@ def test_the_pairs_of_a_training_step_are_clocked_by_events(finished: Path) -> N
 def test_the_free_numbers_are_tried_beside_the_built_ones(finished: Path) -> None:
     rows = run_of(finished).of("tuning")
     names = {row.provider for row in rows}
-    assert {"copy", "as built", "kPlane=256"} <= names
+    assert {"copy", "as built", "kPlane=512"} <= names
     assert all(row.graph for row in rows)
 
 

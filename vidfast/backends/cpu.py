@@ -61,7 +61,6 @@ class CpuBackend:
         self, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, k: float, eps: float, full: bool
     ) -> tuple[Tensor, Tensor]:
         outer, channels, inner, mean_stride, target_stride = layout[:5]
-        alpha = vector("alpha", alpha, channels, mean.device)
         md, td = _DTYPE[mean.dtype], _DTYPE[target.dtype]
         wide = md == 1 or td == 1
         loss = torch.empty_like(_SCALAR_F64 if wide else _SCALAR_F32)
@@ -87,7 +86,6 @@ class CpuBackend:
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         outer, channels, inner, mean_stride, target_stride, channel = layout
-        alpha = vector("alpha", alpha, channels, mean.device)
         md, td = _DTYPE[mean.dtype], _DTYPE[target.dtype]
         wide = md == 1 or td == 1
         loss = torch.empty_like(_SCALAR_F64 if wide else _SCALAR_F32)
@@ -117,7 +115,7 @@ class CpuBackend:
         want: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         outer, channels, inner, mean_stride, target_stride, channel = layout
-        g, alpha = vector("g", g, 1, _CPU), vector("alpha", alpha, channels, _CPU)
+        alpha = vector("alpha", alpha, channels, _CPU)
         sum_sq = vector("sum_sq", sum_sq, channels, _CPU, _F64)
         row = channels * inner
         grad_mean = grad_target = None
@@ -152,7 +150,7 @@ class CpuBackend:
         alpha_dtype: torch.dtype,
         in_place: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        g, out = vector("g", g, 1, _CPU), grad_mean
+        out = grad_mean
         if grad_alpha is not None:
             grad_alpha = vector("grad_alpha", grad_alpha, grad_alpha.numel(), _CPU, _F64)
         outer = row = src_stride = dst_stride = dtype = 0

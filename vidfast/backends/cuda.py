@@ -107,7 +107,6 @@ class CudaBackend:
         md, td = _DTYPE[mean.dtype], _DTYPE[target.dtype]
         wide = md == 1 or td == 1
         index, device = mean.get_device(), mean.device
-        alpha = vector("alpha", alpha, channels, device)
         with self._on(index):
             loss = torch.empty((), dtype=_F64 if wide else _F32, device=device)
             sum_sq = torch.empty(channels, dtype=_F64, device=device)
@@ -138,7 +137,6 @@ class CudaBackend:
         md, td = _DTYPE[mean.dtype], _DTYPE[target.dtype]
         wide = md == 1 or td == 1
         index, device = mean.get_device(), mean.device
-        alpha = vector("alpha", alpha, channels, device)
         with self._on(index):
             loss = torch.empty((), dtype=_F64 if wide else _F32, device=device)
             grad_mean = mean.detach() if inplace else dense_like(mean, channel)
@@ -174,7 +172,7 @@ class CudaBackend:
         activations = (0, 0, 0, 0, 0, 0)
         index, device = alpha.get_device(), alpha.device
         with self._on(index):
-            g, alpha = vector("g", g, 1, device), vector("alpha", alpha, channels, device)
+            alpha = vector("alpha", alpha, channels, device)
             sum_sq = vector("sum_sq", sum_sq, channels, device, _F64)
             if want[0] or want[1]:
                 assert mean is not None, "gradients of the activations need the activations"
@@ -210,7 +208,6 @@ class CudaBackend:
         outer = row = source_stride = result_stride = dtype = 0
         index, device = g.get_device(), g.device
         with self._on(index):
-            g = vector("g", g, 1, device)
             if grad_alpha is not None:
                 grad_alpha = vector("grad_alpha", grad_alpha, grad_alpha.numel(), device, _F64)
             if grad_mean is not None:

@@ -143,7 +143,6 @@ class TritonBackend:
     def forward(
         self, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, k: float, eps: float, full: bool
     ) -> tuple[Tensor, Tensor]:
-        alpha = vector("alpha", alpha, layout.channels, mean.device)
         loss = _empty_loss(mean, target)
         sum_sq = torch.empty(layout.channels, dtype=_F64, device=mean.device)
         with self._on(mean):
@@ -161,7 +160,6 @@ class TritonBackend:
         full: bool,
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        alpha = vector("alpha", alpha, layout.channels, mean.device)
         loss = _empty_loss(mean, target)
         grad_mean = mean.detach() if inplace else dense_like(mean, layout.channel)
         grad_alpha = torch.empty(layout.channels, dtype=_F64, device=mean.device)
@@ -181,7 +179,6 @@ class TritonBackend:
         eps: float,
         want: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        g = vector("g", g, 1, alpha.device)
         alpha = vector("alpha", alpha, layout.channels, alpha.device)
         sum_sq = vector("sum_sq", sum_sq, layout.channels, alpha.device, _F64)
         grad_mean = grad_target = None
@@ -210,7 +207,7 @@ class TritonBackend:
         alpha_dtype: torch.dtype,
         in_place: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        g, out = vector("g", g, 1, g.device), grad_mean
+        out = grad_mean
         flat: Flat | None = None
         if grad_mean is not None:
             walked = walk(grad_mean, channel)

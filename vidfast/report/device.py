@@ -51,6 +51,11 @@ def backends(run: Run) -> list[str]:
     return list(dict.fromkeys(row.provider.split()[0] for row in run.of(KERNEL) if row.provider != COPY))
 
 
+def only_tuned(run: Run) -> bool:
+    """Whether the run tried free numbers and nothing else."""
+    return bool(run.of(TUNING)) and not backends(run)
+
+
 def kernel(run: Run, case: str, backend: str, primitive: str) -> Row | None:
     return run.find(KERNEL, case, f"{backend} {primitive}")
 
@@ -330,9 +335,16 @@ def notes(runs: Sequence[Run]) -> str:
         )
     parts = []
     for run in on_gpus:
-        missed = [f"- missed, {a.by}: {a.what}: {a.found}, aim {a.wanted}" for a in aims(run) if not a.met]
-        parts.append(f"`bench/results/{run.name}.jsonl`: {summary(run)}")
-        parts.append("\n".join([aims_met(run), *missed]))
+        if not only_tuned(run):
+            missed = [
+                f"- missed, {a.by}: {a.what}: {a.found}, aim {a.wanted}" for a in aims(run) if not a.met
+            ]
+            parts.append(f"`bench/results/{run.name}.jsonl`: {summary(run)}")
+            parts.append("\n".join([aims_met(run), *missed]))
+        else:
+            parts.append(
+                f"`bench/results/{run.name}.jsonl`, free numbers alone: **{run.device}**, {run.date[:10]}."
+            )
         if run.of(TUNING):
             parts += [TUNING_TEXT, tuning(run).markdown(), tuning_over_all(run).markdown()]
     return "\n\n".join(part for part in parts if part)

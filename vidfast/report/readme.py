@@ -75,6 +75,8 @@ def block(runs: Sequence[Run]) -> str:
     parts: list[str] = []
     spinning = [run for run in runs if not sleeping(run)]
     for run in runs:
+        if run.gpu and device.only_tuned(run):
+            continue  # for the kernel notes
         if run.gpu:
             parts.append(device.summary(run))
             continue
