@@ -49,7 +49,7 @@ DISPENSABLE = {
     "_cuda_getCurrentRawStream": "torch._C",
 }
 PACKAGE = Path(vidfast.__file__).parent
-# What runs without them. A gradient is then never scaled where it is: autograd does not say whether it may be.
+# What runs without them. A gradient is then never scaled in place: autograd does not say whether it may be.
 SELECTED = (
     "test_backward.py::test_a_second_backward_gives_the_firsts_numbers",
     "test_backward.py::test_accumulating_through_a_retained_graph",

@@ -17,6 +17,7 @@ EPS = (1e-5, 1e-5, 1e-5, 1e-12, 1e-8, 1e-3, 0.5, 100.0, 1e-30)
 REDUCTIONS = ("mean", "sum", "batchmean", "mean", "none")
 STRATEGIES = ("auto", "one_pass", "two_pass")
 G = (1.0, 1.0, -1.0, 3.5, 0.125, -0.7, 1024.0, 0.0)
+INCOMING = ("plain", "product", "slice", "negated")  # how g arrives; product: from g * loss
 WEIGHTS = (1.0, 1.0, -2.25, 0.01, 0.0)
 # How the call is made and differentiated; execute.py has a function for each.
 PATHS = (
@@ -67,6 +68,7 @@ class Case:
     full: bool
     weight: float
     g: float
+    incoming: str
     strategy: str
     inplace: bool
     wanted: str  # of mean, target and alpha, those that require grad
@@ -152,7 +154,8 @@ def make_case(seed: int) -> Case:
         mean_layout=mean_layout, target_layout=target_layout, alpha_layout=rng.choice(ALPHA_LAYOUTS),
         aliased=aliased, values=values, sentinel=rng.choice(SENTINELS),
         eps=rng.choice(EPS), reduction=reduction, full=rng.random() < 0.5, weight=rng.choice(WEIGHTS),
-        g=rng.choice(G), strategy=strategy, inplace=rng.random() < 0.45 and mean_layout not in REPEATING,
+        g=rng.choice(G), incoming=rng.choice(INCOMING), strategy=strategy,
+        inplace=rng.random() < 0.45 and mean_layout not in REPEATING,
         wanted=wanted, asked=wanted if everything else part_of(rng, wanted),
         path=path, hook=hook, outputs=rng.choice(OUTPUTS), threads=rng.choice((1, 2, 2, 3)),
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """The fuzz: random calls against the oracle of tests/core.
 
-`pytest tests/fuzz` runs the first few hundred cases. `--fuzz N` runs N of each kind, `--fuzz-seed S` begins with that
-of seed S, so `--fuzz 1 --fuzz-seed S` runs one alone. The seed of the case that is running is in
-`.pytest_cache/d/fuzz/running`: there it is after a crash. VIDFAST_TEST_BACKEND and the like are as in
-tests/core/conftest.py, but for the default, which is the CPU alone.
+`pytest tests/fuzz` runs the first cases of each kind. `--fuzz N` runs N of each kind, `--fuzz-seed S` begins
+with the case of seed S, so `--fuzz 1 --fuzz-seed S` runs one alone. The seed of the case that is running is
+written to `.pytest_cache/d/fuzz/running`, to be read after a crash. VIDFAST_TEST_BACKEND and the like
+are as in tests/core/conftest.py, but for the default, which is the CPU alone.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class NllCall(RandomCall):
             raise
 
     def _check_inplace(self, now: Tensor, before: Tensor) -> None:
-        """mean's memory holds d/d mean for an incoming gradient of 1, or what it held where inplace is ignored."""
+        """mean's memory holds d/d mean for g = 1, or what it held before where inplace is ignored."""
         if self.case.one_pass:
             ulps = ulps_allowed(now.dtype, scaled=False, on_gpu=now.device.type != "cpu")
             check_gradient("mean after inplace", now, self.want(1.0).grad_mean, ulps)
@@ -191,7 +191,7 @@ def check_roughly(want: Expected, loss: Tensor | None, grads: Leaves, g: float) 
 
 
 def check_not_finite(what: str, got: Tensor, want: np.ndarray) -> None:
-    """The bounds allow any number where the scale is infinite; here inf and nan must be where the oracle has them."""
+    """inf and nan are where the oracle has them: the bounds allow any number at an infinite scale."""
     exact = torch.from_numpy(np.asarray(want).astype(np.float64)).to(got.dtype)
     value = got.detach().cpu()
     wrong = (value.isnan() != exact.isnan()) | (

@@ -195,7 +195,7 @@ def _without_last_part(right: Primitive) -> Primitive:
 
 
 def _stale_activations(right: Primitive) -> Primitive:
-    """Hidden activations of all parts are computed before the first is used: each part finds the last one's."""
+    """All parts are computed before the first is used: each finds the last one's activations."""
 
     def parts(stack: Any, *args: Any) -> Iterator[Any]:
         yield from list(right(stack, *args))

@@ -1,7 +1,7 @@
 """Tensors inside larger buffers, so that a kernel that reads or writes beside its elements is noticed.
 
-A tensor's elements are values; every other element of its buffer is a sentinel. A sentinel that is read makes a
-result wrong by far, and one that is written differs from what it was, bit by bit.
+A tensor's elements are values; every other element of its buffer is a sentinel. A sentinel that is read makes
+a result wrong by far, and one that is written differs from what it was, bit by bit.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class Memory:
         return out
 
     def check(self, unwritten: str = "") -> None:
-        """Every element outside the tensors is bitwise what it was, and so is every tensor that nobody may write.
+        """Every element outside the tensors is bitwise what it was, as is every tensor that is not writable.
 
         Args:
             unwritten: The name of a writable tensor that had to stay as it was all the same.
@@ -201,9 +201,8 @@ class Memory:
                 continue
             outside = (changed & ~zone.own).nonzero().flatten().tolist()
             first = int(zone.own.nonzero()[0]) if bool(zone.own.any()) else 0
-            assert not outside, (
-                f"{zone.name}: elements beside it were written, at {[i - first for i in outside[:8]]} from its first"
-            )
+            places = [i - first for i in outside[:8]]
+            assert not outside, f"{zone.name}: elements beside it were written, at {places} from its first"
             allowed = zone.writable and zone.name != unwritten
             assert allowed, f"{zone.name} was written"
 

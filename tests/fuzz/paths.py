@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import torch
-from guarded import Memory
+from guarded import Memory, Plan
 from results import results_in
 from saved_hooks import MAY_REFUSE, hook_function, saved_through
 from torch import Tensor
@@ -24,7 +24,7 @@ class Refused(Exception):
 
 
 class RandomCall(ABC):
-    """One case with its tensors. A tensor has a letter, and case.wanted and case.asked are made of these letters."""
+    """One case with its tensors. Each has a letter; case.wanted and case.asked are made of these letters."""
 
     checkpointed: tuple[str, ...]  # the tensors that a checkpoint is given
     repeatable = True  # bitwise, whatever thread it runs in
@@ -82,10 +82,25 @@ class RandomCall(ABC):
         hook_function(self.case.hook, out, self.rng, self.memory)
         return out
 
+    def incoming(
+        self, loss: Tensor, g: float, of: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """What torch.autograd.grad is given, so that the loss gets g in the way that the case says."""
+        if self.case.incoming == "product":
+            return (g * loss).sum(), of, None
+        arrives = torch.full_like(loss.detach(), g)
+        if self.case.incoming == "slice":
+            arrives = self.memory.copy(
+                "g", arrives, Plan(tuple(loss.shape), arrives.stride(), 3), writable=False
+            )
+        elif self.case.incoming == "negated":
+            arrives = torch._neg_view(-arrives)
+        return loss, of, arrives
+
     def grad(self, loss: Tensor, x: Leaves, g: float, **options: Any) -> Leaves:
         """Gradients of what the case asks for."""
         asked = self.case.asked
-        found = torch.autograd.grad(loss, [x[k] for k in asked], torch.full_like(loss, g), **options)
+        found = torch.autograd.grad(*self.incoming(loss, g, [x[k] for k in asked]), **options)
         return dict(zip(asked, found, strict=True))
 
 
@@ -105,7 +120,8 @@ def _by_create_graph(call: RandomCall) -> None:
 def _by_backward(call: RandomCall) -> None:
     x = call.leaves()
     loss = call.loss(x)
-    loss.backward(torch.full_like(loss, call.g()))
+    outer, _, arrives = call.incoming(loss, call.g(), [])
+    outer.backward(arrives)
     grads = {k: x[k].grad for k in call.case.wanted}
     assert None not in grads.values(), "an input that requires grad got none"
     call.check(loss, {k: grad for k, grad in grads.items() if grad is not None}, call.g())

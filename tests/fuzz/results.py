@@ -1,4 +1,4 @@
-"""Where the library's results are stored while a case runs: in torch's memory, its own, or between sentinels."""
+"""Where results are stored while a case runs: in torch's memory, in vidfast.memory, or between sentinels."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ MAY_REFUSE = ("negated", "subclass")
 
 @contextmanager
 def saved_through(name: str, rng: Random, memory: Memory) -> Iterator[None]:
-    """Within it, what autograd saves passes the hook. Those for one Function come later, by `hook_function`."""
+    """Within it, what autograd saves passes the hook; `hook_function` is for those of one Function."""
     if name == "none" or name in ONE_FUNCTION:
         yield
     elif name == "save_on_cpu":

@@ -39,6 +39,7 @@ EXPECTED: dict[str, Iterable[object]] = {
     "full": (False, True),
     "weight": cases.WEIGHTS,
     "g": cases.G,
+    "incoming": cases.INCOMING,
     "strategy": cases.STRATEGIES,
     "inplace": (False, True),
     "aliased": (False, True),

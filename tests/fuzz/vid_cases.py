@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from cases import DTYPES, EPS, OUTPUTS, PATHS, WITHOUT_GRADIENT, part_of
+from cases import DTYPES, EPS, INCOMING, OUTPUTS, PATHS, WITHOUT_GRADIENT, part_of
 from guarded import LAYOUTS, SENTINELS
 from saved_hooks import HOOKS, ONE_FUNCTION
 
@@ -34,6 +34,7 @@ class VidCase:
     reduction: str
     weight: float
     g: float
+    incoming: str
     inplace: bool
     rows: bool | None  # whether channels or positions are fastest; None: as the library likes
     part: int | None
@@ -46,7 +47,7 @@ class VidCase:
 
     @property
     def may_be_fused(self) -> bool:
-        """Whether the regressor and the loss are one Function, where that makes gradients of more than alpha."""
+        """Whether the regressor and the loss are one Function."""
         plain = self.inplace and self.module == "fp32" and self.teacher != "fp64"
         return plain and self.wanted != "a" and self.path not in WITHOUT_GRADIENT
 
@@ -77,10 +78,12 @@ def make_case(seed: int) -> VidCase:
         student=rng.choice(("fp32", "fp32", *DTYPES)), teacher=rng.choice(("fp32", *DTYPES)),
         module=rng.choice(("fp32", "fp32", "fp32", "fp64")),
         student_layout=rng.choice(list(LAYOUTS)), teacher_layout=rng.choice(list(LAYOUTS)),
-        weights_last=rng.random() < 0.3, values=rng.choice(("normal", "normal", "normal", "extreme alpha", "nan")),
-        sentinel=rng.choice(SENTINELS), eps=rng.choice(EPS), reduction=rng.choice(("mean", "sum", "batchmean")),
+        weights_last=rng.random() < 0.3,
+        values=rng.choice(("normal", "normal", "normal", "extreme alpha", "nan")),
+        sentinel=rng.choice(SENTINELS), eps=rng.choice(EPS),
+        reduction=rng.choice(("mean", "sum", "batchmean")),
         weight=rng.choice((1.0, 1.0, -2.25, 0.01)), g=rng.choice((1.0, 1.0, -1.0, 3.5, 0.125, 1024.0, 0.0)),
-        inplace=rng.random() < 0.85, rows=rng.choice((None, True, False)), part=rng.choice(PARTS),
-        wanted=wanted, asked=wanted if everything else part_of(rng, wanted),
+        incoming=rng.choice(INCOMING), inplace=rng.random() < 0.85, rows=rng.choice((None, True, False)),
+        part=rng.choice(PARTS), wanted=wanted, asked=wanted if everything else part_of(rng, wanted),
         path=path, hook=hook, outputs=rng.choice(OUTPUTS), threads=rng.choice((1, 2, 2, 3)),
     )  # fmt: skip

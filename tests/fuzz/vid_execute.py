@@ -1,7 +1,7 @@
 """Runs a random call of VIDLoss and compares it with equation 5 on its regressor, in fp64.
 
-Features and weights are multiples of powers of two, small enough that the hidden activations are exact in fp32. A
-ReLU then decides alike in fp32 and in fp64, and no bound has to excuse one that does not.
+Features and weights are multiples of powers of two, small enough that hidden activations are exact in fp32.
+A ReLU then decides alike in fp32 and in fp64, and no bound has to excuse one that does not.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _finite_max(x: Tensor) -> float:
 
 @contextmanager
 def _cut_as(case: VidCase) -> Iterator[None]:
-    """Within it, the fused regressor takes as many samples at once, and in the order of memory, as the case says."""
+    """Within it, the fused regressor takes as many samples at once, stored in the order, as the case says."""
     values = {}
     if case.rows is not None:
         values["_FEWEST_POSITIONS"] = 10**9 if case.rows else 0

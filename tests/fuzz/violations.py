@@ -1,7 +1,7 @@
 """Hooks that break the contract: what they return is not equal to what autograd saved, in dtype or in shape.
 
-That must be a RuntimeError. What else could happen is a wrong value or a read of foreign memory, which may end the
-process, so the cases run in a process of their own:
+That must be a RuntimeError. What else could happen is a wrong value or a read of foreign memory, which may
+end the process, so the cases run in a process of their own:
 
     python violations.py gaussian_nll|VIDLoss BACKEND DEVICE FIRST_SEED END
 
