@@ -27,6 +27,8 @@ def emulated_module(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--fuzz", type=int, metavar="N", help="run N random cases of each kind (tests/fuzz)")
+    parser.addoption("--fuzz-seed", type=int, default=0, metavar="S", help="the first of them")
 
 
 def pytest_configure(config: pytest.Config) -> None:

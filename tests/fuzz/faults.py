@@ -1,0 +1,223 @@
+"""A back end that is broken on purpose, in one way at a time, to show that the fuzz notices it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from vidfast import dispatch, fused_regressor
+from vidfast.backends import Backend
+from vidfast.layout import Layout
+
+Primitive = Callable[..., Any]
+# A fault replaces a primitive: it is given the right one and the arguments.
+Fault = Callable[..., Any]
+
+
+class Broken:
+    """`backend` with other primitives in place of some of its own."""
+
+    def __init__(self, backend: Backend, faults: dict[str, Fault]) -> None:
+        self._backend, self._faults = backend, faults
+
+    def __getattr__(self, name: str) -> Any:
+        right = getattr(self._backend, name)
+        fault = self._faults.get(name)
+        return right if fault is None else lambda *args: fault(right, *args)
+
+
+def _neighbour(x: Tensor | None, distance: int) -> None:
+    """Writes the element `distance` behind x's last one, or before its first, where its storage has one."""
+    if x is None:
+        return
+    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    at = x.storage_offset() + (last + distance if distance > 0 else distance)
+    if 0 <= at < x.untyped_storage().nbytes() // x.element_size():
+        x.detach().as_strided((1,), (1,), at).fill_(1.0)
+
+
+def _last_is_zero(right: Primitive, *args: Any) -> Any:
+    loss, grad, alpha = right(*args)
+    grad[(-1,) * grad.dim()] = 0
+    return loss, grad, alpha
+
+
+def _one_off(right: Primitive, *args: Any) -> Any:
+    loss, grad, alpha = right(*args)
+    return loss, grad.copy_(grad.flatten().roll(1).view(grad.shape)), alpha
+
+
+def _beside_result(index: int, distance: int) -> Fault:
+    def fault(right: Primitive, *args: Any) -> Any:
+        results = right(*args)
+        _neighbour(results[index], distance)
+        return results
+
+    return fault
+
+
+def _beside_argument(index: int, distance: int) -> Fault:
+    def fault(right: Primitive, *args: Any) -> Any:
+        results = right(*args)
+        _neighbour(args[index], distance)
+        return results
+
+    return fault
+
+
+def _writes_target(right: Primitive, mean: Tensor, target: Tensor, *rest: Any) -> Any:
+    results = right(mean, target, *rest)
+    target.view(target.shape)[(0,) * target.dim()] += 1
+    return results
+
+
+def _dense(which: str) -> Fault:
+    """The outer stride is taken for that of a dense tensor."""
+
+    def fault(
+        right: Primitive, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, *rest: Any
+    ) -> Any:
+        return right(mean, target, alpha, layout._replace(**{which: layout.channels * layout.inner}), *rest)
+
+    return fault
+
+
+def _with(index: int, value: Callable[[Any], Any]) -> Fault:
+    """One argument is another one."""
+
+    def fault(right: Primitive, *args: Any) -> Any:
+        return right(*args[:index], value(args[index]), *args[index + 1 :])
+
+    return fault
+
+
+def _no_logarithm(
+    right: Primitive, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, *rest: Any
+) -> Any:
+    loss, sum_sq = right(mean, target, alpha, layout, *rest)
+    k, eps = rest[:2]
+    wide = alpha.double()
+    variance = torch.logaddexp(wide, torch.zeros_like(wide)) + eps
+    return loss - k / 2 * layout.outer * layout.inner * variance.log().sum().to(loss.dtype), sum_sq
+
+
+def _no_count(
+    right: Primitive, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, *rest: Any
+) -> Any:
+    loss, grad, grad_alpha = right(mean, target, alpha, layout, *rest)
+    k, eps = rest[:2]
+    wide = alpha.double()
+    variance = torch.logaddexp(wide, torch.zeros_like(wide)) + eps
+    return loss, grad, grad_alpha - k * layout.outer * layout.inner / (2 * variance) * wide.sigmoid()
+
+
+def _sign_of_target(right: Primitive, *args: Any) -> Any:
+    mean, target, alpha = right(*args)
+    return mean, None if target is None else -target, alpha
+
+
+def _finite(right: Primitive, *args: Any) -> Any:
+    loss, grad, alpha = right(*args)
+    return loss, grad.nan_to_num_(), alpha
+
+
+def _one_buffer() -> Fault:
+    """Calls of one shape share the memory of their gradient."""
+    kept: dict[Any, Tensor] = {}
+
+    def fault(right: Primitive, *args: Any) -> Any:
+        loss, grad, alpha = right(*args)
+        shared = kept.setdefault((grad.shape, grad.stride(), grad.dtype), grad.clone())
+        return loss, shared.copy_(grad), alpha
+
+    return fault
+
+
+def _not_inplace(right: Primitive, *args: Any) -> Any:
+    return right(*args[:-1], False)
+
+
+def _fp32_alpha(right: Primitive, *args: Any) -> Any:
+    mean, target, alpha = right(*args)
+    return mean, target, None if alpha is None else alpha.float()
+
+
+FORWARD, GRAD, BACKWARD, SCALE = "forward", "forward_grad", "backward", "scale"
+FAULTS: dict[str, Callable[[], dict[str, Fault]]] = {
+    "the last element of d/d mean is left out": lambda: {GRAD: _last_is_zero},
+    "d/d mean is one element off": lambda: {GRAD: _one_off},
+    "the element behind d/d mean is written": lambda: {GRAD: _beside_result(1, 1)},
+    "the element before d/d mean is written": lambda: {GRAD: _beside_result(1, -1)},
+    "an element far behind d/d mean is written": lambda: {GRAD: _beside_result(1, 63)},
+    "the element behind the loss is written": lambda: {FORWARD: _beside_result(0, 1)},
+    "the element behind the sums is written": lambda: {FORWARD: _beside_result(1, 1)},
+    "the element behind d/d alpha is written": lambda: {BACKWARD: _beside_result(2, 1)},
+    "the element behind d/d target is written": lambda: {BACKWARD: _beside_result(1, 1)},
+    "the element behind mean is written": lambda: {GRAD: _beside_argument(0, 1)},
+    "the element before alpha is written": lambda: {FORWARD: _beside_argument(2, -1)},
+    "target is written": lambda: {GRAD: _writes_target},
+    "mean's stride is taken for dense": lambda: {GRAD: _dense("mean_stride")},
+    "target's stride is taken for dense": lambda: {FORWARD: _dense("target_stride")},
+    "the loss lacks its logarithm": lambda: {FORWARD: _no_logarithm},
+    "the loss lacks its constant": lambda: {GRAD: _with(6, lambda _: False)},
+    "d/d alpha lacks the count": lambda: {GRAD: _no_count},
+    "k is rounded to fp32": lambda: {FORWARD: _with(4, lambda k: float(torch.tensor(k)))},
+    "eps is ignored": lambda: {GRAD: _with(5, lambda _: 1e-5)},
+    "one_pass ignores g": lambda: {SCALE: _with(0, torch.ones_like)},
+    "two_pass ignores g": lambda: {BACKWARD: _with(0, torch.ones_like)},
+    "a retained gradient is scaled where it is": lambda: {SCALE: _with(5, lambda _: True)},
+    "calls share a buffer": lambda: {GRAD: _one_buffer()},
+    "inplace does not write": lambda: {GRAD: _not_inplace},
+    "d/d target has the sign of d/d mean": lambda: {BACKWARD: _sign_of_target},
+    "nan becomes a number": lambda: {GRAD: _finite},
+    "d/d alpha is always fp32": lambda: {BACKWARD: _fp32_alpha},
+}
+
+
+@contextmanager
+def broken(name: str, faults: dict[str, Fault]) -> Iterator[None]:
+    """Within it, the back end of that name has these faults."""
+    with mock.patch.dict(dispatch._loaded, {name: Broken(dispatch.load(name), faults)}):
+        yield
+
+
+def _without_last_part(right: Primitive) -> Primitive:
+    def parts(stack: Any, *args: Any) -> Iterator[Any]:
+        found = list(right(stack, *args))
+        yield from found[:-1] if len(found) > 1 else found
+
+    return parts
+
+
+def _stale_activations(right: Primitive) -> Primitive:
+    """All parts are computed before the first is used: each finds the last one's activations."""
+
+    def parts(stack: Any, *args: Any) -> Iterator[Any]:
+        yield from list(right(stack, *args))
+
+    return parts
+
+
+_PARTS = fused_regressor._Stack.parts
+# Of the fused regressor: (object, name, what stands there instead).
+VID_FAULTS: dict[str, tuple[Any, str, Any]] = {
+    "the last part is left out": (fused_regressor._Stack, "parts", _without_last_part(_PARTS)),
+    "parts find the last one's activations": (fused_regressor._Stack, "parts", _stale_activations(_PARTS)),
+    "ReLU has no backward": (
+        fused_regressor,
+        "_relu_backward_into",
+        lambda g, x, threshold, grad_input: grad_input.copy_(g),
+    ),
+    "the weight and the reduction are ignored": (fused_regressor, "loss_factor", lambda *_: 1.0),
+    "a retained gradient is scaled where it is": (fused_regressor, "graph_is_retained", lambda: False),
+    "weights' gradients ignore their strides": (
+        fused_regressor,
+        "_laid_out",
+        lambda matrix, shape, strides: matrix.t().reshape(shape),
+    ),
+}
