@@ -25,17 +25,15 @@ def any_global_hook() -> bool:
     return any(getattr(_module, name) for name in _GLOBAL_HOOKS)
 
 
-# torch 2.1 and later.
+# Every torch that is supported has these.
 # Whether a tensor is a wrapper of functionalization, whose type is Tensor and whose memory is not its values.
-is_functional: Callable[[torch.Tensor], bool] | None = getattr(torch, "_is_functional_tensor", None)
-_unpack_dual: Any = getattr(getattr(torch, "_VF", None), "_unpack_dual", None)
-_shown: Any = getattr(torch._C, "_SetExcludeDispatchKeyGuard", None)
+is_functional: Callable[[torch.Tensor], bool] = torch._is_functional_tensor
+_unpack_dual: Any = torch._VF._unpack_dual  # type: ignore[attr-defined]
+_shown: Any = torch._C._SetExcludeDispatchKeyGuard
 _BELOW_AUTOGRAD = torch._C.DispatchKey.ADInplaceOrView
 _interpreter_stack: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_function_modes: Callable[[], list[Any]] | None = getattr(
-    torch.overrides, "_get_current_function_mode_stack", None
-)
+_function_modes: Callable[[], list[Any]] = torch.overrides._get_current_function_mode_stack
 # torch 2.9 and later: the precision of fp32 products, for each library and kind of operation.
 _fp32_precision: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
 _FULL_PRECISION = ("none", "ieee")
@@ -46,13 +44,10 @@ def has_tangent(x: torch.Tensor) -> bool:
 
     Level 0 is the only one that there is, and is read here whether or not Python entered it: a compiled graph does not.
     """
-    if _unpack_dual is None or torch.is_inference_mode_enabled() or x.is_inference():
+    if torch.is_inference_mode_enabled() or x.is_inference():
         return False
-    if _shown is None:
-        return _unpack_dual(x, level=0).tangent is not None
-    with _shown(
-        _BELOW_AUTOGRAD, False
-    ):  # an operator's own code runs below it, where tangents are not to be seen
+    # an operator's own code runs below autograd, where tangents are not to be seen
+    with _shown(_BELOW_AUTOGRAD, False):
         return _unpack_dual(x, level=0).tangent is not None
 
 
@@ -75,8 +70,6 @@ def dispatch_modes() -> bool:
 
 def function_mode() -> bool:
     """Whether a TorchFunctionMode may change what torch's functions do. A default device is none of those."""
-    if _function_modes is None:
-        return False
     from torch.utils._device import DeviceContext
 
     return any(type(mode) is not DeviceContext for mode in _function_modes())

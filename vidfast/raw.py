@@ -29,7 +29,7 @@ def not_plain(x: Tensor) -> str | None:
         return "a lazily negated tensor (is_neg) holds other values than it shows"
     if x._is_zerotensor():
         return "a zero tensor without memory of its own (_is_zerotensor)"
-    if is_functional is not None and is_functional(x):
+    if is_functional(x):
         return "a functional tensor (torch.func.functionalize) holds its values in another one"
     return None
 

@@ -46,6 +46,7 @@ def test_a_hook_for_all_modules_is_noticed(
 DISPENSABLE = {
     "_has_any_global_hook": "torch.nn.modules.module",
     "_get_current_graph_task_keep_graph": "torch._C._autograd",
+    "_get_fp32_precision_getter": "torch._C",
 }
 # Likewise on a GPU; torch 2.6 itself imports this one.
 DISPENSABLE_ON_GPU = {"_cuda_getCurrentRawStream"}
