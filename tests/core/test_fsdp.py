@@ -50,6 +50,10 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
+    reason="fully_shard needs a GPU before torch 2.7",
+)
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed")
 def test_the_kernels_run_inside_a_sharded_module(tmp_path: Path) -> None:
     """Two processes, each with half of the batch and half of every parameter, against one with all of it."""

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from bounds import check_call, check_gradient, check_unbiased, ulp_distance
+from bounds import RELATIVE, check_call, check_gradient, check_scalar, check_unbiased, ulp_distance
 from oracle import Options, expected
 from places import Place
 from problems import BF16, FP16, FP32, FP64, Case, short
@@ -150,6 +150,16 @@ def test_constant_residuals_sum_without_drift(backend: Place, dtype: torch.dtype
         torch.full((3,), -2.0, device=backend.device),
         strategy=strategy,
     )
+
+
+@pytest.mark.parametrize("alpha", [-0.3, 2.0, 7.1])
+def test_many_channels_sum_without_drift(backend: Place, alpha: float) -> None:
+    """The same term of each of 40,000 channels is rounded the same way each time."""
+    m = torch.ones(40000, 1, dtype=FP64, device=backend.device)
+    a = torch.full((1,), alpha, dtype=FP64, device=backend.device).expand(40000)
+    want = expected(m, m, a, 1.0, Options(channel_dim=0))
+    loss = backend.nll(m, m, a, channel_dim=0)
+    check_scalar("loss", loss, want.loss, want.loss_scale, RELATIVE[FP64])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
