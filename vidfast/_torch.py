@@ -39,6 +39,17 @@ _fp32_precision: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32
 _FULL_PRECISION = ("none", "ieee")
 
 
+# torch 2.7 and later.
+_top_hooks: Callable[[bool], object] | None = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether `torch.autograd.graph.saved_tensors_hooks` are around this code; False where torch cannot tell."""
+    return _top_hooks is not None and _top_hooks(True) is not None
+
+
 def has_tangent(x: torch.Tensor) -> bool:
     """Whether x carries a forward-mode derivative. Nothing is known of functorch's wrappers.
 

@@ -17,6 +17,7 @@ Strategy: TypeAlias = Literal["auto", "one_pass", "two_pass"]
 BackendName: TypeAlias = Literal["auto", "reference", "cuda", "triton", "cpu"]
 
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+SCALAR_REDUCTIONS: tuple[str, ...] = get_args(ScalarReduction)
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -167,11 +168,9 @@ def check_options(
     if type(full) is not bool or type(inplace) is not bool:
         name, value = ("inplace", inplace) if type(full) is bool else ("full", full)
         raise TypeError(f"{name} must be True or False, got {value!r}")
-    eps, weight = _number("eps", eps), _number("weight", weight)
+    eps, weight = _number("eps", eps), check_weight(weight)
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, got {eps}")
-    if not -math.inf < weight < math.inf:  # torch.compile traces this, and not math.isfinite
-        raise ValueError(f"weight must be finite, got {weight}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if strategy not in STRATEGIES:
@@ -179,12 +178,32 @@ def check_options(
     return eps, weight
 
 
+def check_weight(weight: float) -> float:
+    """`weight` as Python's float.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is not finite.
+    """
+    if isinstance(weight, Tensor):
+        raise TypeError(
+            f"weight must be a number, got {type(weight).__name__}: multiply the loss by a tensor outside"
+        )
+    weight = _number("weight", weight)
+    if not -math.inf < weight < math.inf:  # torch.compile traces this, and not math.isfinite
+        raise ValueError(f"weight must be finite, got {weight}")
+    return weight
+
+
 def _number(name: str, value: object) -> float:
     if type(value) is float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got a number beyond the range of a float") from None
 
 
 def inverse_softplus(value: float) -> float:
@@ -205,7 +224,7 @@ def check_initial_variance(name: str, init_var: float, eps: float) -> float:
     return init_var
 
 
-def check_inplace(mean: Tensor, target: Tensor, walked_mean: Tensor) -> None:
+def check_inplace(mean: Tensor, target: Tensor, alpha: Tensor, walked_mean: Tensor) -> None:
     """Sees to it that d/d mean may be written over mean.
 
     Raises:
@@ -225,11 +244,12 @@ def check_inplace(mean: Tensor, target: Tensor, walked_mean: Tensor) -> None:
             f"{mean.stride()}: pass inplace=False"
         )
     begin, end = _extent(mean)
-    target_begin, target_end = _extent(target)
-    if begin < target_end and target_begin < end:
-        raise RuntimeError(
-            "inplace=True would overwrite target, which shares memory with mean: pass inplace=False"
-        )
+    for name, other in (("target", target), ("alpha", alpha)):
+        other_begin, other_end = _extent(other)
+        if begin < other_end and other_begin < end:
+            raise RuntimeError(
+                f"inplace=True would overwrite {name}, which shares memory with mean: pass inplace=False"
+            )
 
 
 def _extent(x: Tensor) -> tuple[int, int]:

@@ -130,7 +130,7 @@ class OnePass(torch.autograd.Function):
             ctx.call.channel,
             grad_alpha if wants[2] else None,
             ctx.alpha_dtype,
-            own and not graph_is_retained(),  # what a hook made may be its own copy
+            own and not graph_is_retained(),
         )
         if torch.is_grad_enabled():
             grad_mean, grad_alpha = not_twice(origin, grad_mean, grad_alpha)

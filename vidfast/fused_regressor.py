@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from vidfast import dispatch
 from vidfast._torch import products_differ_from_convolutions
+from vidfast.arguments import DTYPES
 from vidfast.autograd import NO_FORWARD_MODE, graph_is_retained, incoming, not_twice
 from vidfast.backends import Backend
 from vidfast.layout import Layout, dense_like, prepare, walk
@@ -60,6 +61,7 @@ def pointwise_weights(regressor: nn.Module) -> list[Tensor] | None:
             or (part.kernel_size, part.stride, part.groups) != ((1, 1), (1, 1), 1)
             or part.padding not in ((0, 0), "valid", "same")
             or part.bias is not None
+            or part.weight.shape[2:] != (1, 1)
         ):
             return None
     return [part.weight for part in regressor if isinstance(part, nn.Conv2d)]
@@ -222,7 +224,7 @@ class FusedVID(torch.autograd.Function):
             1,
             grad_alpha if ctx.needs_input_grad[2] else None,
             ctx.alpha_dtype,
-            own and not graph_is_retained(),  # what a hook made may be its own copy
+            own and not graph_is_retained(),
         )
         # never in place: the sums stay for a second backward, and are small
         scaled = [
@@ -278,6 +280,7 @@ def fused_nll(
     if (
         any(not x.is_cpu for x in tensors)
         or any(w.dtype != torch.float32 for w in weights)
+        or alpha.dtype not in DTYPES
         or [w.shape[1] for w in weights] != widths[:-1]
         or target.shape != (student.shape[0], widths[-1], *student.shape[2:])
         or (widths[-1],) != alpha.shape

@@ -109,7 +109,7 @@ def walk(x: Tensor, channel: int) -> tuple[int, int, int] | None:
 
 def dense_like(x: Tensor, channel: int, dtype: torch.dtype | None = None) -> Tensor:
     """Memory of x's shape, dense in x's order of dimensions: its outer stride is C * inner. Its values are anything."""
-    if x.is_cpu and x.nbytes >= memory.KEPT_FROM:
+    if x.is_cpu and x.numel() * x.element_size() >= memory.KEPT_FROM:
         kept = memory.empty_kept(x, dense_strides(x.shape, x.stride(), channel), dtype or x.dtype)
         if kept is not None:
             return kept

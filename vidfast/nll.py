@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, SupportsIndex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from vidfast.arguments import (
     check_options,
     check_size,
     check_tensors,
+    check_weight,
     inverse_softplus,
 )
 from vidfast.autograd import NO_FORWARD_MODE, Call, one_pass, two_pass
@@ -118,7 +120,7 @@ def gaussian_nll(
     if not in_one_pass:
         return two_pass(mean, target, alpha, call, walked)
     if inplace:
-        check_inplace(mean, target, walked[0])
+        check_inplace(mean, target, alpha, walked[0])
     return one_pass(mean, target, alpha, call, walked, inplace)
 
 
@@ -152,6 +154,27 @@ def log_likelihood_map(
     channel, alpha = check_tensors(mean, target, alpha, channel_dim)
     eps, _ = check_options(eps)
     return reference.log_likelihood_map(mean, target, alpha, channel_dim=channel, eps=eps)
+
+
+def adopt_variances(
+    state_dict: dict[str, Any], prefix: str, name: str, others: Sequence[str], own: Tensor
+) -> None:
+    """Makes the variances of another repository's checkpoint fit: of another name, or stored as (1, C, 1, 1).
+
+    Args:
+        state_dict: Of the checkpoint; changed.
+        prefix: Of the module in it.
+        name: What the parameter is called here.
+        others: What it is called elsewhere.
+        own: The parameter, (C,).
+    """
+    key = prefix + name
+    for other in others:
+        if key not in state_dict and prefix + other in state_dict:
+            state_dict[key] = state_dict.pop(prefix + other)
+    saved = state_dict.get(key)
+    if isinstance(saved, Tensor) and saved.shape != own.shape and saved.numel() == own.numel():
+        state_dict[key] = saved.reshape(own.shape)
 
 
 class GaussianNLL(nn.Module):
@@ -190,7 +213,7 @@ class GaussianNLL(nn.Module):
     ) -> None:
         super().__init__()
         self.num_channels = check_size("num_channels", num_channels)
-        self.eps, self.weight = check_options(eps, reduction, weight, strategy, full, inplace)
+        self.eps, self._weight = check_options(eps, reduction, weight, strategy, full, inplace)
         self.channel_dim = check_channel_dim(channel_dim)
         dispatch.check_name(backend)
         self.init_var = check_initial_variance("init_var", init_var, self.eps)
@@ -206,6 +229,15 @@ class GaussianNLL(nn.Module):
         """Sets every variance to `init_var`."""
         with torch.no_grad():
             self.alpha.fill_(inverse_softplus(self.init_var - self.eps))
+
+    @property
+    def weight(self) -> float:
+        """A factor of the loss, to be set at any time; compiled, another value is no new graph."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self._weight = check_weight(value)
 
     @property
     def variance(self) -> Tensor:
@@ -231,6 +263,12 @@ class GaussianNLL(nn.Module):
             strategy=self.strategy,
             backend=self.backend,
         )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        adopt_variances(state_dict, prefix, "alpha", ("log_scale", "soft_plus_param"), self.alpha)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return (

@@ -99,6 +99,7 @@ def backward(
 
     mean and target may be None where alpha's gradient alone is wanted; `shape` is theirs.
     """
+    channel_dim %= len(shape)
     channels = shape[channel_dim]
     g, alpha = vector("g", g, 1, alpha.device), vector("alpha", alpha, channels, alpha.device)
     sum_sq = vector("sum_sq", sum_sq, channels, alpha.device, torch.float64)
@@ -267,4 +268,5 @@ def gaussian_nll(
     """
     kept = (savable(x) for x in (mean, target, alpha))
     loss: Tensor = forward(*kept, channel_dim, eps, reduction, full, 1.0, backend)[0]
-    return loss if weight == 1.0 else weight * loss
+    # Without a case for 1: dynamo makes every value a graph of its own once a float was not needed in one.
+    return weight * loss

@@ -6,12 +6,13 @@ that lies otherwise in memory, and one that breaks torch's contract another tens
 
 from __future__ import annotations
 
+from sys import getrefcount
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vidfast._torch import is_functional
+from vidfast._torch import is_functional, saved_tensors_are_hooked
 
 PLAIN = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -72,24 +73,61 @@ def save(ctx: Any, *tensors: Tensor | None, origin: Tensor | None = None) -> Non
     """Saves for backward, to be taken back by :func:`restored`. `origin` is for the graph alone and is not read."""
     ctx.save_for_backward(*tensors, origin)
     ctx.saved_as = [None if x is None else (x.data_ptr(), x.shape, x.dtype) for x in tensors]
+    ctx.hooked = saved_tensors_are_hooked()
 
 
 def restored(ctx: Any, device: torch.device) -> tuple[list[Tensor | None], Tensor | None, bool]:
-    """(what :func:`save` was given, `origin`, whether all of it came back in the memory in which it was saved).
+    """(what :func:`save` was given, `origin`, whether the first of it may be written over).
 
-    Each tensor has the shape, dtype and device of what was saved, and memory of its own. Its strides may be others.
+    Each tensor has the shape, dtype and device of what was saved, and memory of its own. Its strides may be others. It
+    may be written over where no hook was around, it lies where it was saved and nothing else refers to it.
 
     Raises:
         RuntimeError: A saved-tensor hook gave back something else.
     """
     *found, origin = ctx.saved_tensors
-    own = True
+    if torch.compiler.is_compiling():  # compiled autograd traces this: there are no addresses, and no hooks
+        return found, origin, False
+    own = not ctx.hooked and _references(found) <= _UNSHARED
     for index, wanted in enumerate(ctx.saved_as):
         x = found[index]
         if x is not None and not _is_the_same(x, *wanted):
             found[index] = _checked(x, wanted, device)
             own = False
     return found, origin, own
+
+
+def _references(found: list[Tensor | None]) -> int:
+    """How many Python references there are to the first of the tensors that autograd gave back."""
+    return getrefcount(found[0])
+
+
+class _Probe(torch.autograd.Function):
+    """Saves a tensor that nothing else refers to, and counts what it comes back with: 2 or 3, by torch's version."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counted: list[int]) -> Tensor:
+        ctx.save_for_backward(x.clone(), x.new_empty(0))
+        ctx.counted = counted
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        *found, _ = ctx.saved_tensors
+        ctx.counted.append(_references(found))
+        return grads[0], None
+
+
+def _unshared() -> int:
+    counted: list[int] = []
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
+        _Probe.apply(x, counted).backward()  # type: ignore[no-untyped-call]
+    return counted[0]
+
+
+# With more references than this, something else holds a saved tensor too.
+_UNSHARED = _unshared()
 
 
 def _is_the_same(x: Tensor, address: int, shape: torch.Size, dtype: torch.dtype) -> bool:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from types import BuiltinFunctionType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vidfast._torch import any_global_hook, dispatch_modes, function_mode
+from vidfast.raw import PLAIN
 
 # Layers whose output is new memory that none of them needs in backward.
 _OWNING = (
@@ -27,15 +29,26 @@ _OWNING = (
     nn.ConvTranspose3d,
     nn.Upsample,
 )
-# What a call of a layer goes through. As they were when this module was imported: compared by identity.
+# What a call of a layer goes through, as it was when this module was imported: compared by identity.
 _METHODS = ("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward", "forward", "_conv_forward")
-_AS_DEFINED: dict[type[nn.Module], tuple[tuple[str, object], ...]] = {
+_OF_KIND = {
     kind: tuple((name, getattr(kind, name)) for name in _METHODS if hasattr(kind, name))
     for kind in (*_OWNING, nn.ReLU, nn.Sequential)
+}
+# Without those that something had replaced before.
+_AS_DEFINED: dict[type[nn.Module], tuple[tuple[str, object], ...]] = {
+    kind: methods
+    for kind, methods in _OF_KIND.items()
+    if all(str(getattr(method, "__module__", "")).startswith("torch.") for _, method in methods)
 }
 _FUNCTIONS = tuple(
     (place, name, getattr(place, name))
     for place, name in ((F, "conv2d"), (F, "relu"), (torch, "conv2d"), (torch, "relu"), (torch, "relu_"))
+)
+_FUNCTIONS_WERE_TORCHS = (
+    all(isinstance(function, BuiltinFunctionType) for place, name, function in _FUNCTIONS if name != "relu")
+    and isinstance(torch.relu, BuiltinFunctionType)
+    and F.relu.__module__ == F.__name__
 )
 # From this size of its widest activation on, a stack of 1x1 convolutions is faster in channels_last on the CPU: oneDNN
 # need not reorder it, and reordering takes fresh memory (docs/kernel-notes.md, "Regressors").
@@ -59,16 +72,26 @@ def is_watched(module: nn.Module) -> bool:
 def is_as_defined(module: nn.Module) -> bool:
     """Whether the module and its parts are layers known here that compute what torch defines, by torch's own code.
 
-    No subclass, no method exchanged on an instance or on its class, nothing compiled.
+    No subclass, no method exchanged on an instance or on its class, nothing compiled, no weight that is a subclass.
     """
-    for part in module.modules():
-        methods = _AS_DEFINED.get(type(part))
-        if methods is None or part._compiled_call_impl is not None:
-            return False
-        own, kind = part.__dict__, type(part)
-        if any(name in own or getattr(kind, name) is not method for name, method in methods):
-            return False
-    return all(getattr(place, name) is function for place, name, function in _FUNCTIONS)
+    return _functions_are_torchs() and all(_is_untouched(part) for part in module.modules())
+
+
+def _is_untouched(part: nn.Module) -> bool:
+    """Likewise of the layer alone, without its parts and torch's functions."""
+    own, kind = part.__dict__, type(part)
+    methods = _AS_DEFINED.get(kind)
+    if methods is None or part._compiled_call_impl is not None:
+        return False
+    if any(name in own or getattr(kind, name) is not method for name, method in methods):
+        return False
+    return type(getattr(part, "weight", None)) in (type(None), *PLAIN)
+
+
+def _functions_are_torchs() -> bool:
+    return _FUNCTIONS_WERE_TORCHS and all(
+        getattr(place, name) is function for place, name, function in _FUNCTIONS
+    )
 
 
 def last_layer(module: nn.Module) -> nn.Module:
@@ -85,24 +108,30 @@ def owns_its_output(module: nn.Module) -> bool:
     So it is where a regressor that nothing watches ends in a convolution, a linear layer or an interpolation, by
     torch's own code. Any other may return its input, a view of it, or something that it keeps.
     """
-    last = last_layer(module)
-    return type(last) in _OWNING and not is_watched(module) and is_as_defined(last)
+    if is_watched(module) or not _functions_are_torchs():
+        return False
+    while type(module) is nn.Sequential and len(module) and _is_untouched(module):
+        module = module[-1]
+    return type(module) in _OWNING and _is_untouched(module)
 
 
-def own_rectifiers(module: nn.Module) -> list[nn.ReLU]:
-    """The ReLUs that may write over their input: what the layer before them made, and nothing else reads.
+def _own_rectifiers(module: nn.Module) -> list[int]:
+    """Where in a plain Sequential that nothing watches a ReLU may write over its input.
 
-    Those of a plain Sequential that nothing watches.
+    That is what the layer before it made, and nothing else reads.
     """
     if type(module) is not nn.Sequential or is_watched(module):
         return []
+    if not (_functions_are_torchs() and _is_untouched(module)):
+        return []
+    layers = [*module]
     return [
-        layer
-        for before, layer in pairwise(module)
+        place
+        for place, (before, layer) in enumerate(pairwise(layers), 1)
         if type(layer) is nn.ReLU
         and type(before) in _OWNING
-        and is_as_defined(before)
-        and is_as_defined(layer)
+        and _is_untouched(before)
+        and _is_untouched(layer)
     ]
 
 
@@ -113,28 +142,39 @@ def regress(regressor: nn.Module, student: Tensor, shape: Sequence[int], inplace
         regressor: Called with `student`.
         student: (B, ...), what the regressor takes.
         shape: What it has to give.
-        inplace: Its ReLUs write over their inputs where nothing can tell (:func:`own_rectifiers`).
+        inplace: ReLUs write over their inputs where nothing can tell (:func:`_own_rectifiers`).
 
     Raises:
         ValueError: The regressor gives another shape.
         TypeError: It gives no tensor.
     """
     # A compiler finds out by itself what it may write over.
-    rectifiers = own_rectifiers(regressor) if inplace and not torch.compiler.is_compiling() else []
-    # For the call alone: the regressor is one's own to look at, to call and to compare with another run's.
-    in_place = [layer for layer in rectifiers if not layer.inplace]
-    try:
-        for layer in in_place:
-            layer.inplace = True
+    may = inplace and not torch.compiler.is_compiling() and type(student) in PLAIN
+    places = _own_rectifiers(regressor) if may else []
+    mean: object
+    if places:
+        mean = student
+        assert isinstance(regressor, nn.Sequential)
+        for place, layer in enumerate(
+            regressor
+        ):  # by place: a ReLU may stand in several, and is left as it is
+            mean = torch.relu_(mean) if place in places else layer(mean)
+    else:
         mean = regressor(student)
-    finally:
-        for layer in in_place:
-            layer.inplace = False
     if not isinstance(mean, Tensor):
         raise TypeError(f"wanted a regressor that returns a Tensor, got {type(mean).__name__}")
     if list(mean.shape) != list(shape):  # as dynamo of torch 2.6 can trace it
         raise ValueError(f"the regressor gives {tuple(mean.shape)}, wanted {tuple(shape)}")
     return mean
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether it is made of 1x1 nn.Conv2d, and no other product: how positions are arranged is then all the same."""
+    layers = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.modules.conv._ConvNd))]
+    return bool(layers) and all(
+        isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.stride == (1, 1)
+        for part in layers
+    )
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype | None:

@@ -7,22 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Methods whose result is a view of the tensor, or may be: one of an inference tensor is an inference tensor.
-_VIEWS = (
-    *(
-        "contiguous",
-        "detach",
-        "expand",
-        "flatten",
-        "movedim",
-        "narrow",
-        "permute",
-        "reshape",
-        "squeeze",
-        "to",
-    ),
-    *("transpose", "unflatten", "unsqueeze", "view", "view_as"),
-)
 _last_is_inference = False
 
 
@@ -51,16 +35,25 @@ def savable(x: Tensor) -> Tensor:
 
 
 def _look_at_x(trace: Any) -> None:
-    """Called by the tracer in `savable`: whether the real tensor behind x is one. Anything unexpected is a no."""
+    """Called by the tracer in `savable`: whether x comes from such a tensor. Anything unexpected is a no.
+
+    What comes from one by a view is one too, and what comes by arithmetic is not: it is copied without need.
+    """
     global _last_is_inference
     _last_is_inference = False
     try:
-        node = trace.get_local("x").as_proxy().node
-        while node.op == "call_method" and node.target in _VIEWS:
-            node = node.args[0]
-        given = node.meta.get("grapharg")
-        example = None if given is None else given.example
-        _last_is_inference = isinstance(example, Tensor) and example.is_inference()
+        waiting, seen = [trace.get_local("x").as_proxy().node], set[Any]()
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            given = node.meta.get("grapharg")
+            example = None if given is None else given.example
+            if isinstance(example, Tensor) and example.is_inference():
+                _last_is_inference = True
+                return
+            waiting += node.all_input_nodes
     except (
         Exception
     ):  # private to dynamo, and another version's may differ: then torch says what it thinks of it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, SupportsIndex, get_args
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,18 @@ from torch.nn import functional as F
 from vidfast import dispatch, reference
 from vidfast.arguments import (
     DTYPES,
+    SCALAR_REDUCTIONS,
     BackendName,
     ScalarReduction,
     check_initial_variance,
     check_options,
     check_size,
+    check_weight,
     inverse_softplus,
 )
 from vidfast.fused_regressor import fused_nll
-from vidfast.nll import gaussian_nll
-from vidfast.regressor import is_watched, lay_out_for, owns_its_output, regress, weight_dtype
+from vidfast.nll import adopt_variances, gaussian_nll
+from vidfast.regressor import is_pointwise, is_watched, lay_out_for, owns_its_output, regress, weight_dtype
 
 _POOL: dict[int, Callable[..., Tensor]] = {
     1: F.adaptive_avg_pool1d,
@@ -55,12 +57,19 @@ def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return pooled(student), pooled(teacher)
 
 
+def _check_reduction(reduction: ScalarReduction) -> ScalarReduction:
+    if reduction not in SCALAR_REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'batchmean', got {reduction!r}")
+    return reduction
+
+
 class VIDLoss(nn.Module):
     """VID-I for one pair of layers: a regressor of three 1x1 convolutions and the Gaussian NLL of equation 5.
 
     The constructor, the call and the checkpoint keys (`log_scale`, `regressor.{0,2,4}.weight`) are those of the
     VIDLoss that distillation repositories share; checkpoints that call the parameter `soft_plus_param` or `alpha` load
-    too. Differing spatial sizes are pooled to the smaller along each axis.
+    too. Differing spatial sizes are pooled to the smaller along each axis, before the regressor, which may be exchanged
+    for one of your own: `regressor` is a module from the student's feature to the teacher's shape.
 
     Args:
         num_input_channels: The student feature's channels.
@@ -85,6 +94,7 @@ class VIDLoss(nn.Module):
     """
 
     log_scale: nn.Parameter
+    regressor: nn.Module
 
     def __init__(
         self,
@@ -111,8 +121,6 @@ class VIDLoss(nn.Module):
             )
         ]
         eps, weight = check_options(eps, reduction, weight, inplace=inplace)
-        if reduction not in get_args(ScalarReduction):
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'batchmean', got {reduction!r}")
         dispatch.check_name(backend)
         self.init_pred_var = check_initial_variance("init_pred_var", init_pred_var, eps)
         self.num_input_channels, hidden, self.num_target_channels = widths
@@ -126,8 +134,8 @@ class VIDLoss(nn.Module):
         )
         self.inplace = inplace
         self.eps = eps
-        self.weight = weight
-        self.reduction: ScalarReduction = reduction
+        self._weight = weight
+        self.reduction: ScalarReduction = _check_reduction(reduction)
         self.backend: BackendName = backend
         self.log_scale = nn.Parameter(torch.empty(self.num_target_channels, device=device, dtype=dtype))
         self.reset_parameters()
@@ -136,6 +144,15 @@ class VIDLoss(nn.Module):
         """Sets every variance to `init_pred_var`. The regressor's layers have a `reset_parameters` of their own."""
         with torch.no_grad():
             self.log_scale.fill_(inverse_softplus(self.init_pred_var - self.eps))
+
+    @property
+    def weight(self) -> float:
+        """A factor of the loss, to be set at any time; compiled, another value is no new graph."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self._weight = check_weight(value)
 
     @property
     def variance(self) -> Tensor:
@@ -165,10 +182,14 @@ class VIDLoss(nn.Module):
         ):
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+            if x.is_meta:
+                raise ValueError(f"{name} must hold values, got a tensor on the meta device")
             if x.dtype not in DTYPES:
                 raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
             if x.dim() < 2 or x.shape[1] != channels:
                 raise ValueError(f"{name} must be (B, {channels}, *spatial), got {tuple(x.shape)}")
+        eps, weight = check_options(self.eps, self.reduction, self.weight, inplace=self.inplace)
+        reduction = _check_reduction(self.reduction)
         student, teacher = match_spatial(input, target.detach())
         dtype = weight_dtype(self.regressor)
         # autocast casts what goes into a convolution, but not from or to fp64
@@ -181,14 +202,18 @@ class VIDLoss(nn.Module):
                 student,
                 teacher,
                 self.log_scale,
-                eps=self.eps,
-                reduction=self.reduction,
-                weight=self.weight,
+                eps=eps,
+                reduction=reduction,
+                weight=weight,
                 backend=self.backend,
             )
             if fused is not None:
                 return fused
-        if student.dim() != 4:  # a 1x1 convolution does not mind how positions are arranged
+        if 0 in student.shape[2:] and student.shape[0] > 0:
+            # torch's convolutions take an empty batch, and no empty map
+            reduction = "sum" if reduction == "batchmean" else reduction
+            student, teacher = (x.reshape(0, x.shape[1], 1, 1) for x in (student, teacher))
+        if student.dim() != 4 and is_pointwise(self.regressor):
             student = student.flatten(2).unsqueeze(-1) if student.dim() > 2 else student[:, :, None, None]
             teacher = teacher.flatten(2).unsqueeze(-1) if teacher.dim() > 2 else teacher[:, :, None, None]
         laid_out = lay_out_for(self.regressor, student)
@@ -197,9 +222,9 @@ class VIDLoss(nn.Module):
             mean,
             teacher,
             self.log_scale,
-            eps=self.eps,
-            reduction=self.reduction,
-            weight=self.weight,
+            eps=eps,
+            reduction=reduction,
+            weight=weight,
             inplace=self.inplace and owns_its_output(self.regressor),
             backend=self.backend,
         )
@@ -207,13 +232,7 @@ class VIDLoss(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        key = prefix + "log_scale"
-        for other in ("soft_plus_param", "alpha"):
-            if key not in state_dict and prefix + other in state_dict:
-                state_dict[key] = state_dict.pop(prefix + other)
-        saved = state_dict.get(key)
-        if isinstance(saved, Tensor) and saved.dim() != 1 and saved.numel() == self.log_scale.numel():
-            state_dict[key] = saved.reshape(-1)  # stored as (1, C, 1, 1) by some
+        adopt_variances(state_dict, prefix, "log_scale", ("soft_plus_param", "alpha"), self.log_scale)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

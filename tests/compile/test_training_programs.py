@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -141,8 +144,10 @@ def test_a_weight_on_a_schedule_is_no_new_graph(where: str, fullgraph: bool) -> 
         )
     else:
         compiled = torch.compile(module, backend=counter, fullgraph=fullgraph)
-    for step in range(24):
-        weight = 0.1 + 0.05 * step
+    # beginning with 0 and 1, which a compiler likes to take for constants
+    for weight in (0.0, 1.0, *(0.1 + 0.05 * step for step in range(24)), *np.linspace(0, 1, 5)):
+        if where == "function":
+            weight = float(weight)
         if where == "function":
             loss = compiled(weight)
         else:
@@ -199,6 +204,30 @@ def test_an_empty_batch(compiler: str, reduction: Any) -> None:
             assert x.isfinite().all()
 
 
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a slice": lambda t: t[:1],
+    "a crop": lambda t: t[:, :, 1:, :1],
+    "float": lambda t: t.float(),
+    "a function": lambda t: torch.permute(t, (0, 1, 3, 2)),
+    "a chunk": lambda t: t.chunk(2)[0],
+    "tokens": lambda t: t.flatten(2).transpose(1, 2)[:, 1:].transpose(1, 2).reshape(2, 4, -1),
+    "data": lambda t: t.data,
+}
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_of_a_teacher_in_inference_mode(view: str, compiler: str) -> None:
+    with torch.inference_mode():
+        t = T.clone()
+    mean = VIEWS[view](M).contiguous().requires_grad_()
+    want = torch.autograd.grad(vidfast.gaussian_nll(mean, VIEWS[view](T), A), mean)[0]
+    compiled = torch.compile(
+        lambda m, t: vidfast.gaussian_nll(m, VIEWS[view](t), A), backend=compiler, fullgraph=True
+    )
+    torch.testing.assert_close(torch.autograd.grad(compiled(mean, t), mean)[0], want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("pooled", [False, True])
@@ -250,10 +279,10 @@ def test_alpha_in_a_shape_that_broadcasts() -> None:
 
 
 IN_PROCESS_GROUP = """
-    import os, tempfile
+    import sys
     import torch, torch.distributed as dist
     import vidfast
-    store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
+    store = dist.FileStore(sys.argv[1], 1)
     dist.init_process_group("gloo", rank=0, world_size=1, store=store)
     torch.manual_seed(0)
     m, t, a = torch.randn(4, 6, 5, 5), torch.randn(4, 6, 5, 5), torch.randn(6)
@@ -311,9 +340,14 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_sharded(program: str) -> None:
+def test_in_a_process_group(program: str, tmp_path: Path) -> None:
     code = textwrap.dedent(IN_PROCESS_GROUP) + textwrap.dedent(PROGRAMS[program])
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "store")],
+        env={"GLOO_SOCKET_IFNAME": "lo", **os.environ},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]

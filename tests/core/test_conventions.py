@@ -187,3 +187,100 @@ def test_a_regressor_without_parameters(inplace: bool) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         s, t = torch.randn(2, 6, 3, 3).to(dtype), torch.randn(2, 6, 3, 3)
         assert torch.equal(module(s, t), vidfast.gaussian_nll(s, t, module.log_scale))
+
+
+LATER: list[tuple[str, Any, type[Exception]]] = [
+    ("weight", float("nan"), ValueError),
+    ("weight", float("inf"), ValueError),
+    ("weight", 10**400, ValueError),
+    ("weight", torch.tensor(2.0), TypeError),
+    ("weight", "0.5", TypeError),
+    ("weight", True, TypeError),
+    ("eps", 0.0, ValueError),
+    ("eps", -1.0, ValueError),
+    ("reduction", "avg", ValueError),
+    ("inplace", "no", TypeError),
+    ("log_scale", nn.Parameter(torch.zeros(6, dtype=torch.int32), requires_grad=False), TypeError),
+]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(("name", "value", "error"), LATER, ids=str)
+def test_what_is_set_later_is_checked_too(
+    name: str, value: Any, error: type[Exception], hooked: bool
+) -> None:
+
+    def set_and_call(module: Any, channels: int) -> None:
+        setattr(module, name, value)
+        module(torch.randn(2, channels, 3, 3), torch.randn(2, 6, 3, 3))
+
+    module = vidfast.VIDLoss(5, 8, 6)
+    if hooked:
+        module.regressor.register_forward_hook(lambda *_: None)
+    with pytest.raises(error, match="alpha" if name == "log_scale" else name):
+        set_and_call(module, 5)
+    if name in ("weight", "eps", "reduction"):
+        with pytest.raises(error, match=name):
+            set_and_call(vidfast.GaussianNLL(6), 6)
+
+
+@pytest.mark.parametrize("number", [3, np.float32(0.25), np.float64(0.25), np.int64(2)])
+def test_a_weight_set_later_is_a_float(number: Any) -> None:
+    for module in (vidfast.GaussianNLL(6), vidfast.VIDLoss(5, 8, 6)):
+        module.weight = number
+        assert type(module.weight) is float
+        assert module.weight == float(number)
+
+
+@pytest.mark.parametrize("key", ["alpha", "log_scale", "soft_plus_param"])
+@pytest.mark.parametrize("shape", [(6,), (1, 6, 1, 1)])
+def test_checkpoints_of_other_repositories(key: str, shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape)
+    nll = vidfast.GaussianNLL(6)
+    nll.load_state_dict({key: values})
+    assert torch.equal(nll.alpha, values.reshape(6))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        nll.load_state_dict({key: torch.randn(5)})
+    both = vidfast.GaussianNLL(6)
+    both.load_state_dict({"alpha": values, "log_scale": values + 1}, strict=False)
+    assert torch.equal(both.alpha, values.reshape(6))
+
+
+REGRESSORS: list[tuple[Any, tuple[int, ...]]] = [
+    (lambda: nn.Linear(5, 6), ()),
+    (lambda: nn.Conv1d(5, 6, 3, padding=1), (7,)),
+    (lambda: nn.Conv2d(5, 6, 3, padding=1), (4, 5)),
+    (lambda: nn.Conv3d(5, 6, 3, padding=1), (3, 4, 5)),
+    (lambda: nn.Conv2d(5, 6, 1), (7,)),
+    (lambda: nn.Conv2d(5, 6, 1), ()),
+    (lambda: nn.Sequential(nn.Conv2d(5, 6, 1), nn.BatchNorm2d(6)), (3, 4, 5)),
+]
+
+
+@pytest.mark.parametrize(("made", "spatial"), REGRESSORS)
+def test_a_regressor_of_ones_own_gets_the_feature_that_it_takes(made: Any, spatial: tuple[int, ...]) -> None:
+    module = vidfast.VIDLoss(5, 8, 6)
+    module.regressor = made()
+    s, t = torch.randn(2, 5, *spatial), torch.randn(2, 6, *spatial)
+    first = next(module.regressor.modules())
+    takes = nn.Conv2d in (type(first), *(type(part) for part in first.children()))
+    fed = s.flatten(2).unsqueeze(-1) if takes and len(spatial) != 2 and spatial else s
+    fed = s[:, :, None, None] if takes and not spatial else fed
+    mean = module.regressor(fed).reshape(t.shape)
+    torch.testing.assert_close(module(s, t), vidfast.gaussian_nll(mean, t, module.log_scale))
+
+
+def test_meta_features_are_a_clear_error() -> None:
+    module = vidfast.VIDLoss(5, 8, 6, device="meta")
+    with pytest.raises(ValueError, match="must hold values"):
+        module(torch.randn(2, 5, 3, device="meta"), torch.randn(2, 6, 3, device="meta"))
+
+
+def test_a_first_parameter_of_integers_is_no_weight() -> None:
+    module = vidfast.VIDLoss(5, 8, 6)
+    module.regressor.register_parameter(
+        "codes", nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    )
+    module.regressor._parameters = {"codes": module.regressor._parameters["codes"]}
+    loss = module(torch.randn(2, 5, 3, 3, dtype=torch.float64), torch.randn(2, 6, 3, 3))
+    assert loss.dtype is torch.float32

@@ -16,7 +16,7 @@ from vid_formula import check, formula, small_module
 import vidfast.fused_regressor as fused
 import vidfast.vid as vid
 from bench.memory import peak_extra_bytes
-from vidfast import VIDLoss
+from vidfast import VIDLoss, gaussian_nll
 
 
 @pytest.fixture
@@ -239,6 +239,35 @@ ELSEWHERE: dict[str, Callable[[VIDLoss], Any]] = {
     "only alpha": frozen_but_for_alpha,
     "compiled in place": lambda m: m.regressor[2].compile(backend="eager"),
 }
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        nn.Conv2d(8, 8, 1, padding=1, bias=False),
+        nn.Conv2d(8, 8, 1, stride=2, bias=False),
+        nn.Conv2d(8, 8, (1, 3), padding=(0, 2), bias=False),
+    ],
+    ids=["padding", "stride", "another kernel"],
+)
+def test_a_convolution_that_changes_the_size_is_not_computed_as_if_it_did_not(
+    module: VIDLoss, calls: list[tuple[int, ...]], odd: nn.Conv2d
+) -> None:
+    module.regressor[2] = odd
+    with pytest.raises(ValueError, match="the regressor gives"):
+        module(torch.randn(3, 5, 4, 5), torch.randn(3, 6, 4, 5))
+    assert calls == []
+
+
+def test_a_kernel_exchanged_for_a_larger_one_goes_module_by_module(
+    module: VIDLoss, calls: list[tuple[int, ...]]
+) -> None:
+    convolution = module.regressor[2]
+    convolution.padding = "same"
+    convolution.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+    s, t = torch.randn(3, 5, 4, 5), torch.randn(3, 6, 4, 5)
+    torch.testing.assert_close(module(s, t), gaussian_nll(module.regressor(s), t, module.log_scale))
+    assert calls == []
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)

@@ -250,3 +250,14 @@ def test_second_derivative_of_the_producer_is_refused(backend: Place) -> None:
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="two_pass"):
         grad.square().sum().backward()
+
+
+def test_alpha_in_means_memory_is_refused(backend: Place) -> None:
+    mean = torch.randn(1, 4, 4, 1, device=backend.device, requires_grad=True) * 1
+    alpha = mean.detach()[0, :, 0, 0]
+    before = alpha.clone()
+    with pytest.raises(RuntimeError, match="would overwrite alpha"):
+        backend.nll(
+            mean, torch.randn(1, 4, 4, 1, device=backend.device), alpha, inplace=True, strategy="one_pass"
+        )
+    assert torch.equal(alpha, before)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +66,47 @@ class KeepsConv(nn.Conv2d):
         return self.last
 
 
+def with_forward(module: nn.Module, part: str, made: Callable[[Any], Any]) -> nn.Module:
+    """The module with the forward of a part replaced by `made(forward)`."""
+    layer: Any = module.get_submodule(part)
+    layer.forward = made(layer.forward)
+    return module
+
+
+def keeping(holder: nn.Module) -> Callable[[Any], Any]:
+    """A forward that keeps its output in `holder.last`."""
+
+    def made(forward: Any) -> Any:
+        def call(x: Tensor) -> Tensor:
+            holder.last = forward(x)
+            return holder.last
+
+        return call
+
+    return made
+
+
+def kept_by_a_forward(part: str) -> nn.Module:
+    stack = nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
+    return with_forward(stack, part, keeping(stack))
+
+
+def shared_rectifier() -> nn.Module:
+    rectifier = nn.ReLU()
+    return nn.Sequential(rectifier, nn.Conv2d(6, 6, 3, padding=1), rectifier, nn.Conv2d(6, 6, 1))
+
+
+def residual() -> nn.Module:
+    stack = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
+
+    def forward(x: Tensor) -> Tensor:
+        hidden = stack[0](x)
+        out: Tensor = stack[2](stack[1](hidden) + hidden)
+        return out
+
+    return with_forward(stack, "", lambda _: forward)
+
+
 OWN: dict[str, Callable[[], nn.Module]] = {
     "projects only where widths differ": lambda: Match(6, 6),
     "a view": ViewOf,
@@ -75,6 +118,15 @@ OWN: dict[str, Callable[[], nn.Module]] = {
     "a block whose last layer is a convolution": lambda: nn.Sequential(ViewOf(), nn.Conv2d(6, 6, 1)),
     "keeps its output": Keeps,
     "a convolution that keeps its output": lambda: nn.Sequential(KeepsConv(6, 6, 1)),
+    "a ReLU that stands in two places": shared_rectifier,
+    "the whole returns its input": lambda: with_forward(
+        nn.Sequential(nn.Conv2d(6, 6, 3, padding=1)), "", lambda _: lambda x: x
+    ),
+    "the whole adds what it hid": residual,
+    "the whole keeps its output": lambda: kept_by_a_forward(""),
+    "the first convolution keeps its output": lambda: kept_by_a_forward("0"),
+    "the rectifier keeps its output": lambda: kept_by_a_forward("1"),
+    "the last convolution keeps its output": lambda: kept_by_a_forward("2"),
     "of one convolution": lambda: nn.Conv2d(6, 6, 1),
     "upsampling": lambda: nn.Upsample(5),
 }
@@ -90,14 +142,13 @@ def test_the_feature_and_what_a_regressor_keeps_stay_as_they_are(name: str, requ
     t, before = torch.randn(2, 6, 5, 5), feature.detach().clone()
     leaves = [*([feature] if requires_grad else []), *module.parameters()]
     mean = module.regressor(feature)
+    kept = {part: part.last.detach().clone() for part in module.modules() if hasattr(part, "last")}
     want = vidfast.gaussian_nll(mean, t, module.log_scale, backend="reference")
     exact = torch.autograd.grad(want, leaves, allow_unused=True)
     loss = module(feature, t)
     assert torch.equal(feature.detach(), before)
-    for part in module.modules():
-        last = getattr(part, "last", None)
-        if isinstance(last, Tensor):
-            assert torch.equal(last.detach(), mean.detach())
+    for part, value in kept.items():
+        assert torch.equal(part.last.detach(), value)
     torch.testing.assert_close(loss, want)
     for got, right in zip(torch.autograd.grad(loss, leaves, allow_unused=True), exact, strict=True):
         torch.testing.assert_close(got, right)
@@ -154,6 +205,9 @@ CONTEXTS: dict[str, Context] = {
     "the regressor's forward": lambda v: exchanged(v.regressor, "forward", halved),
     "Conv2d.forward": lambda _: exchanged(nn.Conv2d, "forward", halved),
     "Conv2d._conv_forward": lambda _: exchanged(nn.Conv2d, "_conv_forward", halved),
+    "torch.relu": lambda _: exchanged(torch, "relu", halved),
+    "torch.relu_": lambda _: exchanged(torch, "relu_", halved),
+    "torch.conv2d": lambda _: exchanged(torch, "conv2d", rounded),
     "ReLU.forward": lambda _: exchanged(nn.ReLU, "forward", halved),
     "Sequential.forward": lambda _: exchanged(nn.Sequential, "forward", halved),
     "Module.__call__": lambda _: exchanged(nn.Module, "__call__", called),
@@ -188,10 +242,46 @@ def test_what_changes_a_layer_is_noticed(name: str, fused: list[int]) -> None:
             found.append(module(s, t))
     assert len(fused) == 1
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)
-    assert name == "Module.__call__" or abs(found[0] - plain) > 1e-6, "nothing was changed"
+    unchanged = ("Module.__call__", "torch.relu_", "torch.conv2d")  # which the modules do not go through
+    assert name in unchanged or abs(found[0] - plain) > 1e-6, "nothing was changed"
     module.inplace = True
     assert torch.equal(module(s, t), plain)
     assert len(fused) == 2
+
+
+@pytest.mark.parametrize("name", ["torch.nn.functional.conv2d", "torch.nn.Conv2d._conv_forward"])
+def test_what_was_replaced_before_the_import_is_noticed_too(name: str) -> None:
+    holder, attribute = name.rsplit(".", 1)
+    code = f"""
+import torch
+original = {name}
+{holder}.{attribute} = lambda *args, **options: 2 * original(*args, **options)
+import vidfast
+torch.manual_seed(0)
+v, s, t = vidfast.VIDLoss(6, 8, 6), torch.randn(4, 6, 5, 5), torch.randn(4, 6, 5, 5)
+want = vidfast.gaussian_nll(v.regressor(s), t, v.log_scale)
+assert abs(v(s, t) - want) < 1e-6, (v(s, t), want)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
+
+
+def test_a_recording_student_keeps_what_it_recorded() -> None:
+    """Its __torch_function__ sees every layer's output, as a mode would."""
+    kept: list[Tensor] = []
+
+    class Recording(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = super().__torch_function__(func, types, args, kwargs or {})
+            if func in (F.conv2d, torch.conv2d):
+                kept.append(out.as_subclass(Tensor))
+                return kept[-1]
+            return out
+
+    module = vidfast.VIDLoss(6, 8, 6)
+    module(torch.randn(4, 6, 5, 5).as_subclass(Recording), torch.randn(4, 6, 5, 5))
+    assert float(kept[0].detach().min()) < 0
 
 
 def test_a_default_device_is_no_mode_that_changes_anything(fused: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,10 @@ import vidfast
 from vidfast import raw
 
 CASE = BY_NAME["plane_49"]
+
+
+class Tagged(Tensor):
+    """A subclass with torch's default behaviour."""
 
 
 def a_column(x: Tensor) -> Tensor:
@@ -45,6 +50,7 @@ REPACKED: dict[str, Callable[[Tensor], Tensor]] = {
     "a wider one, cut": lambda x: (
         torch.cat([x, torch.full_like(x, 1e9)], -1)[..., : x.shape[-1]] if x.dim() else x
     ),
+    "a negative view": lambda x: torch._neg_view(-x),
     "negated twice": lambda x: (
         torch.complex(torch.zeros_like(x), -x).conj().imag if x.dtype in (FP32, FP64) else x
     ),
@@ -98,6 +104,78 @@ def test_what_a_hook_keeps_is_not_written_over(backend: Place, strategy: str) ->
         assert all(grad.data_ptr() != x.data_ptr() for x, _ in kept)
 
 
+def fused_or_not(place: Place, strategy: str, m: Tensor, t: Tensor, a: Tensor) -> Tensor:
+    """By strategy, or by a VIDLoss whose regressor is one matrix product."""
+    if strategy != "VIDLoss":
+        return place.nll(m, t, a, strategy=strategy)
+    torch.manual_seed(0)
+    module = vidfast.VIDLoss(m.shape[1], 4, t.shape[1])
+    return module(m, t)
+
+
+HOLDERS = (
+    "a cache of equal tensors",
+    "what was packed",
+    "a detached copy of it",
+    "the node's saved tensors",
+    "its own hooks",
+)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("strategy", ["one_pass", "two_pass", "VIDLoss"])
+def test_what_anything_else_holds_is_neither_scaled_nor_handed_out(
+    backend: Place, strategy: str, holder: str
+) -> None:
+    """A cache may give one memory for two losses: each gradient is right, and none of them is that memory."""
+    if strategy == "VIDLoss" and backend.name != "cpu":
+        pytest.skip("computed in parts on the CPU alone")
+    m, t, a = CASE.tensors(FP32, device=backend.device)
+    m.requires_grad_()
+    (want,) = torch.autograd.grad(fused_or_not(backend, strategy, m, t, a), m)
+    cache: dict[Any, Tensor] = {}
+
+    def pack(x: Tensor) -> Any:
+        key = (tuple(x.shape), x.dtype, x.detach().cpu().numpy().tobytes())
+        if holder == "a cache of equal tensors":
+            cache.setdefault(key, x)
+            return key
+        cache[len(cache)] = x
+        return x.detach() if "detached" in holder else x
+
+    def unpack(packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else cache[packed]
+
+    hooked = holder in HOLDERS[:3]
+    with saved_tensors_hooks(pack, unpack) if hooked else contextlib.nullcontext():
+        losses = [fused_or_not(backend, strategy, m, t, a) for _ in range(2)]
+    for loss in losses if not hooked else ():
+        node: Any = loss.grad_fn
+        if holder == "its own hooks":
+            for saved, x in zip(node._raw_saved_tensors, node.saved_tensors, strict=True):
+                if x is not None:
+                    saved.register_hooks(pack, unpack)
+        else:
+            cache |= {len(cache) + i: x for i, x in enumerate(node.saved_tensors) if x is not None}
+    before = {key: x.detach().clone() for key, x in cache.items()}
+    assert before
+    for g, loss in zip((1.0, 3.0), losses, strict=True):
+        (grad,) = torch.autograd.grad(loss, m, torch.full_like(loss, g))
+        torch.testing.assert_close(grad, g * want, rtol=1e-6, atol=0)
+        if holder != "the node's saved tensors" or g != 1.0:
+            assert all(grad.data_ptr() != x.data_ptr() for x in cache.values() if x.numel())
+    assert all(torch.equal(x, before[key]) for key, x in cache.items())
+
+
+def test_a_gradient_that_nothing_else_holds_is_scaled_where_it_is(backend: Place) -> None:
+    m, t, a = CASE.tensors(FP32, device=backend.device)
+    loss = backend.nll(m.requires_grad_(), t, a, strategy="one_pass")
+    node: Any = loss.grad_fn
+    address = node.saved_tensors[0].data_ptr()
+    (grad,) = torch.autograd.grad(loss, m, torch.full_like(loss, 3.0))
+    assert grad.data_ptr() == address
+
+
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "narrower": lambda x: x.to(torch.float16),
     "wider or integers": lambda x: x.to(torch.float64 if x.dtype is not FP64 else torch.int64),
@@ -106,6 +184,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "of another shape": lambda x: x.unsqueeze(0),
     "on no device": lambda x: x.to("meta"),
     "sparse": lambda x: x.to_sparse(),
+    "a subclass": lambda x: x.clone().as_subclass(Tagged),
 }
 
 

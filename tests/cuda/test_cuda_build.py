@@ -197,3 +197,22 @@ def test_loops_do_not_spill(built: Built) -> None:
         first, last = vector_loop(code)
         local = [line for line in code[first : last + 1] if re.search(r"\b(LDL|STL)\b", line)]
         assert not local, f"{k.name}: {local}"
+
+
+def test_the_finish_waits_for_the_sweep_that_lets_it_start(built: Built) -> None:
+    """On sm_90 it may begin before the sweep's sums are there; nothing that runs without a GPU would notice."""
+    if int(built.arch) < 90:
+        pytest.skip("there is no early start")
+    seen = set()
+    for k, code in instructions(built):
+        waits = [i for i, line in enumerate(code) if "ACQBULK" in line]
+        starts = sum("PREEXIT" in line for line in code)
+        seen.add((k.mapping, k.sums))
+        if k.mapping == "finish":
+            assert len(waits) == 1, k.name
+            # alpha, of 2, 4 or 8 bytes, is the user's; the partial sums are loaded behind it
+            assert sum("LDG" in line for line in code[: waits[0]]) == 3, k.name
+        else:
+            assert not waits, k.name
+            assert bool(starts) == (k.mapping in ("planes", "rows") and k.sums), k.name
+    assert {("finish", True), ("planes", True), ("rows", True), ("planes", False)} <= seen

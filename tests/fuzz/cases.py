@@ -44,7 +44,7 @@ OUTPUTS = (
 WANTED = ("m", "a", "ma", "ma", "mt", "mta", "t", "ta")
 LONG = (15, 16, 17, 31, 32, 33, 63, 64, 65, 130, 255, 257, 513, 1000)
 VERY_LONG = (4097, 16385, 40_000)
-MOST_CHANNELS = 1000  # their sum is not compensated: more of them leave the bound of an fp64 loss
+MOST_CHANNELS = 40_000
 
 
 @dataclass(frozen=True)
