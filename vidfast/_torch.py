@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import DeviceContext
 
 _module: Any = torch.nn.modules.module
 # torch 2.7 and later.
@@ -33,6 +34,7 @@ _shown: Any = torch._C._SetExcludeDispatchKeyGuard
 _BELOW_AUTOGRAD = torch._C.DispatchKey.ADInplaceOrView
 _interpreter_stack: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_function_mode_count: Callable[[], int] = torch._C._len_torch_function_stack
 _function_modes: Callable[[], list[Any]] = torch.overrides._get_current_function_mode_stack
 # torch 2.9 and later: the precision of fp32 products, for each library and kind of operation.
 _fp32_precision: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
@@ -81,9 +83,7 @@ def dispatch_modes() -> bool:
 
 def function_mode() -> bool:
     """Whether a TorchFunctionMode may change what torch's functions do. A default device is none of those."""
-    from torch.utils._device import DeviceContext
-
-    return any(type(mode) is not DeviceContext for mode in _function_modes())
+    return _function_mode_count() > 0 and any(type(mode) is not DeviceContext for mode in _function_modes())
 
 
 def products_differ_from_convolutions() -> bool:

@@ -50,6 +50,7 @@ _FUNCTIONS_WERE_TORCHS = (
     and isinstance(torch.relu, BuiltinFunctionType)
     and F.relu.__module__ == F.__name__
 )
+_PLAIN_OR_NONE = (*PLAIN, type(None))
 # From this size of its widest activation on, a stack of 1x1 convolutions is faster in channels_last on the CPU: oneDNN
 # need not reorder it, and reordering takes fresh memory (docs/kernel-notes.md, "Regressors").
 _LARGE_ACTIVATION = 16 << 20
@@ -83,9 +84,11 @@ def _is_untouched(part: nn.Module) -> bool:
     methods = _AS_DEFINED.get(kind)
     if methods is None or part._compiled_call_impl is not None:
         return False
-    if any(name in own or getattr(kind, name) is not method for name, method in methods):
-        return False
-    return type(getattr(part, "weight", None)) in (type(None), *PLAIN)
+    for name, method in methods:
+        if name in own or getattr(kind, name) is not method:
+            return False
+    # not by getattr, which takes long to find that there is none
+    return type(part._parameters.get("weight", own.get("weight"))) in _PLAIN_OR_NONE
 
 
 def _functions_are_torchs() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -278,6 +279,29 @@ def test_alpha_in_a_shape_that_broadcasts() -> None:
     torch.testing.assert_close(compiled(M, T, A.view(1, -1, 1, 1)), vidfast.gaussian_nll(M, T, A))
 
 
+@pytest.mark.parametrize("loss", ["one_pass", "two_pass", "VIDLoss"])
+def test_compiled_autograd_traces_the_backward(loss: Any) -> None:
+    """There are no addresses while it does."""
+    compiled_autograd: Any = importlib.import_module("torch._dynamo.compiled_autograd")
+    enable = getattr(compiled_autograd, "_enable", None) or compiled_autograd.enable
+    vid = vidfast.VIDLoss(4, 5, 4)
+
+    def run(m: Tensor, t: Tensor, a: Tensor) -> Tensor:
+        return vid(m, t) if loss == "VIDLoss" else vidfast.gaussian_nll(m, t, a, strategy=loss)
+
+    for batch in (2, 2, 3, 5):
+        m, t, a = (
+            torch.randn(batch, 4, 3, requires_grad=True),
+            torch.randn(batch, 4, 3),
+            A.clone().requires_grad_(),
+        )
+        (want,) = torch.autograd.grad(run(m, t, a), m)
+        with enable(lambda graph: torch.compile(graph, backend="eager")):
+            run(m, t, a).backward()
+        assert m.grad is not None
+        torch.testing.assert_close(m.grad, want)
+
+
 IN_PROCESS_GROUP = """
     import sys
     import torch, torch.distributed as dist
@@ -341,7 +365,10 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_in_a_process_group(program: str, tmp_path: Path) -> None:
-    code = textwrap.dedent(IN_PROCESS_GROUP) + textwrap.dedent(PROGRAMS[program])
+    # gloo's threads do not always outlive the interpreter's end
+    code = (
+        textwrap.dedent(IN_PROCESS_GROUP) + textwrap.dedent(PROGRAMS[program]) + "\nimport os; os._exit(0)\n"
+    )
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "store")],
         env={"GLOO_SOCKET_IFNAME": "lo", **os.environ},

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 SCRIPT = """
-import logging, sys, torch
+import logging, os, sys, torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -48,7 +48,9 @@ plain(student, teacher).backward()
 for (name, got), wanted in zip(sharded.named_parameters(), plain.parameters(), strict=True):
     assert got.grad is not None, name
     close(full(got.grad), wanted.grad)
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # gloo's threads do not always outlive the interpreter's end
 """
 
 
