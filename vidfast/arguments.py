@@ -228,7 +228,7 @@ def check_inplace(mean: Tensor, target: Tensor, alpha: Tensor, walked_mean: Tens
     """Sees to it that d/d mean may be written over mean.
 
     Raises:
-        RuntimeError: Writing it would destroy what somebody else holds.
+        RuntimeError: Writing it would destroy what other code still uses.
     """
     base = mean._base if mean._is_view() else mean
     if base is not None and base.is_leaf and base.requires_grad:

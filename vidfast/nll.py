@@ -62,7 +62,7 @@ def gaussian_nll(
             a gradient of 1, for which the one-pass strategy has nothing left to do. Another value does not compile
             a graph anew.
         inplace: d/d mean is written over `mean` where the strategy is one_pass and mean requires grad, else
-            it is ignored. Whoever reads mean *after* this call reads a gradient, and autograd cannot know: use it
+            it is ignored. Code that reads mean *after* this call reads a gradient, and autograd cannot know: use it
             only on an activation that nothing else reads, such as the output of your own last convolution. A
             producer that saved its output for backward (ReLU, sigmoid, softmax) raises there.
         strategy: "one_pass" computes d/d mean together with the loss; "two_pass" in backward, and supports
@@ -75,7 +75,7 @@ def gaussian_nll(
 
     Raises:
         TypeError, ValueError: An argument is not as above; the text says what was wanted and what came.
-        RuntimeError: The back end asked for cannot run, or `inplace` would destroy what somebody else holds.
+        RuntimeError: The back end asked for cannot run, or `inplace` would destroy what other code still uses.
     """
     channel, alpha = check_tensors(mean, target, alpha, channel_dim)
     compiling = torch.compiler.is_compiling()

@@ -1,11 +1,12 @@
-"""The boundary to native code: what is read at an address is what was promised to lie there.
+"""The boundary to native code: what is read at an address is what was promised to be there.
 
-Whatever comes to a kernel by way of autograd has been in other hands: a saved-tensor hook may give back an equal tensor
-that lies otherwise in memory, and one that breaks torch's contract another tensor altogether.
+What comes to a kernel by way of autograd may have been replaced by a saved-tensor hook: by an equal tensor with other
+strides, or, where the hook breaks torch's contract, by another tensor altogether.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from sys import getrefcount
 from typing import Any
 
@@ -19,9 +20,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def not_plain(x: Tensor) -> str | None:
-    """None if the values of x, a strided tensor, lie in its memory, or the reason why not.
+    """None if the values of x, a strided tensor, are in its memory, or the reason why not.
 
-    Only plain strided tensors have an address at which their values lie: a fake tensor's is 0, a subclass
+    Only plain strided tensors have an address at which their values are: a fake tensor's is 0, a subclass
     gives its own meaning to operations, a wrapped or lazily negated one holds other values than it shows.
     """
     if type(x) not in PLAIN:
@@ -38,7 +39,7 @@ def not_plain(x: Tensor) -> str | None:
 def vector(
     name: str, x: Tensor, count: int, device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """`x` as `count` numbers side by side in memory: itself, or a copy where it lies otherwise.
+    """`x` as `count` numbers side by side in memory: itself, or a copy where its strides are others.
 
     Args:
         name: What an error calls it.
@@ -54,13 +55,13 @@ def vector(
     if not fits or x.numel() != count or x.device != device:
         wanted = "floating" if dtype is None else str(dtype).removeprefix("torch.")
         raise RuntimeError(
-            f"{name} must be {count} {wanted} numbers on {device}, got {_what(x)}; if a saved-tensor hook made it, it "
-            "must give back what it was given"
+            f"{name} must be {count} {wanted} numbers on {device}, got {describe(x)}; a saved-tensor hook "
+            "must give back a tensor equal to the one it was given"
         )
     return x if x.is_contiguous() else x.contiguous()
 
 
-# Of a saved tensor: where it lay, and what has to come back.
+# Of a saved tensor: its address, and what has to come back.
 _Saved = tuple[int, torch.Size, torch.dtype]
 
 
@@ -80,7 +81,7 @@ def restored(ctx: Any, device: torch.device) -> tuple[list[Tensor | None], Tenso
     """(what :func:`save` was given, `origin`, whether the first of it may be written over).
 
     Each tensor has the shape, dtype and device of what was saved, and memory of its own. Its strides may be others. It
-    may be written over where no hook was around, it lies where it was saved and nothing else refers to it.
+    may be written over where no hook was around, it is where it was saved and nothing else refers to it.
 
     Raises:
         RuntimeError: A saved-tensor hook gave back something else.
@@ -120,14 +121,15 @@ class _Probe(torch.autograd.Function):
 
 def _unshared() -> int:
     counted: list[int] = []
-    with torch.inference_mode(False), torch.enable_grad():
-        x = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
-        _Probe.apply(x, counted).backward()  # type: ignore[no-untyped-call]
+    x = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
+    _Probe.apply(x, counted).backward()  # type: ignore[no-untyped-call]
     return counted[0]
 
 
-# With more references than this, something else holds a saved tensor too.
-_UNSHARED = _unshared()
+# With more references than this, something else holds a saved tensor too. A thread of its own has none of this one's
+# hooks, modes and default devices.
+with ThreadPoolExecutor(1) as _thread:
+    _UNSHARED: int = _thread.submit(_unshared).result()
 
 
 def _is_the_same(x: Tensor, address: int, shape: torch.Size, dtype: torch.dtype) -> bool:
@@ -146,10 +148,10 @@ def _checked(x: Tensor, wanted: _Saved, device: torch.device) -> Tensor:
     if not alike or not_plain(x) is not None:
         raise RuntimeError(
             "a saved-tensor hook must give back a tensor equal to the one it was given, "
-            f"{tuple(shape)} {dtype} on {device}, got {_what(x)}"
+            f"{tuple(shape)} {dtype} on {device}, got {describe(x)}"
         )
     return x
 
 
-def _what(x: Tensor) -> str:
+def describe(x: Tensor) -> str:
     return f"{type(x).__name__} {tuple(x.shape)} {x.dtype} on {x.device}"

@@ -1,6 +1,6 @@
 """What may be done with a regressor, the module that predicts the teacher's feature: one policy for all callers.
 
-A regressor is anybody's module. Whether its output and its hidden activations may be written over, whether its layers
+A regressor may be any module. Whether its output and its hidden activations may be written over, whether its layers
 may be computed otherwise than by calling them, and in which type and memory format it is fed, is decided here and from
 what the module is at the moment of the call: parts, hooks and methods may have been exchanged since it was built.
 """
@@ -99,7 +99,7 @@ def _functions_are_torchs() -> bool:
 
 def last_layer(module: nn.Module) -> nn.Module:
     """The layer whose output is the regressor's."""
-    # Exact types: what a subclass does with its output is its own affair.
+    # Exact types: a subclass may do anything with its output.
     while type(module) is nn.Sequential and len(module):
         module = module[-1]
     return module
@@ -158,9 +158,8 @@ def regress(regressor: nn.Module, student: Tensor, shape: Sequence[int], inplace
     if places:
         mean = student
         assert isinstance(regressor, nn.Sequential)
-        for place, layer in enumerate(
-            regressor
-        ):  # by place: a ReLU may stand in several, and is left as it is
+        # by place: a ReLU may stand in several, and keeps its own `inplace`
+        for place, layer in enumerate(regressor):
             mean = torch.relu_(mean) if place in places else layer(mean)
     else:
         mean = regressor(student)
@@ -199,7 +198,7 @@ def lay_out_for(regressor: nn.Module, student: Tensor) -> Tensor:
     """`student` in the memory format in which a stack of 1x1 convolutions runs faster; its values are the same.
 
     That is channels_last for large fp32 maps on the CPU; anything else is handed back as it came. The gradient
-    arrives in the format that the regressor was given, which autograd accepts from anybody.
+    arrives in the format that the regressor was given; autograd accepts a gradient of any layout.
 
     Args:
         regressor: What will be applied to it; the widest convolution directly inside decides.

@@ -56,7 +56,7 @@ def _look_at_x(trace: Any) -> None:
             waiting += node.all_input_nodes
     except (
         Exception
-    ):  # private to dynamo, and another version's may differ: then torch says what it thinks of it
+    ):  # private to dynamo; where another version differs, torch says what it thinks of the tensor
         return
 
 

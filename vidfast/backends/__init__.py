@@ -13,8 +13,8 @@ from vidfast.layout import Layout
 class Backend(Protocol):
     """What a back end offers. N = outer * C * inner elements, [C] one number a channel.
 
-    mean and target are walked as `layout` says and alpha is contiguous. What has been saved for backward meanwhile has
-    been in other hands: `backward` and `scale` take it through :func:`vidfast.raw.vector` before an address is read.
+    mean and target are walked as `layout` says and alpha is contiguous. A saved-tensor hook may have
+    replaced what `backward` and `scale` get: they take it through :func:`vidfast.raw.vector` before an address is read.
     loss = k * sum_c [M/2 log v_c + S_c / (2 v_c)] with v_c = softplus(alpha_c) + eps and
     S_c = sum r^2, r = mean - target. loss is fp64 if mean or target is, else fp32; sum_sq is fp64.
     """
