@@ -261,7 +261,7 @@ def fused_nll(
 
     It can be fused where the regressor is a Sequential of plain 1x1 convolutions without bias and ReLUs in turn, all is
     fp32 on the CPU (the target may be 16 bits), no hook, compiler, autocast, transform or precision switch has a say,
-    and `backend` finds the CPU kernels. The caller sees to it that shapes fit and that nobody watches the regressor.
+    and `backend` finds the CPU kernels. The caller checks that shapes fit and that nothing watches the regressor.
 
     :param student: (B, C_s, *spatial). :param target: (B, C, *spatial), without gradient. :param alpha: (C,).
     :returns: a scalar in fp32.

@@ -177,7 +177,22 @@ def adopt_variances(
         state_dict[key] = saved.reshape(own.shape)
 
 
-class GaussianNLL(nn.Module):
+class Weighted(nn.Module):
+    """A loss whose factor is checked when it is set."""
+
+    _weight: float
+
+    @property
+    def weight(self) -> float:
+        """A factor of the loss, to be set at any time; compiled, another value is no new graph."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self._weight = check_weight(value)
+
+
+class GaussianNLL(Weighted):
     """:func:`gaussian_nll` that owns its `alpha`: -log q(t|s) with a learned variance for each channel.
 
     The other arguments are those of :func:`gaussian_nll`. Give `alpha` to the optimizer, without weight decay.
@@ -229,15 +244,6 @@ class GaussianNLL(nn.Module):
         """Sets every variance to `init_var`."""
         with torch.no_grad():
             self.alpha.fill_(inverse_softplus(self.init_var - self.eps))
-
-    @property
-    def weight(self) -> float:
-        """A factor of the loss, to be set at any time; compiled, another value is no new graph."""
-        return self._weight
-
-    @weight.setter
-    def weight(self, value: float) -> None:
-        self._weight = check_weight(value)
 
     @property
     def variance(self) -> Tensor:

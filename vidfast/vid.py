@@ -18,11 +18,10 @@ from vidfast.arguments import (
     check_initial_variance,
     check_options,
     check_size,
-    check_weight,
     inverse_softplus,
 )
 from vidfast.fused_regressor import fused_nll
-from vidfast.nll import adopt_variances, gaussian_nll
+from vidfast.nll import Weighted, adopt_variances, gaussian_nll
 from vidfast.regressor import is_pointwise, is_watched, lay_out_for, owns_its_output, regress, weight_dtype
 
 _POOL: dict[int, Callable[..., Tensor]] = {
@@ -63,7 +62,7 @@ def _check_reduction(reduction: ScalarReduction) -> ScalarReduction:
     return reduction
 
 
-class VIDLoss(nn.Module):
+class VIDLoss(Weighted):
     """VID-I for one pair of layers: a regressor of three 1x1 convolutions and the Gaussian NLL of equation 5.
 
     The constructor, the call and the checkpoint keys (`log_scale`, `regressor.{0,2,4}.weight`) are those of the
@@ -144,15 +143,6 @@ class VIDLoss(nn.Module):
         """Sets every variance to `init_pred_var`. The regressor's layers have a `reset_parameters` of their own."""
         with torch.no_grad():
             self.log_scale.fill_(inverse_softplus(self.init_pred_var - self.eps))
-
-    @property
-    def weight(self) -> float:
-        """A factor of the loss, to be set at any time; compiled, another value is no new graph."""
-        return self._weight
-
-    @weight.setter
-    def weight(self, value: float) -> None:
-        self._weight = check_weight(value)
 
     @property
     def variance(self) -> Tensor:

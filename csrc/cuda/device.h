@@ -106,7 +106,7 @@ __device__ inline unsigned count_in(unsigned* counter) {
 #endif
 }
 
-// Asks for the 128 bytes around p, which need not be anybody's, to be in the second-level cache soon.
+// Asks for the 128 bytes around p, which may be unallocated, to be in the second-level cache soon.
 __device__ inline void prefetch(const void* p) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

@@ -1,4 +1,4 @@
-"""A regressor is anybody's module: what VIDLoss may write over or compute otherwise is judged at every call."""
+"""A regressor may be any module: what VIDLoss may write over or compute otherwise is judged at every call."""
 
 from __future__ import annotations
 
