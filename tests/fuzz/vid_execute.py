@@ -118,6 +118,12 @@ class VidCall(RandomCall):
         given = self.leaves()
         for k, grad in grads.items():
             assert (grad.shape, grad.dtype) == (given[k].shape, given[k].dtype)
+            if (
+                grad.dtype is torch.float16
+                and self.case.values == "extreme alpha"
+                and wanted[k].isinf().any()
+            ):
+                continue  # what did not overflow is the difference of numbers that would
             rtol = CLOSE[grad.dtype]
             atol = rtol * _finite_max(wanted[k]) + (2e-5 * abs(g) * _finite_max(scale) if k == "a" else 0)
             torch.testing.assert_close(
