@@ -32,7 +32,7 @@ is_functional: Callable[[torch.Tensor], bool] = torch._is_functional_tensor
 _unpack_dual: Any = torch._VF._unpack_dual
 _shown: Any = torch._C._SetExcludeDispatchKeyGuard
 _BELOW_AUTOGRAD = torch._C.DispatchKey.ADInplaceOrView
-_interpreter_stack: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+interpreter_stack: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _function_mode_count: Callable[[], int] = torch._C._len_torch_function_stack
 _function_modes: Callable[[], list[Any]] = torch.overrides._get_current_function_mode_stack
@@ -68,7 +68,7 @@ def in_transform() -> bool:
     """Whether a transform of torch.func is around this code, or a level of forward-mode derivatives."""
     from torch.autograd import forward_ad
 
-    return forward_ad._current_level >= 0 or _interpreter_stack() is not None
+    return forward_ad._current_level >= 0 or interpreter_stack() is not None
 
 
 # What torch.compiler.assume_constant_result sets, which imports dynamo: torch.compile calls the function as it traces,

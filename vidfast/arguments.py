@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin as _Lazy  # type: ignore[attr-defined]
 
+from vidfast.raw import DTYPES as DTYPES
+
 ScalarReduction: TypeAlias = Literal["mean", "sum", "batchmean"]
 Reduction: TypeAlias = Literal["mean", "sum", "batchmean", "none"]
 Strategy: TypeAlias = Literal["auto", "one_pass", "two_pass"]
@@ -19,7 +21,6 @@ BackendName: TypeAlias = Literal["auto", "reference", "cuda", "triton", "cpu"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 SCALAR_REDUCTIONS: tuple[str, ...] = get_args(ScalarReduction)
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _FLOATS = frozenset(DTYPES)
 

@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from vidfast._torch import dispatch_modes, in_transform
+from vidfast._torch import dispatch_modes, in_transform, interpreter_stack
 from vidfast._version import __version__
 from vidfast.backends import Backend
 from vidfast.raw import PLAIN, not_plain
@@ -24,7 +24,6 @@ _CPU_FIRST = NAMES[::-1]  # for tensors there: an interpreted GPU kernel is neve
 
 _loaded: dict[str, Backend] = {}
 _picked: set[tuple[str, str]] = set()
-_functorch_stack = torch._C._functorch.peek_interpreter_stack
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_tracing = torch._C._is_tracing
 
@@ -53,7 +52,7 @@ def not_raw(*tensors: Tensor) -> str | None:
 
 def in_functorch(*tensors: Tensor) -> bool:
     """Whether one of them is inside a torch.func transform."""
-    return _functorch_stack() is not None and any(_is_wrapped(x) for x in tensors)
+    return interpreter_stack() is not None and any(_is_wrapped(x) for x in tensors)
 
 
 def check_name(backend: str) -> None:
