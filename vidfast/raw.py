@@ -6,8 +6,10 @@ strides, or, where the hook breaks torch's contract, by another tensor altogethe
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+from functools import lru_cache
 from sys import getrefcount
+from threading import Thread
 from typing import Any
 
 import torch
@@ -89,7 +91,7 @@ def restored(ctx: Any, device: torch.device) -> tuple[list[Tensor | None], Tenso
     *found, origin = ctx.saved_tensors
     if torch.compiler.is_compiling():  # compiled autograd traces this: there are no addresses, and no hooks
         return found, origin, False
-    own = not ctx.hooked and _references(found) <= _UNSHARED
+    own = not ctx.hooked and _references(found) <= _unshared()
     for index, wanted in enumerate(ctx.saved_as):
         x = found[index]
         if x is not None and not _is_the_same(x, *wanted):
@@ -119,17 +121,25 @@ class _Probe(torch.autograd.Function):
         return grads[0], None
 
 
+@lru_cache(maxsize=1)
 def _unshared() -> int:
+    """The references to a tensor that autograd saved and nothing else holds; 0 where they cannot be counted.
+
+    Asked by the first backward pass and not on import: autograd's engine initialises CUDA where there is a GPU, and
+    processes that are forked afterwards, as a data loader's, could not use it.
+    """
     counted: list[int] = []
-    x = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
-    _Probe.apply(x, counted).backward()  # type: ignore[no-untyped-call]
-    return counted[0]
 
+    def count() -> None:
+        with contextlib.suppress(Exception):
+            x = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
+            _Probe.apply(x, counted).backward()  # type: ignore[no-untyped-call]
 
-# With more references than this, something else holds a saved tensor too. A thread of its own has none of this one's
-# hooks, modes and default devices.
-with ThreadPoolExecutor(1) as _thread:
-    _UNSHARED: int = _thread.submit(_unshared).result()
+    # A thread of its own has none of this one's hooks, modes and default devices.
+    thread = Thread(target=count)
+    thread.start()
+    thread.join()
+    return counted[0] if counted else 0
 
 
 def _is_the_same(x: Tensor, address: int, shape: torch.Size, dtype: torch.dtype) -> bool:

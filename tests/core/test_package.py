@@ -106,6 +106,25 @@ print(json.dumps([sorted(ours), sorted(set(sys.modules) - torchs)]))
     assert not [m for m in imported if m.startswith(("vidfast.backends.triton", "vidfast.backends.cuda"))]
 
 
+def test_importing_leaves_autograds_engine_and_so_cuda_alone(tmp_path: Path) -> None:
+    """The engine's first pass initialises CUDA, and no process that is forked afterwards can use it."""
+    code = """
+import torch
+from torch.autograd import Variable
+class Untouched:
+    def __getattr__(self, name):
+        raise AssertionError(f"importing called the engine's {name}")
+Variable._execution_engine = torch.autograd.graph.Variable._execution_engine = Untouched()
+import vidfast, vidfast.distill, vidfast.functional
+vidfast.gaussian_nll(torch.ones(2, 3, requires_grad=True), torch.ones(2, 3), torch.ones(3))
+try:
+    torch.ones(1, requires_grad=True).backward()
+except AssertionError:
+    print("done")
+"""
+    assert python(code, tmp_path).strip() == "done"
+
+
 def test_the_extension_is_free_of_torch(tmp_path: Path) -> None:
     """It loads and answers in a process without torch, and brings no OpenMP runtime of its own."""
     from vidfast import _C

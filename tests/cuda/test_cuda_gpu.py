@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -113,6 +115,22 @@ def test_three_kernels_a_step(strategy: str, most: int) -> None:
     ours = [n for n in names if "vidfast" in n]
     assert len(ours) == most, names
     assert not [n for n in names if "memset" in n.lower()], names
+
+
+def test_a_process_forked_after_the_import_can_use_the_device() -> None:
+    code = """
+import os
+import vidfast, vidfast.distill
+process = os.fork()
+if process == 0:
+    import torch
+    x = torch.ones(2, 3, device="cuda", requires_grad=True)
+    vidfast.gaussian_nll(x, x.detach(), x.detach()[0]).backward()
+    os._exit(0 if torch.isfinite(x.grad).all() else 1)
+raise SystemExit(os.waitpid(process, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
