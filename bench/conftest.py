@@ -13,7 +13,7 @@ from bench import machine
 from bench.cases import Case
 from bench.interleave import Budget
 from bench.record import Opener, Row, file_row, measure, recorded_seconds
-from vidfast import dispatch
+from vidfast import backends
 
 MEASUREMENTS = pytest.StashKey["Measurements"]()
 
@@ -87,7 +87,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.getoption("--bench-reference"):
         return
     names = ("cpu",) if torch.device(device).type == "cpu" else ("cuda", "triton")
-    reasons = {name: dispatch.load(name).unavailable() for name in names}
+    reasons = {name: backends.load(name).unavailable() for name in names}
     if all(reasons.values()):
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise pytest.UsageError(

@@ -16,8 +16,9 @@ from bench.buffers import EPS, Pool, Slot
 from bench.cases import SCALER_FACTOR, WEIGHTED, Case
 from bench.clock import Call
 from bench.providers import Provider, eager_formula
-from vidfast import dispatch
-from vidfast.layout import prepare
+from vidfast import backends, primitives
+from vidfast.arguments import Call as LossCall
+from vidfast.layout import layout_of
 
 FORWARD, FORWARD_GRAD, IN_PLACE = "forward", "forward_grad", "forward_grad in place"
 BACKWARD, SCALE_BY_ONE, SCALE = "backward", "scale g=1", f"scale g={WEIGHTED:g}"
@@ -39,7 +40,7 @@ class DeviceKernel:
     gradient, about 1/N, is zero: there it is timed but not compared.
 
     Args:
-        backend: Its name in `vidfast.dispatch`.
+        backend: Its name in `vidfast.backends`.
         primitive: A key of PRIMITIVES.
         case: Shape, dtype and layout of mean and target.
         pool: The slots. `scale` has a gradient of its own for each instead.
@@ -60,11 +61,11 @@ class DeviceKernel:
             writes_mean,
             compared=not (half and ahead),
         )
-        self.backend = dispatch.load(backend)
+        self.backend = backends.load(backend)
         self.factor = SCALER_FACTOR if half and not ahead else 1.0
         self.incoming = self.factor * (WEIGHTED if primitive == SCALE else 1.0)
         self.channel = case.channel_dim % len(case.shape)
-        self.layout = prepare(pool.pristine, pool.slots[0].target, self.channel)[2]
+        self.layout = layout_of(pool.pristine, pool.slots[0].target, self.channel)
         self.gradients: list[torch.Tensor] = []
         self.turn = 0
         self.call = self._build()
@@ -72,29 +73,29 @@ class DeviceKernel:
     def _build(self) -> Callable[[Slot], object]:
         """slot -> (loss, gradients). What a primitive is given by an earlier one is made here, once."""
         backend, layout, alpha = self.backend, self.layout, self.pool.alpha.detach()
-        k, in_place = 1.0 / self.case.elements, self.primitive == IN_PLACE
+        call = LossCall(self.channel, EPS, inplace=self.primitive == IN_PLACE, k=1.0 / self.case.elements)
         first = self.pool.slots[0]
 
         def forward_grad(slot: Slot) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-            loss, grad_mean, grad_alpha = backend.forward_grad(
-                slot.mean, slot.target, alpha, layout, k, EPS, False, in_place
+            loss, grad_mean, grad_alpha = primitives.forward_grad(
+                backend, slot.mean, slot.target, alpha, layout, call
             )
             return loss, (grad_mean, grad_alpha)
 
         if self.primitive == FORWARD:
             return lambda slot: (
-                backend.forward(slot.mean, slot.target, alpha, layout, k, EPS, False)[0],
+                primitives.forward(backend, slot.mean, slot.target, alpha, layout, call)[0],
                 None,
             )
         if self.primitive in (FORWARD_GRAD, IN_PLACE):
             return forward_grad
 
-        loss, sum_sq = backend.forward(first.mean, first.target, alpha, layout, k, EPS, False)
+        loss, sum_sq = primitives.forward(backend, first.mean, first.target, alpha, layout, call)
         g = torch.full((), self.factor, dtype=loss.dtype, device=self.case.device)
 
         def backward(slot: Slot) -> tuple[torch.Tensor, tuple[Any, Any]]:
             want = (True, False, True)
-            grads = backend.backward(g, slot.mean, slot.target, alpha, sum_sq, layout, k, EPS, want)
+            grads = primitives.backward(backend, g, slot.mean, slot.target, alpha, sum_sq, layout, call, want)
             return loss, (grads[0], grads[2])
 
         if self.primitive == BACKWARD:
@@ -107,7 +108,8 @@ class DeviceKernel:
         def scale(_: Slot) -> object:
             gradient = self.gradients[self.turn % len(self.gradients)]
             self.turn += 1
-            return loss, backend.scale(factor, gradient, self.channel, grad_alpha, alpha.dtype, True)
+            scaled = primitives.scale(backend, factor, gradient, self.channel, grad_alpha, alpha.dtype, True)
+            return loss, scaled
 
         return scale
 

@@ -1,79 +1,150 @@
-"""Private names of torch, each with what stands in for it where the installed torch has no such name."""
+"""Private names of torch, each with what stands in for it where the installed torch has no such name.
+
+Nothing else in vidfast uses one. A stand-in gives the answer for plain tensors outside of every mode and transform, or
+the cautious one; the comment at each says what is then not noticed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.utils._device import DeviceContext
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-_module: Any = torch.nn.modules.module
-# torch 2.7 and later.
-_has_any_global_hook: Callable[[], object] | None = getattr(_module, "_has_any_global_hook", None)
-_GLOBAL_HOOKS = (
-    "_global_forward_pre_hooks",
-    "_global_forward_hooks",
-    "_global_backward_pre_hooks",
-    "_global_backward_hooks",
-)
+T = TypeVar("T")
 
 
-def any_global_hook() -> bool:
-    """Whether a hook for all modules is registered: `torch.nn.modules.module.register_module_*_hook`."""
-    if _has_any_global_hook is not None:
-        return bool(_has_any_global_hook())
-    return any(getattr(_module, name) for name in _GLOBAL_HOOKS)
+def _private(place: object, name: str, stand_in: T) -> T:
+    """`place.name`, or the stand-in where there is no such name."""
+    found: T = getattr(place, name, stand_in)
+    return found
 
 
-# Every torch that is supported has these.
-# Whether a tensor is a wrapper of functionalization, whose type is Tensor and whose memory is not its values.
-is_functional: Callable[[torch.Tensor], bool] = torch._is_functional_tensor
-_unpack_dual: Any = torch._VF._unpack_dual
-_shown: Any = torch._C._SetExcludeDispatchKeyGuard
-_BELOW_AUTOGRAD = torch._C.DispatchKey.ADInplaceOrView
-interpreter_stack: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_function_mode_count: Callable[[], int] = torch._C._len_torch_function_stack
-_function_modes: Callable[[], list[Any]] = torch.overrides._get_current_function_mode_stack
-# torch 2.9 and later: the precision of fp32 products, for each library and kind of operation.
-_fp32_precision: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
-_FULL_PRECISION = ("none", "ieee")
+def _no(*_: object) -> bool:
+    return False
 
 
-# torch 2.7 and later.
-_top_hooks: Callable[[bool], object] | None = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", None
-)
+def _none(*_: object) -> Any:
+    return None
 
 
-def saved_tensors_are_hooked() -> bool:
-    """Whether `torch.autograd.graph.saved_tensors_hooks` are around this code; False where torch cannot tell."""
-    return _top_hooks is not None and _top_hooks(True) is not None
+def _zero() -> int:
+    return 0
 
 
-def has_tangent(x: torch.Tensor) -> bool:
+_C: Any = torch._C
+_functorch = _private(_C, "_functorch", None)
+_autograd = _private(_C, "_autograd", None)
+
+
+# ---- what torch.compile is told
+
+
+def constant_while_traced(function: Callable[..., T]) -> Callable[..., T]:
+    """Has torch.compile call the function as it traces and take its answer for a constant.
+
+    As torch.compiler.assume_constant_result, which imports dynamo. It is called inside the transforms that the tracer
+    has entered. A torch that does not know the mark traces into the function.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def comptime() -> Callable[[Callable[[Any], None]], None] | None:
+    """dynamo's comptime, which calls a function while it traces, with the frame that asks. None: there is none."""
+    try:
+        from torch._dynamo.comptime import comptime as found
+    except ImportError:
+        return None
+    return found
+
+
+# ---- what a tensor is
+
+# A wrapper of functionalization: its type is Tensor, its memory is not its values. Without: taken for a plain tensor.
+is_functional: Callable[[Tensor], bool] = _private(torch, "_is_functional_tensor", _no)
+# A zero tensor has no memory of its own. Without: taken for a plain one; only forward-mode derivatives make them.
+is_zero_tensor: Callable[[Tensor], bool] = _private(Tensor, "_is_zerotensor", _no)
+# A tensor inside one of torch.func's transforms. Without: `interpreter_stack` alone speaks of them.
+is_functorch_wrapped: Callable[[Tensor], bool] = _private(_functorch, "is_functorch_wrapped_tensor", _no)
+# One of a batch of gradients (is_grads_batched). Without: its address raises, in torch's words.
+is_batched: Callable[[Tensor], bool] = _private(_functorch, "is_legacy_batchedtensor", _no)
+
+_is_view: Callable[[Tensor], bool] = _private(Tensor, "_is_view", _no)
+_unpack_dual: Any = _private(_private(torch, "_VF", None), "_unpack_dual", None)
+_without_key: Any = _private(_C, "_SetExcludeDispatchKeyGuard", None)
+_BELOW_AUTOGRAD = _private(_private(_C, "DispatchKey", None), "ADInplaceOrView", None)
+
+
+def base_of(x: Tensor) -> Tensor | None:
+    """The tensor that x is a view of, else x. Where torch does not say: x."""
+    return _private(x, "_base", x) if _is_view(x) else x
+
+
+def version_of(x: Tensor) -> int:
+    """How often x was written over. Where torch does not count: 0, and nothing is noticed."""
+    return _private(x, "_version", 0)
+
+
+def fake_tensor() -> type:
+    """The class of tensors without memory with which torch traces. Where there is none: a class of no tensor."""
+    try:
+        from torch._subclasses.fake_tensor import FakeTensor
+    except ImportError:
+        return type(None)
+    return FakeTensor
+
+
+def has_tangent(x: Tensor) -> bool:
     """Whether x carries a forward-mode derivative. Nothing is known of functorch's wrappers.
 
     Level 0 is the only one that there is, and is read here whether or not Python entered it: a compiled graph does not.
+    Where torch has no such names, it is read inside `forward_ad.dual_level()` alone, and not in an operator's own code.
     """
     if torch.is_inference_mode_enabled() or x.is_inference():
         return False
+    if _unpack_dual is None or _without_key is None or _BELOW_AUTOGRAD is None:
+        return in_forward_mode() and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
     # an operator's own code runs below autograd, where tangents are not to be seen
-    with _shown(_BELOW_AUTOGRAD, False):
+    with _without_key(_BELOW_AUTOGRAD, False):
         return _unpack_dual(x, level=0).tangent is not None
 
 
+# ---- what is around a call
+
+# torch.func's transforms, the innermost last. Without: they are noticed by the tensors that they wrap.
+interpreter_stack: Callable[[], Any] = _private(_functorch, "peek_interpreter_stack", _none)
+# Whether torch.jit.trace records. Without: it records a loss that is a constant.
+is_jit_tracing: Callable[[], bool] = _private(_C, "_is_tracing", _no)
+# Modes that see operators, and modes that see functions. Without: not noticed.
+_dispatch_modes: Callable[[], int] = _private(_C, "_len_torch_dispatch_stack", _zero)
+_function_mode_count: Callable[[], int] = _private(_C, "_len_torch_function_stack", _zero)
+_function_modes: Callable[[], list[Any]] = _private(torch.overrides, "_get_current_function_mode_stack", list)
+# torch 2.7 and later. Without: a gradient is scaled in place under hooks too, where nothing else refers to it.
+_top_hooks: Callable[[bool], object] = _private(_autograd, "_top_saved_tensors_default_hooks", _none)
+# Whether the graph of the backward pass that runs is kept. Without: it is taken to be, and nothing is scaled in place.
+_keep_graph: Callable[[], object] | None = getattr(_autograd, "_get_current_graph_task_keep_graph", None)
+# torch 2.9 and later: the precision of fp32 products, for each library and kind of operation.
+_fp32_precision: Callable[[str, str], str] | None = getattr(_C, "_get_fp32_precision_getter", None)
+_FULL_PRECISION = ("none", "ieee")
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode derivatives is entered. Where torch does not say: no."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def in_functorch(*tensors: Tensor) -> bool:
+    """Whether one of them is inside a torch.func transform."""
+    return interpreter_stack() is not None and any(is_functorch_wrapped(x) for x in tensors)
+
+
+@constant_while_traced
 def in_transform() -> bool:
     """Whether a transform of torch.func is around this code, or a level of forward-mode derivatives."""
-    from torch.autograd import forward_ad
-
-    return forward_ad._current_level >= 0 or interpreter_stack() is not None
-
-
-# What torch.compiler.assume_constant_result sets, which imports dynamo: torch.compile calls the function as it traces,
-# inside the transforms that it has entered, and takes its answer for a constant.
-in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return in_forward_mode() or interpreter_stack() is not None
 
 
 def dispatch_modes() -> bool:
@@ -83,16 +154,129 @@ def dispatch_modes() -> bool:
 
 def function_mode() -> bool:
     """Whether a TorchFunctionMode may change what torch's functions do. A default device is none of those."""
-    return _function_mode_count() > 0 and any(type(mode) is not DeviceContext for mode in _function_modes())
+    return _function_mode_count() > 0 and any(not _is_default_device(mode) for mode in _function_modes())
+
+
+def _is_default_device(mode: object) -> bool:
+    """Where torch has no such class, a default device counts as a mode."""
+    try:
+        from torch.utils._device import DeviceContext
+    except ImportError:
+        return False
+    return type(mode) is DeviceContext
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether `torch.autograd.graph.saved_tensors_hooks` are around this code; False where torch cannot tell."""
+    return _top_hooks(True) is not None
+
+
+def graph_is_retained() -> bool:
+    """Whether the backward pass that is running may be run again; True where torch cannot tell."""
+    return _keep_graph is None or bool(_keep_graph())
 
 
 def products_differ_from_convolutions() -> bool:
     """Whether fp32 products on the CPU may be computed otherwise as matrix products than as convolutions.
 
     `torch.set_float32_matmul_precision` and `torch.backends.mkldnn.matmul.fp32_precision` speak of the one,
-    `torch.backends.mkldnn.conv.fp32_precision` of the other.
+    `torch.backends.mkldnn.conv.fp32_precision` of the other. Before torch 2.9 there is one setting for both.
     """
     if _fp32_precision is None:
         tf32 = bool(getattr(torch.backends.mkldnn, "allow_tf32", False))
         return tf32 or torch.get_float32_matmul_precision() != "highest"
     return any(_fp32_precision("mkldnn", kind) not in _FULL_PRECISION for kind in ("conv", "matmul"))
+
+
+# torch's own name for it, which its compilers use too; absent in builds without CUDA.
+_raw_stream: Callable[[int], int] | None = getattr(_C, "_cuda_getCurrentRawStream", None)
+
+
+def current_stream(index: int) -> int:
+    """The address of the current stream of the CUDA device `index`. Where torch has no such name: by a longer way."""
+    if _raw_stream is not None:
+        return _raw_stream(index)
+    return int(torch.cuda.current_stream(index).cuda_stream)
+
+
+# ---- modules
+
+_modules: Any = torch.nn.modules.module
+# torch 2.7 and later. Without: the registries themselves are looked at.
+_has_any_global_hook: Callable[[], object] | None = getattr(_modules, "_has_any_global_hook", None)
+_GLOBAL_HOOKS = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
+_HAS_HOOK_LISTS = all(
+    hasattr(nn.Identity(), name)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+)
+# What a call of a layer goes through. A torch without one of them goes through the others.
+CALLED_METHODS = ("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward", "forward", "_conv_forward")
+# The classes of all convolutions and batch normalisations. Without: those that have a public name.
+CONVOLUTION: Any = _private(
+    nn.modules.conv,
+    "_ConvNd",
+    (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+BATCH_NORM: Any = _private(
+    nn.modules.batchnorm,
+    "_BatchNorm",
+    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+)
+
+
+def any_global_hook() -> bool:
+    """Whether a hook for all modules is registered: `torch.nn.modules.module.register_module_*_hook`.
+
+    Where torch has neither the function nor the registries: False.
+    """
+    if _has_any_global_hook is not None:
+        return bool(_has_any_global_hook())
+    return any(getattr(_modules, name, None) for name in _GLOBAL_HOOKS)
+
+
+def has_forward_hook(module: nn.Module) -> bool:
+    """Whether a forward hook is registered on the module itself. Where torch keeps no such list: False."""
+    return bool(_private(module, "_forward_hooks", None))
+
+
+def has_hook(module: nn.Module) -> bool:
+    """Whether any hook is registered on the module itself. A torch without these lists: True."""
+    return not _HAS_HOOK_LISTS or bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def compiled_call(module: nn.Module) -> Any:
+    """What `module.compile()` has put in place of its call; None: nothing, or a torch without it."""
+    return _private(module, "_compiled_call_impl", None)
+
+
+def set_compiled_call(module: nn.Module, call: Any) -> None:
+    """Puts back what :func:`compiled_call` gave. A torch without it calls the module as it is."""
+    module._compiled_call_impl = call
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of the module is one of torch.compile's: by `module.compile()` or `torch.compile(module)`."""
+    return hasattr(module, "_orig_mod") or compiled_call(module) is not None
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile(module)` wraps, else the module. A torch that wraps otherwise: the wrapper."""
+    return _private(module, "_orig_mod", module)
+
+
+def registered_parameter(module: nn.Module, name: str, default: object = None) -> object:
+    """The parameter of that name, not by getattr, which takes long to find that there is none."""
+    try:
+        return module._parameters.get(name, default)
+    except AttributeError:
+        return getattr(module, name, default)

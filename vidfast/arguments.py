@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import Literal, SupportsIndex, TypeAlias, get_args
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, SupportsIndex, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin as _Lazy  # type: ignore[attr-defined]
 
+from vidfast._torch import is_jit_tracing
 from vidfast.raw import DTYPES as DTYPES
 
 ScalarReduction: TypeAlias = Literal["mean", "sum", "batchmean"]
@@ -23,6 +25,83 @@ SCALAR_REDUCTIONS: tuple[str, ...] = get_args(ScalarReduction)
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
 _FLOATS = frozenset(DTYPES)
+
+
+class Call(NamedTuple):
+    """What was asked for, checked: everything about a call but its tensors.
+
+    Attributes:
+        channel: The dimension of the channels, not negative.
+        eps: The smallest variance.
+        reduction: One of REDUCTIONS.
+        full: Whether 1/2 log(2 pi) is added for each element.
+        weight: A factor of the loss.
+        inplace: Whether d/d mean may be written over mean.
+        strategy: One of STRATEGIES.
+        backend: "auto", "reference" or the name of a back end.
+        k: By which the sum over all elements is multiplied: the weight over the number of what the reduction averages
+            over. 0 where there is no element, whose gradients are 0; where torch.compile traces; and for "none".
+    """
+
+    channel: int
+    eps: float
+    reduction: str = "mean"
+    full: bool = False
+    weight: float = 1.0
+    inplace: bool = False
+    strategy: str = "auto"
+    backend: str = "auto"
+    k: float = 0.0
+
+
+def check_call(
+    mean: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    channel_dim: SupportsIndex,
+    eps: float,
+    reduction: str,
+    full: bool,
+    weight: float,
+    inplace: bool,
+    strategy: str,
+    backend: str,
+) -> tuple[Tensor, Call]:
+    """(alpha as (C,), everything else) of a call of :func:`vidfast.gaussian_nll`, whose arguments these are.
+
+    Raises:
+        TypeError, ValueError: An argument is not as it must be.
+    """
+    channel, alpha = check_tensors(mean, target, alpha, channel_dim)
+    eps, weight = check_options(eps, reduction, weight, strategy, full, inplace)
+    if reduction == "batchmean" and channel == 0:
+        raise ValueError(
+            "reduction='batchmean' needs a batch in dimension 0, but channel_dim=0 is the channels"
+        )
+    if strategy == "one_pass" and torch.is_grad_enabled() and target.requires_grad:
+        raise ValueError(
+            "strategy='one_pass' has no gradient for target, which requires grad: use 'two_pass' or detach it"
+        )
+    # A Python number made from a shape would be another graph for every batch size: the operator makes its own.
+    traced = torch.compiler.is_compiling() or is_jit_tracing()
+    k = 0.0 if traced else loss_factor(mean.shape, reduction, weight)
+    return alpha, Call(channel, eps, reduction, full, weight, inplace, strategy, backend, k)
+
+
+def loss_factor(shape: Sequence[int], reduction: str, weight: float) -> float:
+    """k of :class:`Call`, for tensors of this shape.
+
+    Args:
+        shape: Of mean and target.
+        reduction: One of REDUCTIONS.
+        weight: The factor of the loss.
+    """
+    if reduction == "sum":
+        return weight
+    if reduction == "none":
+        return 0.0
+    count = math.prod(shape) if reduction == "mean" else shape[0]
+    return weight / count if count else 0.0
 
 
 def check_tensors(
@@ -223,37 +302,3 @@ def check_initial_variance(name: str, init_var: float, eps: float) -> float:
     if not eps < init_var < math.inf:
         raise ValueError(f"{name}, the initial variance, must be finite and above eps={eps}, got {init_var}")
     return init_var
-
-
-def check_inplace(mean: Tensor, target: Tensor, alpha: Tensor, walked_mean: Tensor) -> None:
-    """Sees to it that d/d mean may be written over mean.
-
-    Raises:
-        RuntimeError: Writing it would destroy what other code still uses.
-    """
-    base = mean._base if mean._is_view() else mean
-    if base is not None and base.is_leaf and base.requires_grad:
-        what = "mean" if base is mean else "the tensor that mean is a view of"
-        raise RuntimeError(
-            f"inplace=True would overwrite {what}, a leaf that requires grad: pass inplace=False"
-        )
-    if walked_mean is not mean or any(
-        s == 0 and n > 1 for s, n in zip(mean.stride(), mean.shape, strict=True)
-    ):
-        raise RuntimeError(
-            f"inplace=True needs a mean whose memory is dense, got shape {tuple(mean.shape)} with strides "
-            f"{mean.stride()}: pass inplace=False"
-        )
-    begin, end = _extent(mean)
-    for name, other in (("target", target), ("alpha", alpha)):
-        other_begin, other_end = _extent(other)
-        if begin < other_end and other_begin < end:
-            raise RuntimeError(
-                f"inplace=True would overwrite {name}, which shares memory with mean: pass inplace=False"
-            )
-
-
-def _extent(x: Tensor) -> tuple[int, int]:
-    begin = x.data_ptr()
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return begin, begin + (last + 1) * x.element_size()

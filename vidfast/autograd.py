@@ -6,70 +6,107 @@ two_pass keeps mean and target and computes the gradients, times g, in backward.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from vidfast import reference
-from vidfast.backends import Backend
-from vidfast.layout import Layout, prepare
-from vidfast.raw import restored, savable, save
-
-
-class Call(NamedTuple):
-    """Everything about a call but its tensors."""
-
-    backend: Backend
-    channel: int
-    eps: float
-    reduction: str
-    full: bool
-    weight: float
-    k: float
-
-
-# mean and target as the kernels walk them (the arguments themselves, or detached copies), and how.
-Walked = tuple[Tensor, Tensor, Layout]
-
-
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
-_keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-
-
-def graph_is_retained() -> bool:
-    """Whether the backward pass that is running may be run again; True where torch cannot tell."""
-    return _keep_graph is None or bool(_keep_graph())
-
-
-NO_FORWARD_MODE = (
-    "vidfast.gaussian_nll's kernels have no forward-mode derivative: use backend='reference' for it"
+from vidfast import primitives, reference
+from vidfast._torch import (
+    base_of,
+    fake_tensor,
+    graph_is_retained,
+    is_batched,
+    is_functorch_wrapped,
+    is_zero_tensor,
 )
+from vidfast.arguments import Call
+from vidfast.backends.base import Backend
+from vidfast.layout import Layout, layout_of
+from vidfast.raw import NO_FORWARD_MODE, restored, savable, save
+
+
+def gaussian_nll(mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backend: Backend) -> Tensor:
+    """The loss by a back end's kernels, by the strategy that suits the call.
+
+    Args:
+        mean: mu(s), with elements.
+        target: t, mean's shape.
+        alpha: (C,).
+        call: Everything else.
+        backend: That supports the tensors.
+
+    Raises:
+        RuntimeError: In place, d/d mean would destroy what other code still uses.
+    """
+    layout = layout_of(mean, target, call.channel)
+    grad = torch.is_grad_enabled()
+    mean_needs, target_needs = grad and mean.requires_grad, grad and target.requires_grad
+    if not (mean_needs or target_needs or (grad and alpha.requires_grad)):
+        return primitives.forward(backend, mean, target, alpha, layout, call)[0]
+    in_one_pass = mean_needs and (
+        call.strategy == "one_pass"
+        or (call.strategy == "auto" and not target_needs and mean.dtype is not torch.float16)
+    )
+    loss: Tensor
+    if in_one_pass:
+        if call.inplace:
+            _check_inplace(mean, target, alpha, layout)
+        loss = OnePass.apply(mean, target, alpha, layout, call, backend)[0]  # type: ignore[no-untyped-call]
+    else:
+        loss = TwoPass.apply(mean, target, alpha, layout, call, backend)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _check_inplace(mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout) -> None:
+    """Sees to it that d/d mean may be written over mean.
+
+    Raises:
+        RuntimeError: Writing it would destroy what other code still uses.
+    """
+    base = base_of(mean)
+    if base is not None and base.is_leaf and base.requires_grad:
+        what = "mean" if base is mean else "the tensor that mean is a view of"
+        raise RuntimeError(
+            f"inplace=True would overwrite {what}, a leaf that requires grad: pass inplace=False"
+        )
+    if layout.copies_mean or any(s == 0 and n > 1 for s, n in zip(mean.stride(), mean.shape, strict=True)):
+        raise RuntimeError(
+            f"inplace=True needs a mean whose memory is dense, got shape {tuple(mean.shape)} with strides "
+            f"{mean.stride()}: pass inplace=False"
+        )
+    begin, end = _extent(mean)
+    for name, other in (("target", target), ("alpha", alpha)):
+        other_begin, other_end = _extent(other)
+        if begin < other_end and other_begin < end:
+            raise RuntimeError(
+                f"inplace=True would overwrite {name}, which shares memory with mean: pass inplace=False"
+            )
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    begin = x.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return begin, begin + (last + 1) * x.element_size()
 
 
 def incoming(g: Tensor) -> Tensor:
     """g, whose memory the kernels read.
 
-    :raises RuntimeError: it has none: it is fake, or one of a batch of gradients (is_grads_batched, torch.func).
+    Raises:
+        RuntimeError: It has none: it is fake, or one of a batch of gradients (is_grads_batched, torch.func).
     """
-    if _is_wrapped(g) or _is_batched(g):
+    if is_functorch_wrapped(g) or is_batched(g):
         raise RuntimeError(
             "vidfast.gaussian_nll's kernels take one incoming gradient, not a batch of them (is_grads_batched, "
             "torch.func): use backend='reference'"
         )
-    if type(g) is not Tensor and isinstance(g, _fake_tensor()):
+    if type(g) is not Tensor and isinstance(g, fake_tensor()):
         raise RuntimeError(
             "vidfast.gaussian_nll ran on real tensors, but the incoming gradient is a FakeTensor"
         )
-    return g.clone() if g._is_zerotensor() else g.resolve_neg()
-
-
-def _fake_tensor() -> type:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return FakeTensor
+    return g.clone() if is_zero_tensor(g) else g.resolve_neg()
 
 
 class _NotTwice(torch.autograd.Function):
@@ -95,24 +132,22 @@ def not_twice(origin: Tensor, *grads: Tensor | None) -> list[Tensor | None]:
 
 
 class OnePass(torch.autograd.Function):
-    """(loss, origin): loss = f(mean, target, alpha), with d/d mean already made; inplace: over mean's memory.
+    """(loss, origin): loss = f(mean, target, alpha), with d/d mean already made; in place: over mean's memory.
 
     origin has no elements. Saved, it leads from the gradients back to mean and alpha without keeping them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, call: Call, walked: Walked, inplace: bool
+        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, call: Call, backend: Backend
     ) -> tuple[Tensor, Tensor]:
-        loss, grad_mean, grad_alpha = call.backend.forward_grad(
-            walked[0], walked[1], alpha.contiguous(), walked[2], call.k, call.eps, call.full, inplace
-        )
-        if inplace:
+        loss, grad_mean, grad_alpha = primitives.forward_grad(backend, mean, target, alpha, layout, call)
+        if call.inplace:
             # a producer that saved its output now finds it changed, instead of using a gradient for it
             torch.autograd.graph.increment_version(mean)
         origin = loss.new_empty(0)
         save(ctx, grad_mean, grad_alpha, origin=origin)
-        ctx.call = call
+        ctx.call, ctx.backend = call, backend
         ctx.alpha_dtype = alpha.dtype
         ctx.set_materialize_grads(False)
         return loss, origin
@@ -124,7 +159,8 @@ class OnePass(torch.autograd.Function):
         (grad_mean, grad_alpha), origin, own = restored(ctx, g.device)
         assert origin is not None
         wants = ctx.needs_input_grad
-        grad_mean, grad_alpha = ctx.call.backend.scale(
+        grad_mean, grad_alpha = primitives.scale(
+            ctx.backend,
             incoming(g),
             grad_mean if wants[0] else None,
             ctx.call.channel,
@@ -145,16 +181,16 @@ class TwoPass(torch.autograd.Function):
     """loss = f(mean, target, alpha), differentiable twice and in target."""
 
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, call: Call, walked: Walked) -> Tensor:
-        loss, sum_sq = call.backend.forward(
-            walked[0], walked[1], alpha.contiguous(), walked[2], call.k, call.eps, call.full
-        )
+    def forward(
+        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, call: Call, backend: Backend
+    ) -> Tensor:
+        loss, sum_sq = primitives.forward(backend, mean, target, alpha, layout, call)
         wants = ctx.needs_input_grad
         # for alpha alone the sums of squares are enough, and the activations go free
         activations = (savable(mean), savable(target)) if wants[0] or wants[1] else ()
         save(ctx, savable(alpha), sum_sq, *activations)
-        ctx.call = call
-        ctx.layout = walked[2]
+        ctx.call, ctx.backend = call, backend
+        ctx.layout = layout
         return loss
 
     @staticmethod
@@ -163,16 +199,17 @@ class TwoPass(torch.autograd.Function):
         wants: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
         found, _, _ = restored(ctx, g.device)
         alpha, sum_sq, *activations = (x for x in found if x is not None)
-        if torch.is_grad_enabled():
-            return (*_differentiable(g, alpha, sum_sq, activations, call, ctx.layout, wants), None, None)
-        mean = target = None
         layout: Layout = ctx.layout
+        if torch.is_grad_enabled():
+            return (*_differentiable(g, alpha, sum_sq, activations, layout, call, wants), None, None, None)
+        mean = target = None
         if activations:
-            mean, target, layout = prepare(activations[0], activations[1], call.channel)
-        grads = call.backend.backward(
-            incoming(g), mean, target, alpha.contiguous(), sum_sq, layout, call.k, call.eps, wants
+            mean, target = activations
+            layout = layout_of(mean, target, call.channel)
+        grads = primitives.backward(
+            ctx.backend, incoming(g), mean, target, alpha, sum_sq, layout, call, wants
         )
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -184,8 +221,8 @@ def _differentiable(
     alpha: Tensor,
     sum_sq: Tensor,
     activations: list[Tensor],
-    call: Call,
     layout: Layout,
+    call: Call,
     wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """The same gradients as functions of g and the inputs, by way of the reference (create_graph=True)."""
@@ -214,17 +251,3 @@ def _differentiable(
     wanted = [x for x, w in zip(inputs, wants, strict=True) if w]
     found = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
     return tuple(next(found) if w else None for w in wants)
-
-
-def one_pass(
-    mean: Tensor, target: Tensor, alpha: Tensor, call: Call, walked: Walked, inplace: bool
-) -> Tensor:
-    """The loss by :class:`OnePass`."""
-    loss: Tensor = OnePass.apply(mean, target, alpha, call, walked, inplace)[0]  # type: ignore[no-untyped-call]
-    return loss
-
-
-def two_pass(mean: Tensor, target: Tensor, alpha: Tensor, call: Call, walked: Walked) -> Tensor:
-    """The loss by :class:`TwoPass`."""
-    loss: Tensor = TwoPass.apply(mean, target, alpha, call, walked)  # type: ignore[no-untyped-call]
-    return loss

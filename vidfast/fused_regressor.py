@@ -12,22 +12,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from vidfast import dispatch
-from vidfast._torch import products_differ_from_convolutions
-from vidfast.arguments import DTYPES
-from vidfast.autograd import NO_FORWARD_MODE, graph_is_retained, incoming, not_twice
-from vidfast.backends import Backend
-from vidfast.layout import Layout, dense_like, prepare, walk
-from vidfast.memory import empty
-from vidfast.ops import loss_factor
-from vidfast.raw import restored, save
-from vidfast.regressor import is_as_defined
+from vidfast import backends, primitives
+from vidfast._torch import (
+    graph_is_retained,
+    in_forward_mode,
+    in_functorch,
+    products_differ_from_convolutions,
+)
+from vidfast.arguments import DTYPES, Call, loss_factor
+from vidfast.autograd import incoming, not_twice
+from vidfast.backends.base import Backend
+from vidfast.layers import is_as_defined
+from vidfast.layout import layout_of, rows_of
+from vidfast.memory import empty_dense, empty_fp32
+from vidfast.raw import NO_FORWARD_MODE, restored, save
 
 # The widest activation of a part of the batch: it stays in the cache, and a product over it is worth starting.
 _PART_BYTES, _PART_BYTES_IN_ROWS = 4 << 20, 8 << 20
@@ -35,14 +38,6 @@ _PART_BYTES, _PART_BYTES_IN_ROWS = 4 << 20, 8 << 20
 _FEWEST_POSITIONS, _MOST_CHANNELS = 128, 256
 
 _relu_backward_into = torch.ops.aten.threshold_backward.grad_input
-
-
-class FusedCall(NamedTuple):
-    """Everything about a call but its tensors."""
-
-    backend: Backend
-    eps: float
-    k: float
 
 
 def pointwise_weights(regressor: nn.Module) -> list[Tensor] | None:
@@ -90,14 +85,14 @@ class _Stack:
 
     def buffer(self, channels: int) -> Tensor:
         if self.rows:
-            return empty(self.samples, self.positions, channels).transpose(1, 2)
-        return empty(self.samples, channels, self.positions)
+            return empty_fp32(self.samples, self.positions, channels).transpose(1, 2)
+        return empty_fp32(self.samples, channels, self.positions)
 
-    def lies_so(self, part: Tensor) -> bool:
+    def has_such_strides(self, part: Tensor) -> bool:
         return (part.transpose(1, 2) if self.rows else part).is_contiguous()
 
     def as_stored(self, part: Tensor) -> Tensor:
-        """A part of somebody else's tensor as it lies here; copied only where it lies otherwise."""
+        """A part of a tensor from outside with the strides that parts have here; copied only where it has others."""
         return part.transpose(1, 2).contiguous().transpose(1, 2) if self.rows else part.contiguous()
 
     def product(self, matrix: Tensor, x: Tensor, out: Tensor) -> None:
@@ -116,14 +111,11 @@ class _Stack:
             found.append(out.relu_() if index + 1 < len(self.weights) else out)
         return found
 
-    def parts(
-        self, student: Tensor, target: Tensor
-    ) -> Iterator[tuple[int, list[Tensor], tuple[Tensor, Tensor, Layout]]]:
-        """Of each part its first sample, its activations, and mean and target as the kernels walk them."""
+    def parts(self, student: Tensor, target: Tensor) -> Iterator[tuple[int, list[Tensor], Tensor]]:
+        """Of each part its first sample, its activations, of which the last is mean, and its target."""
         for begin in range(0, student.shape[0], self.samples):
             part = slice(begin, begin + self.samples)
-            activations = self.forward(self.as_stored(student[part]))
-            yield begin, activations, prepare(activations[-1], target[part], 1)
+            yield begin, self.forward(self.as_stored(student[part])), target[part]
 
 
 def _evenly(batch: int, most: int) -> int:
@@ -142,8 +134,8 @@ class _Gradients:
 
     def __init__(self, stack: _Stack, student: Tensor, wanted: Sequence[bool]) -> None:
         self.stack = stack
-        self.student = dense_like(student, 1) if wanted[0] else None
-        # The gradient goes down no further than somebody wants one.
+        self.student = empty_dense(student, rows_of(student, 1).dense, student.dtype) if wanted[0] else None
+        # The gradient goes down no further than one is wanted.
         self.lowest = list(wanted).index(True) if any(wanted) else len(wanted)
         self.hidden = [stack.buffer(a.shape[1]) for a in stack.activations[:-1]]
         lead = () if stack.rows else (stack.samples,)
@@ -170,7 +162,7 @@ class _Gradients:
                 g = _relu_backward_into(lower, below, 0, grad_input=lower)
             elif self.student is not None:
                 out = self.student[begin : begin + n]
-                if stack.lies_so(out):
+                if stack.has_such_strides(out):
                     stack.product(down, g, out)
                 else:
                     own = torch.empty_like(below)
@@ -189,16 +181,23 @@ class FusedVID(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, target: Tensor, alpha: Tensor, call: FusedCall, *weights: Tensor
+        ctx: Any,
+        student: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        call: Call,
+        backend: Backend,
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         stack = _Stack(weights, student)
         wants = ctx.needs_input_grad
-        gradients = _Gradients(stack, student, (wants[0], *wants[4:]))
+        gradients = _Gradients(stack, student, (wants[0], *wants[5:]))
         alpha = alpha.contiguous()
         losses, grad_alpha = [], torch.zeros_like(alpha, dtype=torch.float64)
-        for begin, activations, (mean, goal, layout) in stack.parts(student, target):
-            loss, grad_mean, of_alpha = call.backend.forward_grad(
-                mean, goal, alpha, layout, call.k, call.eps, False, True
+        for begin, activations, goal in stack.parts(student, target):
+            mean = activations[-1]
+            loss, grad_mean, of_alpha = primitives.forward_grad(
+                backend, mean, goal, alpha, layout_of(mean, goal, 1), call
             )
             losses.append(loss.item())
             grad_alpha += of_alpha
@@ -206,7 +205,7 @@ class FusedVID(torch.autograd.Function):
         total = torch.tensor(math.fsum(losses), dtype=torch.float32, device="cpu")
         origin = total.new_empty(0)
         save(ctx, gradients.student, grad_alpha, *gradients.weights(), origin=origin)
-        ctx.call, ctx.alpha_dtype = call, alpha.dtype
+        ctx.backend, ctx.alpha_dtype = backend, alpha.dtype
         ctx.weights = [(w.shape, w.stride()) for w in weights]
         ctx.set_materialize_grads(False)
         return total, origin
@@ -214,11 +213,12 @@ class FusedVID(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> Any:
         if g is None:
-            return (None,) * (4 + len(ctx.weights))
+            return (None,) * (5 + len(ctx.weights))
         (student, grad_alpha, *weights), origin, own = restored(ctx, g.device)
         assert origin is not None
         g = incoming(g)
-        student, grad_alpha = ctx.call.backend.scale(
+        student, grad_alpha = primitives.scale(
+            ctx.backend,
             g,
             student,
             1,
@@ -233,7 +233,7 @@ class FusedVID(torch.autograd.Function):
         ]
         if torch.is_grad_enabled():
             student, grad_alpha, *scaled = not_twice(origin, student, grad_alpha, *scaled)
-        return student, None, grad_alpha, None, *scaled
+        return student, None, grad_alpha, None, None, *scaled
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -263,8 +263,18 @@ def fused_nll(
     fp32 on the CPU (the target may be 16 bits), no hook, compiler, autocast, transform or precision switch has a say,
     and `backend` finds the CPU kernels. The caller checks that shapes fit and that nothing watches the regressor.
 
-    :param student: (B, C_s, *spatial). :param target: (B, C, *spatial), without gradient. :param alpha: (C,).
-    :returns: a scalar in fp32.
+    Args:
+        regressor: The module.
+        student: (B, C_s, *spatial).
+        target: (B, C, *spatial), without gradient.
+        alpha: (C,).
+        eps: The smallest variance.
+        reduction: "mean", "sum" or "batchmean".
+        weight: A factor of the loss.
+        backend: As in :func:`vidfast.gaussian_nll`.
+
+    Returns:
+        A scalar in fp32.
     """
     if backend == "reference" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return None
@@ -285,34 +295,36 @@ def fused_nll(
         or target.shape != (student.shape[0], widths[-1], *student.shape[2:])
         or (widths[-1],) != alpha.shape
         or target.requires_grad
-        or dispatch.not_raw(*tensors) is not None
-        or dispatch.in_functorch(*tensors)
-        or forward_ad._current_level >= 0
+        or backends.not_raw(*tensors) is not None
+        or in_functorch(*tensors)
+        or in_forward_mode()
     ):
         return None
-    chosen = dispatch.choose(backend, student, target, alpha)
-    if chosen is None or chosen.name != "cpu":
+    chosen = backends.choose(backend, student, target, alpha)
+    if not chosen.in_parts:
         return None
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (student, *weights))
     if torch.is_grad_enabled() and alpha.requires_grad and not learning:
         return None  # for alpha alone the sums of squares are enough, and gaussian_nll knows that
-    call = FusedCall(chosen, eps, loss_factor(target.shape, reduction, weight))
+    k = loss_factor(target.shape, reduction, weight)  # of the whole, for each of its parts
+    call = Call(1, eps, reduction, weight=weight, inplace=True, backend=backend, k=k)
     # any number of axes is positions, and a vector is one position
     student, target = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in (student, target))
-    if walk(student, 1) is None:  # expanded, overlapping or a slice of its positions
+    if rows_of(student, 1).copies:  # expanded, overlapping or a slice of its positions
         student = student.contiguous()
     if learning:
-        loss: Tensor = FusedVID.apply(student, target, alpha, call, *weights)[0]  # type: ignore[no-untyped-call]
+        loss: Tensor = FusedVID.apply(student, target, alpha, call, chosen, *weights)[0]  # type: ignore[no-untyped-call]
         return loss
-    return _loss_alone(student, target, alpha, call, weights)
+    return _loss_alone(student, target, alpha, call, chosen, weights)
 
 
 def _loss_alone(
-    student: Tensor, target: Tensor, alpha: Tensor, call: FusedCall, weights: list[Tensor]
+    student: Tensor, target: Tensor, alpha: Tensor, call: Call, backend: Backend, weights: list[Tensor]
 ) -> Tensor:
     alpha = alpha.contiguous()
-    losses = [
-        call.backend.forward(mean, goal, alpha, layout, call.k, call.eps, False)[0].item()
-        for _, _, (mean, goal, layout) in _Stack(weights, student).parts(student, target)
-    ]
+    losses = []
+    for _, activations, goal in _Stack(weights, student).parts(student, target):
+        mean = activations[-1]
+        loss, _ = primitives.forward(backend, mean, goal, alpha, layout_of(mean, goal, 1), call)
+        losses.append(loss.item())
     return torch.tensor(math.fsum(losses), dtype=torch.float32, device="cpu")

@@ -1,30 +1,58 @@
-"""How a tensor lies in memory, as `(outer, C, inner)`: one description for every dense layout.
+"""How a tensor is stored, as `(outer, C, inner)`: one description for every dense layout.
 
 Contiguous NCHW is (B, C, H*W), channels_last is (B*H*W, C, 1), logits are (B, N, 1), a transformer's
 (B, L, D) with `channel_dim=-1` is (B*L, D, 1). Each tensor keeps its own outer stride, so that a batch or
-channel slice of a bigger tensor is walked where it lies.
+channel slice of a bigger tensor is walked where it is. Here is the arithmetic; nothing is allocated or copied.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-from vidfast import memory
 
 
 class Layout(NamedTuple):
-    """Extents and outer strides, in elements, of a matched pair of tensors; `channel` is the dimension of C."""
+    """Extents and outer strides, in elements, of a matched pair of tensors as the kernels walk them.
+
+    mean's layout wins. A mean that is not dense (expanded, overlapping, a slice of its inner dimensions) has to be
+    copied, and so has a target that is stored otherwise than mean; the numbers are those of the copies.
+
+    Attributes:
+        outer: Rows of C * inner neighbours.
+        channels: C.
+        inner: Neighbouring elements of one channel.
+        mean_stride: From one row of mean to the next.
+        target_stride: Likewise of target.
+        dense: The strides of new memory in mean's order of dimensions; None: contiguous.
+        copies_mean: Whether mean has to be copied, to contiguous memory.
+        copies_target: Whether target has to be copied, to memory with the strides `dense`.
+    """
 
     outer: int
     channels: int
     inner: int
     mean_stride: int
     target_stride: int
-    channel: int
+    dense: tuple[int, ...] | None = None
+    copies_mean: bool = False
+    copies_target: bool = False
+
+
+class RowLayout(NamedTuple):
+    """A tensor as `outer` rows of `row` neighbours, `stride` elements apart.
+
+    `dense` is as in :class:`Layout`. `copies`: the tensor has to be copied to contiguous memory, which this describes.
+    """
+
+    outer: int
+    row: int
+    stride: int
+    dense: tuple[int, ...] | None = None
+    copies: bool = False
 
 
 class _Collapsed(NamedTuple):
@@ -34,9 +62,79 @@ class _Collapsed(NamedTuple):
     order: tuple[int, ...]
 
 
+def layout_of(mean: Tensor, target: Tensor, channel: int) -> Layout:
+    """The layout of a matched pair.
+
+    Args:
+        mean: Any shape with elements.
+        target: mean's shape.
+        channel: The dimension of the channels, not negative.
+    """
+    shape = mean.shape
+    mean_is_contiguous = mean.is_contiguous()
+    if mean_is_contiguous and target.is_contiguous():
+        outer = 1
+        for size in shape[:channel]:
+            outer *= size
+        channels = shape[channel]
+        row = mean.numel() // outer
+        return Layout(outer, channels, row // channels, row, row)
+    return _layout_of(shape, mean.stride(), target.stride(), channel, mean_is_contiguous)
+
+
+def rows_of(x: Tensor, channel: int) -> RowLayout:
+    """The rows of one tensor with elements, whose channels are in dimension `channel`."""
+    if x.is_contiguous():
+        values = x.numel()
+        return RowLayout(1, values, values)
+    return _rows_of(x.shape, x.stride(), channel)
+
+
+def layout_without(shape: Sequence[int], channel: int) -> Layout:
+    """What is known of a pair that is not there, or has no elements: outer * inner, and the channels."""
+    channels = shape[channel]
+    return Layout(math.prod(shape) // max(channels, 1), channels, 1, channels, channels)
+
+
 @lru_cache(maxsize=4096)
+def _layout_of(
+    shape: tuple[int, ...],
+    mean_strides: tuple[int, ...],
+    target_strides: tuple[int, ...],
+    channel: int,
+    mean_is_contiguous: bool,
+) -> Layout:
+    as_mean = _collapse(shape, mean_strides, channel)
+    copies_mean = as_mean is None
+    if as_mean is None:
+        as_mean = _contiguous(shape, channel)
+    as_target = _collapse(shape, target_strides, channel)
+    row = shape[channel] * as_mean.inner
+    copies_target = as_target is None or as_target.order != as_mean.order
+    return Layout(
+        outer=as_mean.outer,
+        channels=shape[channel],
+        inner=as_mean.inner,
+        mean_stride=as_mean.stride,
+        target_stride=row if as_target is None or copies_target else as_target.stride,
+        dense=None if mean_is_contiguous or copies_mean else _dense(shape, as_mean.order),
+        copies_mean=copies_mean,
+        copies_target=copies_target,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _rows_of(shape: tuple[int, ...], strides: tuple[int, ...], channel: int) -> RowLayout:
+    found = _collapse(shape, strides, channel)
+    if found is None:
+        collapsed = _contiguous(shape, channel)
+        row = shape[channel] * collapsed.inner
+        return RowLayout(collapsed.outer, row, collapsed.stride, copies=True)
+    return RowLayout(found.outer, shape[channel] * found.inner, found.stride, _dense(shape, found.order))
+
+
 def _collapse(shape: tuple[int, ...], strides: tuple[int, ...], channel: int) -> _Collapsed | None:
-    """The (outer, C, inner) view of these strides, or None where the elements do not lie so."""
+    """The (outer, C, inner) view of these strides, or None where the elements are not stored so."""
     order = [d for d in range(len(shape)) if shape[d] != 1 and d != channel]
     order.sort(key=lambda d: -strides[d])
     if shape[channel] == 1:  # its stride means nothing: it goes behind the dimensions before it
@@ -65,69 +163,18 @@ def _collapse(shape: tuple[int, ...], strides: tuple[int, ...], channel: int) ->
     return _Collapsed(outer, inner, stride, tuple(order))
 
 
-def prepare(mean: Tensor, target: Tensor, channel: int) -> tuple[Tensor, Tensor, Layout]:
-    """mean and target as the kernels can walk them, and how.
-
-    mean's layout wins: a target laid out otherwise is copied to it, and a mean that is not dense (expanded,
-    overlapping, a slice of its inner dimensions) is copied first. Copies are detached.
-
-    :param channel: the channel dimension, not negative.
-    """
-    shape = mean.shape
-    if mean.is_contiguous() and target.is_contiguous():
-        outer = 1
-        for size in shape[:channel]:
-            outer *= size
-        channels = shape[channel]
-        row = mean.numel() // outer
-        return mean, target, Layout(outer, channels, row // channels, row, row, channel)
-
-    as_mean = _collapse(shape, mean.stride(), channel)
-    if as_mean is None:
-        mean = mean.detach().contiguous()
-        as_mean = _collapse(shape, mean.stride(), channel)
-        assert as_mean is not None, "a contiguous tensor always collapses"
-    as_target = _collapse(shape, target.stride(), channel)
-    if as_target is None or as_target.order != as_mean.order:
-        target = dense_like(mean, channel, target.dtype).copy_(target.detach())
-        as_target = _collapse(shape, target.stride(), channel)
-        assert as_target is not None, "a copy has the layout of what it was made like"
-    return (
-        mean,
-        target,
-        Layout(as_mean.outer, shape[channel], as_mean.inner, as_mean.stride, as_target.stride, channel),
-    )
+def _contiguous(shape: tuple[int, ...], channel: int) -> _Collapsed:
+    """The view of contiguous memory."""
+    collapsed = _collapse(shape, _dense(shape, tuple(range(len(shape)))), channel)
+    assert collapsed is not None, "a contiguous tensor always collapses"
+    return collapsed
 
 
-def walk(x: Tensor, channel: int) -> tuple[int, int, int] | None:
-    """(outer, row, stride): `outer` rows of `row` neighbouring elements, `stride` elements apart, or None."""
-    collapsed = _collapse(x.shape, x.stride(), channel)
-    if collapsed is None:
-        return None
-    return collapsed.outer, x.shape[channel] * collapsed.inner, collapsed.stride
-
-
-def dense_like(x: Tensor, channel: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory of x's shape, dense in x's order of dimensions: its outer stride is C * inner. Its values are anything."""
-    if x.is_cpu and x.numel() * x.element_size() >= memory.KEPT_FROM:
-        kept = memory.empty_kept(x, dense_strides(x.shape, x.stride(), channel), dtype or x.dtype)
-        if kept is not None:
-            return kept
-    if x.is_contiguous():
-        return torch.empty_like(x, dtype=dtype)
-    return torch.empty_strided(
-        x.shape, dense_strides(x.shape, x.stride(), channel), dtype=dtype or x.dtype, device=x.device
-    )
-
-
-@lru_cache(maxsize=4096)
-def dense_strides(shape: tuple[int, ...], strides: tuple[int, ...], channel: int) -> tuple[int, ...]:
-    """The strides of `dense_like`, for a tensor that `prepare` would not copy."""
-    collapsed = _collapse(shape, strides, channel)
-    assert collapsed is not None, f"strides {strides} are not (outer, C, inner)"
+def _dense(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of memory without gaps, the dimensions in this order; 1 for those of size 1 that it leaves out."""
     dense = [1] * len(shape)
     step = 1
-    for d in reversed(collapsed.order):
+    for d in reversed(order):
         dense[d] = step
         step *= shape[d]
     return tuple(dense)

@@ -1,4 +1,4 @@
-"""Memory of large gradients on the CPU, kept from step to step.
+"""Where outputs and workspaces come from; large gradients on the CPU from memory that is kept from step to step.
 
 malloc maps large blocks afresh and gives them back when they are freed, so every step's gradient would be thousands of
 page faults: they take several times as long as the kernel that writes it (docs/kernel-notes.md). Here a freed
@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from vidfast.raw import PLAIN_TYPES
 
 try:
     from vidfast import _C
@@ -46,19 +48,47 @@ class KeptMemory(NamedTuple):
     most: int
 
 
-def empty_kept(like: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """A tensor of kept memory on the CPU, or None where such memory is not to be had.
+# empty_like is twice as fast as empty, and asks no default device.
+_SCALAR_F64 = torch.empty((), dtype=torch.float64, device="cpu")
+_SCALAR_F32 = torch.empty((), dtype=torch.float32, device="cpu")
 
-    :param like: whose shape it takes; a plain tensor, since fake ones have no memory.
-    :param strides: of a dense tensor of that shape.
+
+def empty_loss(mean: Tensor, target: Tensor) -> Tensor:
+    """A scalar on their device, fp64 if one of them is, else fp32. Its value is anything."""
+    wide = mean.dtype is torch.float64 or target.dtype is torch.float64
+    if mean.is_cpu:
+        return torch.empty_like(_SCALAR_F64 if wide else _SCALAR_F32)
+    return torch.empty((), dtype=torch.float64 if wide else torch.float32, device=mean.device)
+
+
+def empty_dense(like: Tensor, strides: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor:
+    """Memory without gaps. Its values are anything.
+
+    Args:
+        like: Whose shape and device it takes.
+        strides: Of the memory, as :class:`vidfast.layout.Layout` has them; None: contiguous.
+        dtype: Of the memory.
     """
-    if _C is None or type(like) not in (Tensor, torch.nn.Parameter):
-        return None
-    return _from_block(like.numel(), dtype).as_strided_(like.shape, strides)
+    if (
+        like.is_cpu
+        and like.numel() * like.element_size() >= KEPT_FROM
+        and _C is not None
+        and type(like) in PLAIN_TYPES
+    ):
+        kept = _from_block(like.numel(), dtype)
+        return kept.view(like.shape) if strides is None else kept.as_strided_(like.shape, strides)
+    if strides is None:
+        return torch.empty_like(like, dtype=dtype)
+    return torch.empty_strided(like.shape, strides, dtype=dtype, device=like.device)
 
 
-def empty(*shape: int) -> Tensor:
-    """torch.empty on the CPU in fp32, for what is as large as such gradients and as short-lived."""
+def workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(count,) for one call of a kernel, on the current stream of the device. Its values are anything."""
+    return torch.empty(count, dtype=dtype, device=device)
+
+
+def empty_fp32(*shape: int) -> Tensor:
+    """Memory on the CPU in fp32, for what is as large as such gradients and as short-lived."""
     count = math.prod(shape)
     if _C is None or 4 * count < KEPT_FROM:
         return torch.empty(shape, dtype=torch.float32, device="cpu")

@@ -7,25 +7,21 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from vidfast import dispatch, ops, reference
-from vidfast._torch import has_tangent
+from vidfast import backends, dispatch, reference
 from vidfast.arguments import (
     BackendName,
     Reduction,
     Strategy,
+    check_call,
     check_channel_dim,
     check_initial_variance,
-    check_inplace,
     check_options,
     check_size,
     check_tensors,
     check_weight,
     inverse_softplus,
 )
-from vidfast.autograd import NO_FORWARD_MODE, Call, one_pass, two_pass
-from vidfast.layout import prepare
 
 
 def gaussian_nll(
@@ -77,60 +73,10 @@ def gaussian_nll(
         TypeError, ValueError: An argument is not as above; the text says what was wanted and what came.
         RuntimeError: The back end asked for cannot run, or `inplace` would destroy what other code still uses.
     """
-    channel, alpha = check_tensors(mean, target, alpha, channel_dim)
-    compiling = torch.compiler.is_compiling()
-    eps, weight = check_options(eps, reduction, weight, strategy, full, inplace)
-    if reduction == "batchmean" and channel == 0:
-        raise ValueError(
-            "reduction='batchmean' needs a batch in dimension 0, but channel_dim=0 is the channels"
-        )
-    chosen = None
-    if reduction == "none":
-        if backend not in ("auto", "reference"):
-            raise ValueError(
-                f"reduction='none' has no fused kernel: backend must be 'auto' or 'reference', got {backend!r}"
-            )
-    elif not compiling:
-        chosen = dispatch.choose(backend, mean, target, alpha)
-        if backend != "reference":
-            _refuse_transforms(mean, target, alpha)
-    grad = torch.is_grad_enabled()
-    mean_needs, target_needs = grad and mean.requires_grad, grad and target.requires_grad
-    if strategy == "one_pass" and target_needs:
-        raise ValueError(
-            "strategy='one_pass' has no gradient for target, which requires grad: use 'two_pass' or detach it"
-        )
-    if compiling and reduction != "none" and dispatch.compiles_to_operator(backend, mean, target, alpha):
-        return ops.gaussian_nll(mean, target, alpha, channel, eps, reduction, full, weight, backend)
-    if chosen is None or mean.numel() == 0:
-        return reference.gaussian_nll(
-            mean, target, alpha,
-            channel_dim=channel, eps=eps, reduction=reduction, full=full, weight=weight,
-        )  # fmt: skip
-
-    walked = prepare(mean, target, channel)
-    k = ops.loss_factor(mean.shape, reduction, weight)
-    if not (mean_needs or target_needs or (grad and alpha.requires_grad)):
-        return chosen.forward(walked[0], walked[1], alpha.contiguous(), walked[2], k, eps, full)[0]
-    call = Call(chosen, channel, eps, reduction, full, weight, k)
-    in_one_pass = mean_needs and (
-        strategy == "one_pass"
-        or (strategy == "auto" and not target_needs and mean.dtype is not torch.float16)
+    alpha, call = check_call(
+        mean, target, alpha, channel_dim, eps, reduction, full, weight, inplace, strategy, backend
     )
-    if not in_one_pass:
-        return two_pass(mean, target, alpha, call, walked)
-    if inplace:
-        check_inplace(mean, target, alpha, walked[0])
-    return one_pass(mean, target, alpha, call, walked, inplace)
-
-
-def _refuse_transforms(*tensors: Tensor) -> None:
-    if dispatch.in_functorch(*tensors):
-        raise RuntimeError(
-            "vidfast.gaussian_nll cannot run inside torch.func transforms on its kernels: use backend='reference'"
-        )
-    if forward_ad._current_level >= 0 and any(has_tangent(x) for x in tensors):
-        raise RuntimeError(NO_FORWARD_MODE)
+    return dispatch.route(mean, target, alpha, call)
 
 
 def log_likelihood_map(
@@ -230,7 +176,7 @@ class GaussianNLL(Weighted):
         self.num_channels = check_size("num_channels", num_channels)
         self.eps, self._weight = check_options(eps, reduction, weight, strategy, full, inplace)
         self.channel_dim = check_channel_dim(channel_dim)
-        dispatch.check_name(backend)
+        backends.check_name(backend)
         self.init_var = check_initial_variance("init_var", init_var, self.eps)
         self.reduction: Reduction = reduction
         self.full = full

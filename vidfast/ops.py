@@ -13,24 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidfast import dispatch, reference
+from vidfast import backends, primitives
 from vidfast._torch import has_tangent
-from vidfast.arguments import check_options, check_tensors
-from vidfast.autograd import NO_FORWARD_MODE
-from vidfast.layout import Layout, prepare
-from vidfast.raw import vector
+from vidfast.arguments import Call, check_options, check_tensors, loss_factor
+from vidfast.backends import PLAIN
+from vidfast.layout import layout_of, layout_without
+from vidfast.raw import NO_FORWARD_MODE, vector
 from vidfast.tracing import savable
 
 _OPTIONS = "int channel_dim, float eps, str reduction, bool full, float weight, str backend"
-
-
-def loss_factor(shape: torch.Size | list[int], reduction: str, weight: float) -> float:
-    """k, by which the sum over all elements is multiplied: for the reductions "mean", "sum" and "batchmean".
-
-    0 where there is no element: their gradients are 0.
-    """
-    count = {"mean": math.prod(shape), "sum": 1, "batchmean": shape[0]}[reduction]
-    return weight / count if count else 0.0
 
 
 @torch.library.custom_op(
@@ -57,12 +48,14 @@ def forward(
     check_options(eps, reduction, weight)
     if has_tangent(mean) or has_tangent(target) or has_tangent(alpha):  # a compiled graph would drop it
         raise RuntimeError(NO_FORWARD_MODE)
-    chosen = dispatch.choose(backend, mean, target, alpha)
-    if chosen is None or mean.numel() == 0:
-        return _plain_forward(mean, target, alpha, channel_dim, eps, reduction, full, weight)
-    walked_mean, walked_target, layout = prepare(mean, target, channel_dim)
+    chosen = backends.choose(backend, mean, target, alpha)
+    if mean.numel() == 0:
+        chosen = PLAIN
+    plain = chosen is PLAIN
+    layout = layout_without(mean.shape, channel_dim) if plain else layout_of(mean, target, channel_dim)
     k = loss_factor(mean.shape, reduction, weight)
-    return chosen.forward(walked_mean, walked_target, alpha.contiguous(), layout, k, eps, full)
+    call = Call(channel_dim, eps, reduction, full, weight, backend=backend, k=k)
+    return primitives.forward(chosen, mean, target, alpha, layout, call)
 
 
 @forward.register_fake
@@ -103,25 +96,20 @@ def backward(
     channels = shape[channel_dim]
     g, alpha = vector("g", g, 1, alpha.device), vector("alpha", alpha, channels, alpha.device)
     sum_sq = vector("sum_sq", sum_sq, channels, alpha.device, torch.float64)
-    if mean is None or target is None or math.prod(shape) == 0:
-        values = 1
-        for size in shape:
-            values *= size
-        layout = Layout(values // max(channels, 1), channels, 1, channels, channels, channel_dim)
-        chosen = dispatch.choose(backend, g, g, alpha)
-        walked_mean = walked_target = None
+    if mean is None or target is None:
+        chosen = backends.choose(backend, g, g, alpha)
     else:
         check_tensors(mean, target, alpha, channel_dim)
-        chosen = dispatch.choose(backend, mean, target, alpha)
-        walked_mean, walked_target, layout = prepare(mean, target, channel_dim)
-    want = (mean_wanted, target_wanted, alpha_wanted)
+        chosen = backends.choose(backend, mean, target, alpha)
+    if math.prod(shape) == 0:
+        chosen = PLAIN
+    layout = layout_without(shape, channel_dim)
+    if mean is not None and target is not None and chosen is not PLAIN:
+        layout = layout_of(mean, target, channel_dim)
     k = loss_factor(shape, reduction, weight)
-    if chosen is None or math.prod(shape) == 0:
-        count = layout.outer * layout.inner
-        grads = _plain_backward(g, mean, target, alpha, sum_sq, count, channel_dim, eps, k, want)
-    else:
-        g = g.resolve_neg()
-        grads = chosen.backward(g, walked_mean, walked_target, alpha, sum_sq, layout, k, eps, want)
+    call = Call(channel_dim, eps, reduction, full, weight, backend=backend, k=k)
+    want = (mean_wanted, target_wanted, alpha_wanted)
+    grads = primitives.backward(chosen, g.resolve_neg(), mean, target, alpha, sum_sq, layout, call, want)
     likes = (mean, mean, alpha)
     return [
         _laid_out(x, like) for x, like in zip(grads, likes, strict=True) if x is not None and like is not None
@@ -175,54 +163,6 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _plain_forward(
-    mean: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    channel_dim: int,
-    eps: float,
-    reduction: str,
-    full: bool,
-    weight: float,
-) -> tuple[Tensor, Tensor]:
-    """What the kernels return, where none of them runs."""
-    loss = reference.gaussian_nll(
-        mean, target, alpha,
-        channel_dim=channel_dim, eps=eps, reduction=reduction, full=full, weight=weight,
-    )  # fmt: skip
-    squares = (mean.double() - target.double()).square()
-    return loss, squares.movedim(channel_dim, 0).flatten(1).sum(1) if mean.dim() > 1 else squares
-
-
-def _plain_backward(
-    g: Tensor,
-    mean: Tensor | None,
-    target: Tensor | None,
-    alpha: Tensor,
-    sum_sq: Tensor,
-    count: int,
-    channel_dim: int,
-    eps: float,
-    k: float,
-    want: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    # Autograd does not reach inside an operator, so the derivatives are written out.
-    grads: list[Tensor | None] = [None, None, None]
-    wide = alpha.double()
-    variance = torch.logaddexp(wide, torch.zeros_like(wide)) + eps
-    gk = g.double() * k
-    if mean is not None and target is not None:
-        dtype = torch.float64 if torch.float64 in (mean.dtype, target.dtype) else torch.float32
-        shape = [1] * mean.dim()
-        shape[channel_dim] = -1
-        d_mean = (mean.to(dtype) - target.to(dtype)) * (gk / variance).to(dtype).view(shape)
-        grads[0] = d_mean.to(mean.dtype) if want[0] else None
-        grads[1] = d_mean.neg().to(target.dtype) if want[1] else None
-    if want[2]:
-        grads[2] = (gk * 0.5 * (count - sum_sq / variance) / variance * torch.sigmoid(wide)).to(alpha.dtype)
-    return grads[0], grads[1], grads[2]
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     mean, target, alpha, *options = inputs
     ctx.mark_non_differentiable(output[1])
@@ -250,23 +190,20 @@ def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Any, ...]:
 torch.library.register_autograd("vidfast::gaussian_nll", _backward, setup_context=_setup_context)
 
 
-def gaussian_nll(
-    mean: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    channel_dim: int,
-    eps: float,
-    reduction: str,
-    full: bool,
-    weight: float,
-    backend: str,
-) -> Tensor:
+def gaussian_nll(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
     """The loss by the operator, for :func:`vidfast.gaussian_nll` while it is traced.
 
     `weight` multiplies outside of it: an operator's float is a constant of the graph, so that every new one would be
     another graph. Nothing is lost by it, since the second pass reads the incoming gradient anyway.
+
+    Args:
+        mean: mu(s).
+        target: t, mean's shape.
+        alpha: (C,).
+        call: Everything else.
     """
     kept = (savable(x) for x in (mean, target, alpha))
-    loss: Tensor = forward(*kept, channel_dim, eps, reduction, full, 1.0, backend)[0]
+    options = (call.channel, call.eps, call.reduction, call.full, 1.0, call.backend)
+    loss: Tensor = forward(*kept, *options)[0]
     # Without a case for 1: dynamo makes every value a graph of its own once a float was not needed in one.
-    return weight * loss
+    return call.weight * loss

@@ -15,10 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidfast._torch import is_functional, saved_tensors_are_hooked
+from vidfast._torch import is_functional, is_zero_tensor, saved_tensors_are_hooked
 
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Their numbers in native code: csrc/gaussian_nll.h, DType.
+NATIVE_DTYPE = {dtype: number for number, dtype in enumerate(DTYPES)}
+
+NO_FORWARD_MODE = (
+    "vidfast.gaussian_nll's kernels have no forward-mode derivative: use backend='reference' for it"
+)
 
 
 def not_plain(x: Tensor) -> str | None:
@@ -27,15 +33,29 @@ def not_plain(x: Tensor) -> str | None:
     Only plain strided tensors have an address at which their values are: a fake tensor's is 0, a subclass
     gives its own meaning to operations, a wrapped or lazily negated one holds other values than it shows.
     """
-    if type(x) not in PLAIN:
+    if type(x) not in PLAIN_TYPES:
         return f"{type(x).__module__}.{type(x).__qualname__} is a tensor subclass"
     if x.is_neg():
         return "a lazily negated tensor (is_neg) holds other values than it shows"
-    if x._is_zerotensor():
+    if is_zero_tensor(x):
         return "a zero tensor without memory of its own (_is_zerotensor)"
     if is_functional(x):
         return "a functional tensor (torch.func.functionalize) holds its values in another one"
     return None
+
+
+def address(x: Tensor | None) -> int:
+    """Where x is in memory; 0 for what is absent."""
+    return 0 if x is None else x.data_ptr()
+
+
+def native_dtype(x: Tensor | None) -> int:
+    """The number of x's dtype in native code; that of fp32, which is not read, for what is absent."""
+    return 0 if x is None else NATIVE_DTYPE[x.dtype]
+
+
+# The rows of a tensor that is absent: none, of no elements, none apart.
+NO_ROWS = (0, 0, 0)
 
 
 def vector(
@@ -153,7 +173,7 @@ def _checked(x: Tensor, wanted: _Saved, device: torch.device) -> Tensor:
     """A tensor that is not the one that was saved, if it is equal to it as far as can be seen."""
     _, shape, dtype = wanted
     alike = x.layout is torch.strided and (x.shape, x.dtype, x.device) == (shape, dtype, device)
-    if alike and (x.is_neg() or x._is_zerotensor()):
+    if alike and (x.is_neg() or is_zero_tensor(x)):
         x = x.resolve_neg().clone()
     if not alike or not_plain(x) is not None:
         raise RuntimeError(

@@ -1,141 +1,128 @@
-"""What may be done with a regressor, the module that predicts the teacher's feature: one policy for all callers.
+"""A regressor, the module that predicts the teacher's feature, and its loss: one policy for all callers.
 
-A regressor may be any module. Whether its output and its hidden activations may be written over, whether its layers
-may be computed otherwise than by calling them, and in which type and memory format it is fed, is decided here and from
-what the module is at the moment of the call: parts, hooks and methods may have been exchanged since it was built.
+A regressor may be any module. Whether its output and its hidden activations may be written over, whether it is computed
+together with its loss, and in which memory format it is fed, is decided here, from what :mod:`vidfast.layers` knows of
+it at the moment of the call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from types import BuiltinFunctionType
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from vidfast._torch import any_global_hook, dispatch_modes, function_mode
-from vidfast.raw import PLAIN
+from vidfast.arguments import BackendName, Reduction
+from vidfast.fused_regressor import fused_nll
+from vidfast.layers import is_pointwise, is_watched, own_rectifiers, owns_its_output
+from vidfast.nll import GaussianNLL, gaussian_nll
+from vidfast.raw import PLAIN_TYPES
 
-# Layers whose output is new memory that none of them needs in backward.
-_OWNING = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Upsample,
-)
-# What a call of a layer goes through, as it was when this module was imported: compared by identity.
-_METHODS = ("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward", "forward", "_conv_forward")
-_OF_KIND = {
-    kind: tuple((name, getattr(kind, name)) for name in _METHODS if hasattr(kind, name))
-    for kind in (*_OWNING, nn.ReLU, nn.Sequential)
-}
-# Without those that something had replaced before.
-_AS_DEFINED: dict[type[nn.Module], tuple[tuple[str, object], ...]] = {
-    kind: methods
-    for kind, methods in _OF_KIND.items()
-    if all(str(getattr(method, "__module__", "")).startswith("torch.") for _, method in methods)
-}
-_FUNCTIONS = tuple(
-    (place, name, getattr(place, name))
-    for place, name in ((F, "conv2d"), (F, "relu"), (torch, "conv2d"), (torch, "relu"), (torch, "relu_"))
-)
-_FUNCTIONS_WERE_TORCHS = (
-    all(isinstance(function, BuiltinFunctionType) for place, name, function in _FUNCTIONS if name != "relu")
-    and isinstance(torch.relu, BuiltinFunctionType)
-    and F.relu.__module__ == F.__name__
-)
-_PLAIN_OR_NONE = (*PLAIN, type(None))
 # From this size of its widest activation on, a stack of 1x1 convolutions is faster in channels_last on the CPU: oneDNN
 # need not reorder it, and reordering takes fresh memory (docs/kernel-notes.md, "Regressors").
 _LARGE_ACTIVATION = 16 << 20
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether anything sees, and may keep, what goes into the module or a part of it or comes out.
+def regressed_nll(
+    regressor: nn.Module,
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    *,
+    channel_dim: int = 1,
+    eps: float = 1e-5,
+    reduction: Reduction = "mean",
+    weight: float = 1.0,
+    inplace: bool = True,
+    backend: BackendName = "auto",
+    as_maps: bool = False,
+    likelihood: GaussianNLL | None = None,
+) -> Tensor:
+    """-log q(target | student) of equation 5 (Ahn et al., CVPR 2019), whose mean the regressor predicts.
 
-    That is a hook of a part, a backward hook too (what it wraps cannot be written over); a hook for all modules; a
-    TorchFunctionMode or TorchDispatchMode, as selective checkpointing and profilers use. A compiler is none of these.
+    Regressor and loss are computed together where that is faster and nothing sees them apart
+    (:mod:`vidfast.fused_regressor`), else one after the other.
+
+    Args:
+        regressor: From `student` to target's shape.
+        student: What it takes.
+        target: The teacher's feature, without gradient.
+        alpha: (C,), of :func:`vidfast.gaussian_nll`, as are the next five.
+        channel_dim: Where target's channels are.
+        eps: The smallest variance.
+        reduction: Of the loss.
+        weight: A factor of the loss.
+        inplace: Whether anything may be written over: the regressor's output by the gradient, its hidden activations
+            by its ReLUs. What something else could see is left alone.
+        backend: For the loss.
+        as_maps: Whether a regressor of 1x1 nn.Conv2d gets features of other than two spatial axes as maps.
+        likelihood: The module to call for the loss, with its hooks and its other options; the arguments above are
+            its own. None: the loss is computed from the arguments alone.
+
+    Returns:
+        A scalar, fp64 if the mean or the target is, else fp32.
+
+    Raises:
+        TypeError: The regressor gives no tensor.
+        ValueError: It gives another shape than target's.
     """
-    if not torch.compiler.is_compiling() and (function_mode() or dispatch_modes()):
-        return True
-    return any_global_hook() or any(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        for part in module.modules()
+    together = inplace and channel_dim == 1 and not is_watched(regressor)
+    if together and (likelihood is None or _is_plain(likelihood)):
+        fused = fused_nll(
+            regressor,
+            student,
+            target,
+            alpha,
+            eps=eps,
+            reduction=reduction,
+            weight=weight,
+            backend=backend,
+        )
+        if fused is not None:
+            return fused
+    if as_maps and student.dim() != 4 and is_pointwise(regressor):
+        student, target = _as_map(student), _as_map(target)
+    mean = regress(regressor, lay_out_for(regressor, student), target.shape, inplace=inplace)
+    # Over the regressor's own last output, which nothing else reads: no N-sized allocation.
+    inplace = inplace and owns_its_output(regressor)
+    if likelihood is not None:
+        return _called(likelihood, mean, target, weight, inplace)
+    return gaussian_nll(
+        mean,
+        target,
+        alpha,
+        channel_dim=channel_dim,
+        eps=eps,
+        reduction=reduction,
+        weight=weight,
+        inplace=inplace,
+        backend=backend,
     )
 
 
-def is_as_defined(module: nn.Module) -> bool:
-    """Whether the module and its parts are layers known here that compute what torch defines, by torch's own code.
-
-    No subclass, no method exchanged on an instance or on its class, nothing compiled, no weight that is a subclass.
-    """
-    return _functions_are_torchs() and all(_is_untouched(part) for part in module.modules())
+def _as_map(x: Tensor) -> Tensor:
+    """(B, C, *spatial) as (B, C, positions, 1)."""
+    return x.flatten(2).unsqueeze(-1) if x.dim() > 2 else x[:, :, None, None]
 
 
-def _is_untouched(part: nn.Module) -> bool:
-    """Likewise of the layer alone, without its parts and torch's functions."""
-    own, kind = part.__dict__, type(part)
-    methods = _AS_DEFINED.get(kind)
-    if methods is None or part._compiled_call_impl is not None:
-        return False
-    for name, method in methods:
-        if name in own or getattr(kind, name) is not method:
-            return False
-    # not by getattr, which takes long to find that there is none
-    return type(part._parameters.get("weight", own.get("weight"))) in _PLAIN_OR_NONE
-
-
-def _functions_are_torchs() -> bool:
-    return _FUNCTIONS_WERE_TORCHS and all(
-        getattr(place, name) is function for place, name, function in _FUNCTIONS
+def _is_plain(likelihood: nn.Module) -> bool:
+    """Whether the module computes what its class does, and no hook waits for it to be called."""
+    return (
+        type(likelihood) is GaussianNLL
+        and "forward" not in likelihood.__dict__
+        and not is_watched(likelihood)
     )
 
 
-def last_layer(module: nn.Module) -> nn.Module:
-    """The layer whose output is the regressor's."""
-    # Exact types: a subclass may do anything with its output.
-    while type(module) is nn.Sequential and len(module):
-        module = module[-1]
-    return module
-
-
-def owns_its_output(module: nn.Module) -> bool:
-    """Whether the output may be written over: nothing else reads it afterwards, and no layer needs it in backward.
-
-    So it is where a regressor that nothing watches ends in a convolution, a linear layer or an interpolation, by
-    torch's own code. Any other may return its input, a view of it, or something that it keeps.
-    """
-    if is_watched(module) or not _functions_are_torchs():
-        return False
-    while type(module) is nn.Sequential and len(module) and _is_untouched(module):
-        module = module[-1]
-    return type(module) in _OWNING and _is_untouched(module)
-
-
-def _own_rectifiers(module: nn.Module) -> list[int]:
-    """Where in a plain Sequential that nothing watches a ReLU may write over its input.
-
-    That is what the layer before it made, and nothing else reads.
-    """
-    if type(module) is not nn.Sequential or is_watched(module):
-        return []
-    if not (_functions_are_torchs() and _is_untouched(module)):
-        return []
-    layers = [*module]
-    return [
-        place
-        for place, (before, layer) in enumerate(pairwise(layers), 1)
-        if type(layer) is nn.ReLU
-        and type(before) in _OWNING
-        and _is_untouched(before)
-        and _is_untouched(layer)
-    ]
+def _called(likelihood: GaussianNLL, mean: Tensor, target: Tensor, weight: float, inplace: bool) -> Tensor:
+    """What resuming compares of a module does not depend on whether it was called: both are for this call alone."""
+    before = likelihood.weight, likelihood.inplace
+    likelihood.weight, likelihood.inplace = weight, inplace
+    try:
+        loss: Tensor = likelihood(mean, target)
+    finally:
+        likelihood.weight, likelihood.inplace = before
+    return loss
 
 
 def regress(regressor: nn.Module, student: Tensor, shape: Sequence[int], inplace: bool = True) -> Tensor:
@@ -145,15 +132,15 @@ def regress(regressor: nn.Module, student: Tensor, shape: Sequence[int], inplace
         regressor: Called with `student`.
         student: (B, ...), what the regressor takes.
         shape: What it has to give.
-        inplace: ReLUs write over their inputs where nothing can tell (:func:`_own_rectifiers`).
+        inplace: ReLUs write over their inputs where nothing can tell (:func:`vidfast.layers.own_rectifiers`).
 
     Raises:
         ValueError: The regressor gives another shape.
         TypeError: It gives no tensor.
     """
     # A compiler finds out by itself what it may write over.
-    may = inplace and not torch.compiler.is_compiling() and type(student) in PLAIN
-    places = _own_rectifiers(regressor) if may else []
+    may = inplace and not torch.compiler.is_compiling() and type(student) in PLAIN_TYPES
+    places = own_rectifiers(regressor) if may else []
     mean: object
     if places:
         mean = student
@@ -170,45 +157,26 @@ def regress(regressor: nn.Module, student: Tensor, shape: Sequence[int], inplace
     return mean
 
 
-def is_pointwise(module: nn.Module) -> bool:
-    """Whether it is made of 1x1 nn.Conv2d, and no other product: how positions are arranged is then all the same."""
-    layers = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.modules.conv._ConvNd))]
-    return bool(layers) and all(
-        isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and part.stride == (1, 1)
-        for part in layers
-    )
-
-
-def weight_dtype(module: nn.Module) -> torch.dtype | None:
-    """The floating dtype of the module's first weight, or None where it has none.
-
-    A replica of DataParallel and a module under FSDP's flat parameters have no parameters: there the weights are
-    attributes.
-    """
-    for parameter in module.parameters():  # dynamo of torch 2.6 cannot trace next() with a default
-        if parameter.is_floating_point():
-            return parameter.dtype
-    if torch.compiler.is_compiling():
-        return None
-    tensors = (x for part in module.modules() for x in part.__dict__.values() if isinstance(x, Tensor))
-    return next((x.dtype for x in tensors if x.is_floating_point()), None)
-
-
 def lay_out_for(regressor: nn.Module, student: Tensor) -> Tensor:
-    """`student` in the memory format in which a stack of 1x1 convolutions runs faster; its values are the same.
+    """`student` in the memory format in which the regressor runs faster; its values are the same.
 
-    That is channels_last for large fp32 maps on the CPU; anything else is handed back as it came. The gradient
-    arrives in the format that the regressor was given; autograd accepts a gradient of any layout.
+    That is channels_last for large fp32 maps on the CPU and a plain stack of 1x1 convolutions; anything else is handed
+    back as it came. The gradient arrives in the format that the regressor was given; autograd accepts any.
 
     Args:
-        regressor: What will be applied to it; the widest convolution directly inside decides.
+        regressor: What will be applied to it; its widest convolution decides.
         student: (B, C, H, W), or any other tensor, which is handed back.
     """
     if student.dim() != 4 or not student.is_cpu or student.dtype != torch.float32:
         return student
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return student
-    widths = [part.out_channels for part in regressor.children() if type(part) is nn.Conv2d]
+    if type(regressor) is not nn.Sequential or not all(
+        type(part) is nn.ReLU or (type(part) is nn.Conv2d and part.kernel_size == (1, 1))
+        for part in regressor
+    ):
+        return student
+    widths = [part.out_channels for part in regressor if isinstance(part, nn.Conv2d)]
     positions = student.shape[0] * student.shape[2] * student.shape[3]
     if len(widths) < 2 or 4 * positions * max(widths) < _LARGE_ACTIVATION:
         return student

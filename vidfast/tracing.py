@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidfast._torch import comptime, constant_while_traced
+
 _last_is_inference = False
 
 
@@ -28,9 +30,10 @@ def savable(x: Tensor) -> Tensor:
     """
     if x.requires_grad or not torch.is_grad_enabled():
         return x
-    from torch._dynamo.comptime import comptime
-
-    comptime(_look_at_x)
+    ask = comptime()
+    if ask is None:
+        return x
+    ask(_look_at_x)
     return copied(x) if _is_inference() else x
 
 
@@ -60,9 +63,6 @@ def _look_at_x(trace: Any) -> None:
         return
 
 
+@constant_while_traced
 def _is_inference() -> bool:
     return _last_is_inference
-
-
-# See `in_transform` in vidfast._torch.
-_is_inference._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vidfast import dispatch, reference
+from vidfast import backends, reference
 from vidfast.arguments import (
     DTYPES,
     SCALAR_REDUCTIONS,
@@ -20,9 +20,9 @@ from vidfast.arguments import (
     check_size,
     inverse_softplus,
 )
-from vidfast.fused_regressor import fused_nll
-from vidfast.nll import Weighted, adopt_variances, gaussian_nll
-from vidfast.regressor import is_pointwise, is_watched, lay_out_for, owns_its_output, regress, weight_dtype
+from vidfast.layers import weight_dtype
+from vidfast.nll import Weighted, adopt_variances
+from vidfast.regressor import regressed_nll
 
 _POOL: dict[int, Callable[..., Tensor]] = {
     1: F.adaptive_avg_pool1d,
@@ -36,7 +36,12 @@ def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
     (B, C, *spatial) each, with 0 to 3 spatial axes; only a side that is larger somewhere is pooled.
 
-    :raises ValueError: the numbers of axes or the batch sizes differ.
+    Args:
+        student: The student's feature.
+        teacher: The teacher's feature.
+
+    Raises:
+        ValueError: The numbers of axes or the batch sizes differ.
     """
     if student.dim() != teacher.dim() or student.dim() < 2 or student.shape[0] != teacher.shape[0]:
         raise ValueError(
@@ -120,7 +125,7 @@ class VIDLoss(Weighted):
             )
         ]
         eps, weight = check_options(eps, reduction, weight, inplace=inplace)
-        dispatch.check_name(backend)
+        backends.check_name(backend)
         self.init_pred_var = check_initial_variance("init_pred_var", init_pred_var, eps)
         self.num_input_channels, hidden, self.num_target_channels = widths
         made: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
@@ -186,37 +191,21 @@ class VIDLoss(Weighted):
         cast = torch.float64 in (student.dtype, dtype) or not torch.is_autocast_enabled(student.device.type)
         if cast and dtype is not None and student.dtype != dtype:
             student = student.to(dtype)
-        if self.inplace and not is_watched(self.regressor):
-            fused = fused_nll(
-                self.regressor,
-                student,
-                teacher,
-                self.log_scale,
-                eps=eps,
-                reduction=reduction,
-                weight=weight,
-                backend=self.backend,
-            )
-            if fused is not None:
-                return fused
         if 0 in student.shape[2:] and student.shape[0] > 0:
             # torch's convolutions take an empty batch, and no empty map
             reduction = "sum" if reduction == "batchmean" else reduction
             student, teacher = (x.reshape(0, x.shape[1], 1, 1) for x in (student, teacher))
-        if student.dim() != 4 and is_pointwise(self.regressor):
-            student = student.flatten(2).unsqueeze(-1) if student.dim() > 2 else student[:, :, None, None]
-            teacher = teacher.flatten(2).unsqueeze(-1) if teacher.dim() > 2 else teacher[:, :, None, None]
-        laid_out = lay_out_for(self.regressor, student)
-        mean = regress(self.regressor, laid_out, teacher.shape, inplace=self.inplace)
-        return gaussian_nll(
-            mean,
+        return regressed_nll(
+            self.regressor,
+            student,
             teacher,
             self.log_scale,
             eps=eps,
             reduction=reduction,
             weight=weight,
-            inplace=self.inplace and owns_its_output(self.regressor),
+            inplace=self.inplace,
             backend=self.backend,
+            as_maps=True,
         )
 
     def _load_from_state_dict(

@@ -28,7 +28,7 @@ def prepare() -> None:
     for name in ("torch", "vidfast", "bench.measured", "bench.modules", "bench.suites", "bench.gpu.smoke"):
         importlib.import_module(name)
     if importlib.util.find_spec("triton") is not None:
-        importlib.import_module("vidfast.backends.triton_kernels")
+        importlib.import_module("vidfast.backends.triton.kernels")
 
 
 def command(*words: str, **environment: str) -> int:

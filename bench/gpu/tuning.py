@@ -16,7 +16,7 @@ from bench.device_kernels import IN_PLACE, DeviceKernel
 from bench.graphs import GraphContender
 from bench.providers import COPY
 from bench.suites import Built, built, copy_of
-from vidfast import dispatch
+from vidfast.backends import load
 from vidfast.report.device import AS_BUILT
 
 # What is tried, beside the value in the code.
@@ -42,7 +42,7 @@ TOGETHER: tuple[dict[str, int], ...] = (
 
 def native() -> Any:
     """The native module of the back end `cuda`."""
-    return dispatch.load("cuda")._native  # type: ignore[attr-defined]
+    return load("cuda")._native  # type: ignore[attr-defined]
 
 
 def missing(backends: Sequence[str]) -> str | None:
@@ -58,7 +58,7 @@ def missing(backends: Sequence[str]) -> str | None:
 @contextmanager
 def free_numbers(values: Mapping[str, int]) -> Iterator[None]:
     """The CUDA back end plans with these values inside the block, and as before behind it."""
-    module, backend = native(), dispatch.load("cuda")
+    module, backend = native(), load("cuda")
     before = module.cuda_free_numbers()
     forget = backend._workspace_bytes.cache_clear  # type: ignore[attr-defined]
     try:

@@ -10,8 +10,8 @@ import pytest
 from bench.cases import DEVICE_POINTS
 from bench.gpu.runner import LIMIT_SECONDS
 from bench.gpu.stages import STAGES
-from vidfast import dispatch
-from vidfast.backends import triton_plan
+from vidfast import backends
+from vidfast.backends.triton import plan as triton_plan
 from vidfast.report import device, main
 from vidfast.report.results import Run, load
 
@@ -68,14 +68,14 @@ def in_the_code() -> dict[str, tuple[str, str]]:
         values = re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)
         assert len(values) == 1, f"{file}: {pattern}"
         found[rule] = (values[0], file)
-    plan = "vidfast/backends/triton_plan.py"
+    plan = "vidfast/backends/triton/plan.py"
     for name, value in triton_plan.RULE._asdict().items():
         if name != "lanes":  # the device's own
             found[name] = (str(value), plan)
     for name in ("SHORT_PLANE_BYTES", "FEW_ROWS", "NARROW_ROW"):
         found[name] = (str(getattr(triton_plan, name)), plan)
-    order = ", ".join(f"`{name}`" for name in dispatch.NAMES if name != "cpu")
-    found["order of `auto` on a GPU"] = (order, "vidfast/dispatch.py")
+    order = ", ".join(f"`{name}`" for name in backends.NAMES if name != "cpu")
+    found["order of `auto` on a GPU"] = (order, "vidfast/backends/__init__.py")
     return found
 
 
@@ -98,7 +98,7 @@ def test_the_order_of_auto_is_that_of_the_newest_run_that_has_both() -> None:
         assert table()["order of `auto` on a GPU"][2] == "predicted"
         return
     newest = max(runs, key=lambda run: run.date)
-    assert [name for name in dispatch.NAMES if name != "cpu"] == device.order(newest)
+    assert [name for name in backends.NAMES if name != "cpu"] == device.order(newest)
     assert table()["order of `auto` on a GPU"][2] != "predicted"
 
 

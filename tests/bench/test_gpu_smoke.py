@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.gpu import smoke
 from bench.gpu.smoke import BF16, F16, F32, F64, LAYOUTS, PAIRS, STRATEGIES, Problem, check, problems
-from vidfast import dispatch
+from vidfast import primitives
 
 SHAPES = ((2, 3, 9, 9), (4, 24, 7, 7), (33, 10), (2, 5, 103))
 
@@ -35,7 +35,7 @@ def test_a_right_back_end_passes(shape: tuple[int, ...]) -> None:
 
 def spoiled(primitive: str, spoil: Callable[[list[Any]], None]) -> Callable[..., Any]:
     """The primitive of the CPU back end with its results changed."""
-    original = getattr(dispatch.load("cpu"), primitive)
+    original = getattr(primitives, primitive)
 
     def run(*arguments: Any, **options: Any) -> Any:
         results = list(original(*arguments, **options))
@@ -91,7 +91,7 @@ def test_a_wrong_result_is_noticed(
     what: str, pair: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strategy, primitive, spoil, says = CHANGES[what]
-    monkeypatch.setattr(dispatch.load("cpu"), primitive, spoiled(primitive, spoil))
+    monkeypatch.setattr(primitives, primitive, spoiled(primitive, spoil))
     problem = Problem("cpu", SHAPES[0], *pair, "contiguous", strategy)
     assert says in check(problem, "cpu").get("error", "nothing was noticed")
 
@@ -103,7 +103,7 @@ def test_the_bound_of_a_gradient_is_a_few_units_of_its_dtype(
     """Three times the bound is noticed in every dtype: no bound hides a wrong digit."""
     factor = 1 + 3 * smoke.UNITS[dtype] * torch.finfo(dtype).eps
     change = at(1, lambda x: x.copy_(x.double() * factor))
-    monkeypatch.setattr(dispatch.load("cpu"), "forward_grad", spoiled("forward_grad", change))
+    monkeypatch.setattr(primitives, "forward_grad", spoiled("forward_grad", change))
     problem = Problem("cpu", SHAPES[0], dtype, dtype, "contiguous", "one_pass")
     assert "d mean" in check(problem, "cpu").get("error", "nothing was noticed")
 

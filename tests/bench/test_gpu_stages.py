@@ -109,7 +109,7 @@ def test_the_profiler_asks_for_kernels_that_there_are(
     assert stages.KERNELS_OF_OURS in words
     assert words[words.index("--clock-control") + 1] == "none", "a lent device's clocks are left alone"
     cuda = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-    triton = (ROOT / "vidfast" / "backends" / "triton_kernels.py").read_text()
+    triton = (ROOT / "vidfast" / "backends" / "triton" / "kernels.py").read_text()
     for name, text in (("planes", cuda), ("rows", cuda), ("sweep_planes", triton), ("sweep_rows", triton)):
         assert re.search(rf"(__global__ void .*|def ){name}\(", text), name
         assert re.search(pattern, name)

@@ -1,6 +1,6 @@
 """Which back ends the suite runs on, and where. A back end is a parameter of the suite, not a copy of it.
 
-By default every back end that `vidfast.dispatch.NAMES` knows and that runs on this machine. To run the same
+By default every back end that `vidfast.backends.NAMES` knows and that runs on this machine. To run the same
 suite otherwise, in a process of its own:
 
 VIDFAST_TEST_BACKEND  names, separated by commas; one that cannot run is then an error

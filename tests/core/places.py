@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import vidfast
-from vidfast import dispatch
+from vidfast import backends
 
 SMALL = 1 << 14  # elements, for VIDFAST_TEST_SMALL=1
 
@@ -55,7 +55,7 @@ def obstacle(place: Place) -> str | None:
     if place.device.type == "cuda" and not torch.cuda.is_available():
         return "there is no GPU"
     x = torch.zeros(2, 2, device=place.device)
-    return dispatch.load(place.name).supports(x, x, x[0])
+    return backends.load(place.name).supports(x, x, x[0])
 
 
 @lru_cache(maxsize=1)
@@ -66,7 +66,7 @@ def chosen_places() -> tuple[list[Place], dict[str, str]]:
     """
     asked = [n for n in os.environ.get("VIDFAST_TEST_BACKEND", "").split(",") if n]
     places, missing = [], {}
-    for name in asked or dispatch.NAMES:
+    for name in asked or backends.NAMES:
         place = Place(name, torch.device(_device(name)), _limit())
         reason = obstacle(place)
         if reason is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vidfast
-from vidfast import dispatch
+from vidfast import backends
 
 SHAPE = (4, 6, 5, 5)
 
@@ -109,7 +109,7 @@ BAD: dict[str, tuple[Changes, type[Exception], list[str]]] = {
     "unknown reduction": ({"reduction": lambda: "average"}, ValueError, ["reduction", "batchmean", "'average'"]),
     "reduction None": ({"reduction": lambda: None}, ValueError, ["reduction", "'none'", "None"]),
     "unknown strategy": ({"strategy": lambda: "three_pass"}, ValueError, ["one_pass", "two_pass", "'three_pass'"]),
-    "unknown backend": ({"backend": lambda: "gpu"}, ValueError, ["auto", "reference", *dispatch.NAMES, "'gpu'"]),
+    "unknown backend": ({"backend": lambda: "gpu"}, ValueError, ["auto", "reference", *backends.NAMES, "'gpu'"]),
     "backend of another type": ({"backend": lambda: 3}, ValueError, ["backend", "3"]),
     "channel_dim too big": ({"channel_dim": lambda: 4}, ValueError, ["channel_dim=4", "(4, 6, 5, 5)"]),
     "channel_dim too small": ({"channel_dim": lambda: -5}, ValueError, ["channel_dim=-5", "(4, 6, 5, 5)"]),
@@ -159,7 +159,7 @@ def test_log_likelihood_map_refuses_the_same(name: str) -> None:
         vidfast.log_likelihood_map(**given)
 
 
-@pytest.mark.parametrize("asked", ["auto", "reference", *dispatch.NAMES])
+@pytest.mark.parametrize("asked", ["auto", "reference", *backends.NAMES])
 @pytest.mark.parametrize(
     "name",
     [

@@ -12,19 +12,19 @@ import torch
 from places import Place, chosen_places
 
 import vidfast
-from vidfast import dispatch
+from vidfast import backends
 
 
 @pytest.fixture(autouse=True)
 def _forget_what_was_picked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_picked", set())
+    monkeypatch.setattr(backends, "_picked", set())
 
 
 def problem(device: torch.device | str = "cpu") -> tuple[torch.Tensor, ...]:
     return torch.randn(4, 6, device=device), torch.randn(4, 6, device=device), torch.zeros(6, device=device)
 
 
-@pytest.mark.parametrize("name", dispatch.NAMES)
+@pytest.mark.parametrize("name", backends.NAMES)
 def test_every_backend_is_tested_here(name: str) -> None:
     """A skip here is a back end that the suite did not run on."""
     places, missing = chosen_places()
@@ -32,10 +32,10 @@ def test_every_backend_is_tested_here(name: str) -> None:
         pytest.skip(missing.get(name, "VIDFAST_TEST_BACKEND names others"))
 
 
-@pytest.mark.parametrize("name", dispatch.NAMES)
+@pytest.mark.parametrize("name", backends.NAMES)
 def test_a_backend_asked_for_by_name_runs_or_says_why_not(name: str) -> None:
     tensors = problem()
-    reason = dispatch.load(name).supports(*tensors)
+    reason = backends.load(name).supports(*tensors)
     if reason is None:
         assert vidfast.gaussian_nll(*tensors, backend=name).isfinite()
     else:
@@ -49,7 +49,7 @@ def test_a_backend_that_cannot_run_raises_with_the_reason(
     backend: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = problem(backend.device)
-    monkeypatch.setattr(type(dispatch.load(backend.name)), "supports", lambda *_: "it has gone fishing")
+    monkeypatch.setattr(type(backends.load(backend.name)), "supports", lambda *_: "it has gone fishing")
     before = [x.clone() for x in tensors]
     with pytest.raises(RuntimeError, match="gone fishing"):
         backend.nll(*tensors)
@@ -60,8 +60,8 @@ def test_a_backend_that_cannot_run_raises_with_the_reason(
 def test_auto_falls_back_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in dispatch.NAMES:
-        monkeypatch.setattr(type(dispatch.load(name)), "supports", lambda *_, n=name: f"{n} has gone fishing")
+    for name in backends.NAMES:
+        monkeypatch.setattr(type(backends.load(name)), "supports", lambda *_, n=name: f"{n} has gone fishing")
     tensors = problem()
     with caplog.at_level(logging.DEBUG, "vidfast"):
         loss = vidfast.gaussian_nll(*tensors)
@@ -70,7 +70,7 @@ def test_auto_falls_back_and_says_so(
     records = [r.getMessage() for r in caplog.records if r.name == "vidfast"]
     assert len(records) == 1, "once, not at every call"
     assert "reference" in records[0]
-    assert all(f"{name} has gone fishing" in records[0] for name in dispatch.NAMES)
+    assert all(f"{name} has gone fishing" in records[0] for name in backends.NAMES)
 
 
 def test_what_auto_picks_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -84,7 +84,7 @@ def test_what_auto_picks_is_logged_once(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_a_missing_cpu_extension_is_a_warning_not_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = dispatch.load("cpu")
+    cpu = backends.load("cpu")
     monkeypatch.setattr(type(cpu), "supports", lambda *_: "it was never built")
     monkeypatch.setattr(type(cpu), "unavailable", lambda _: "it was never built")
     with pytest.warns(RuntimeWarning, match="never built"):
@@ -122,11 +122,11 @@ def test_info() -> None:
     info = vidfast.info()
     assert info["vidfast"] == vidfast.__version__
     assert info["torch"] == torch.__version__
-    backends = info["backends"]
-    assert isinstance(backends, dict)
-    assert set(backends) == set(dispatch.NAMES)
-    for name, entry in backends.items():
-        assert entry["available"] == (dispatch.load(name).unavailable() is None)
+    found = info["backends"]
+    assert isinstance(found, dict)
+    assert set(found) == set(backends.NAMES)
+    for name, entry in found.items():
+        assert entry["available"] == (backends.load(name).unavailable() is None)
         assert entry["available"] or entry["reason"]
     torch.set_num_threads(1)
     assert vidfast.info()["backends"]["cpu"]["threads"] == 1  # type: ignore[index]
@@ -134,8 +134,8 @@ def test_info() -> None:
 
 
 def test_backends_follow_the_protocol() -> None:
-    for name in dispatch.NAMES:
-        value = dispatch.load(name)
+    for name in backends.NAMES:
+        value = backends.load(name)
         assert value.name == name
         for method in ("unavailable", "supports", "info", "forward", "forward_grad", "backward", "scale"):
             assert callable(getattr(value, method)), method

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from vid_formula import check, formula, small_module
 
 import vidfast.fused_regressor as fused
-import vidfast.vid as vid
+import vidfast.regressor as policy
 from bench.memory import peak_extra_bytes
 from vidfast import VIDLoss, gaussian_nll
 
@@ -30,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
             seen.append(tuple(student.shape))
         return loss
 
-    monkeypatch.setattr(vid, "fused_nll", counted)
+    monkeypatch.setattr(policy, "fused_nll", counted)
     return seen
 
 

@@ -1,4 +1,4 @@
-"""layout.prepare against a brute-force reading of memory, and which layouts are walked where they lie."""
+"""Layouts against a brute-force reading of memory, and which layouts are walked where they lie."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from problems import BY_NAME, FP32, Case
 from torch import Tensor
 
-from vidfast.layout import dense_like, prepare, walk
+from vidfast.layout import Layout, layout_of, rows_of
+from vidfast.memory import empty_dense
+from vidfast.primitives import as_walked
 
 PROPERTY = settings(
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -31,6 +33,12 @@ def numbered(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
 
 
+def prepare(mean: Tensor, target: Tensor, channel: int) -> tuple[Tensor, Tensor, Layout]:
+    """mean and target as the kernels walk them, and how."""
+    layout = layout_of(mean, target, channel)
+    return *as_walked(mean, target, layout), layout
+
+
 def check_prepared(mean: Tensor, target: Tensor, channel: int) -> tuple[Tensor, Tensor]:
     """mean and target hold the same numbers, distinct ones unless expanded."""
     m, t, layout = prepare(mean, target, channel)
@@ -48,10 +56,10 @@ def check_prepared(mean: Tensor, target: Tensor, channel: int) -> tuple[Tensor, 
     )
     assert layout.outer == 1 or layout.mean_stride >= layout.channels * layout.inner
     # what is made like mean is walked by the same description
-    dense = dense_like(m, channel)
+    dense = empty_dense(m, layout.dense, m.dtype)
     assert dense.shape == mean.shape
-    walked = walk(dense, channel)
-    assert walked is not None
+    walked = rows_of(dense, channel)
+    assert not walked.copies
     row = layout.channels * layout.inner
     assert walked[0] * walked[1] == mean.numel()
     dense.copy_(m)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vidfast
 from vidfast import memory
-from vidfast.layout import dense_like
+from vidfast.layout import rows_of
 
 MIB = 1 << 20
 pytestmark = pytest.mark.skipif(memory._C is None, reason="the extension is not built")
@@ -36,8 +36,7 @@ def _nothing_kept() -> Iterator[None]:
 def large(mebibytes: int) -> Tensor:
     """Kept memory. Only the first element is written, so that the pages of the rest are never made."""
     count = mebibytes * MIB // 4
-    found = memory.empty_kept(torch.empty(1).expand(count), (1,), torch.float32)
-    assert found is not None
+    found = memory.empty_dense(torch.empty(1).expand(count), (1,), torch.float32)
     found[0] = 1.0
     return found
 
@@ -111,7 +110,7 @@ def test_can_be_given_back() -> None:
 def test_the_environment_says_whether_to_keep(value: str) -> None:
     code = (
         "import torch; from vidfast import memory\n"
-        "x = memory.empty_kept(torch.empty(1).expand(9 << 20), (1,), torch.float32); x[0] = 1; del x\n"
+        "x = memory.empty_dense(torch.empty(1).expand(9 << 20), (1,), torch.float32); x[0] = 1; del x\n"
         "print(memory.kept_memory().idle)"
     )
     done = subprocess.run(
@@ -172,14 +171,15 @@ def test_is_a_tensor_like_any_other() -> None:
 
 def test_16_bits_and_any_order_of_dimensions() -> None:
     x = torch.empty(4, 64, 512, 512, dtype=BF16).permute(0, 2, 3, 1).transpose(1, 2)
-    y = dense_like(x, 3)
+    y = memory.empty_dense(x, rows_of(x, 3).dense, x.dtype)
     assert memory.kept_memory().in_use == x.nbytes
     assert (y.shape, y.stride(), y.dtype) == (x.shape, x.stride(), BF16)
 
 
 def test_fake_tensors_have_no_memory() -> None:
     with FakeTensorMode():
-        x = dense_like(torch.empty(64, 1 << 20), 1)
+        fake = torch.empty(64, 1 << 20)
+        x = memory.empty_dense(fake, rows_of(fake, 1).dense, fake.dtype)
     assert x.shape == (64, 1 << 20)
     assert memory.kept_memory().in_use == 0
 
@@ -211,7 +211,7 @@ def test_a_fork_does_not_wait_for_a_lock() -> None:
     code = (
         "import os, threading, torch\n"
         "from vidfast import memory\n"
-        "def take(): memory.empty_kept(torch.empty(1).expand(2 << 20), (1,), torch.float32)\n"
+        "def take(): memory.empty_dense(torch.empty(1).expand(2 << 20), (1,), torch.float32)\n"
         "stop = []\n"
         "def work():\n"
         "    while not stop: take()\n"

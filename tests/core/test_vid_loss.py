@@ -221,8 +221,8 @@ def test_runs_in_place_without_touching_the_features(
         return vidfast.gaussian_nll(mean, *args, **options)
 
     # neither a hook nor another method of a layer: those turn inplace off
-    monkeypatch.setattr(vidfast.vid, "gaussian_nll", spy)
-    monkeypatch.setattr(vidfast.vid, "fused_nll", lambda *_, **__: None)
+    monkeypatch.setattr(vidfast.regressor, "gaussian_nll", spy)
+    monkeypatch.setattr(vidfast.regressor, "fused_nll", lambda *_, **__: None)
     module(s, t).backward()
     assert torch.equal(s.detach(), before[0])
     assert torch.equal(t, before[1])

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import vidfast
-from vidfast import dispatch
+from vidfast import backends
 from vidfast.backends.cuda import BACKEND, CudaBackend
 
 
 def test_without_native_code_it_says_how_to_build() -> None:
-    backend = CudaBackend(None, "built without CUDA", "cuda", None)
+    backend = CudaBackend(None, "built without CUDA")
     assert backend.unavailable() == "built without CUDA"
     assert backend.info() == {}
 
@@ -31,7 +31,7 @@ def test_without_a_gpu_it_is_named_and_passed_over() -> None:
         RuntimeError, match="backend='cuda' cannot run here: it takes tensors on a CUDA device"
     ):
         vidfast.gaussian_nll(x, x, x[0], backend="cuda")
-    chosen = dispatch.choose("auto", x, x, x[0])
+    chosen = backends.choose("auto", x, x, x[0])
     assert chosen is None or chosen.name != "cuda"
 
 

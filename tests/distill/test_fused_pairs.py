@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vidfast import fused_regressor
+from vidfast import regressor as regressor_policy
 from vidfast.distill import VID, Distiller, Infomax
-from vidfast.distill.methods import variational
 
 
 class Network(nn.Module):
@@ -36,7 +36,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         seen.append(loss is not None)
         return loss
 
-    monkeypatch.setattr(variational, "fused_nll", counted)
+    monkeypatch.setattr(regressor_policy, "fused_nll", counted)
     return seen
 
 
@@ -64,7 +64,7 @@ def test_the_same_numbers(
     module, images = distiller(VID(pairs=PAIRS, regressor=regressor, reduction=reduction, weight=0.3))
     ours = step(module, images)
     assert fused == [True, True]
-    monkeypatch.setattr(variational, "fused_nll", lambda *_, **__: None)
+    monkeypatch.setattr(regressor_policy, "fused_nll", lambda *_, **__: None)
     apart = step(module, images)
     assert len(ours) == len(apart) > 8
     for x, y in zip(ours, apart, strict=True):
@@ -78,7 +78,7 @@ def test_infomax_too(fused: list[bool], monkeypatch: pytest.MonkeyPatch) -> None
     module, images = distiller(Infomax("first"))
     ours = step(module, images)
     assert fused == [False, True]
-    monkeypatch.setattr(variational, "fused_nll", lambda *_, **__: None)
+    monkeypatch.setattr(regressor_policy, "fused_nll", lambda *_, **__: None)
     for x, y in zip(ours, step(module, images), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
 

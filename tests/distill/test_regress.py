@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import vidfast.regressor
 from vidfast.distill import REGRESSORS, VID, FitNet, Infomax, PointwiseStack
-from vidfast.distill.regressors import laid_out
-from vidfast.regressor import regress
+from vidfast.regressor import lay_out_for, regress
 
 SHAPES = {
     "conv3": ((4, 3, 5, 6), (4, 7, 5, 6)),
@@ -139,11 +138,11 @@ def test_a_stack_of_1x1_convolutions_gets_large_maps_in_channels_last() -> None:
     x = torch.randn(2, 3, 4, 5)
     for depth, last in ((1, False), (2, True), (3, True)):
         stack = PointwiseStack(depth)(x.shape, (2, 6, 4, 5))
-        assert laid_out(stack, x).is_contiguous(memory_format=torch.channels_last) == last
-        assert torch.equal(laid_out(stack, x), x)
+        assert lay_out_for(stack, x).is_contiguous(memory_format=torch.channels_last) == last
+        assert torch.equal(lay_out_for(stack, x), x)
     others = [nn.Conv2d(3, 6, 1), nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 1))]
     others.append(REGRESSORS["upsampled"](x.shape, (2, 6, 8, 10)))  # type: ignore[arg-type]
-    assert all(laid_out(regressor, x) is x for regressor in others)
+    assert all(lay_out_for(regressor, x) is x for regressor in others)
 
 
 @pytest.mark.usefixtures("large")

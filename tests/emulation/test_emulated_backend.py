@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import vidfast
-from vidfast import dispatch
+from vidfast import backends, primitives
+from vidfast.arguments import Call
 from vidfast.backends.cuda import CudaBackend
-from vidfast.layout import prepare
+from vidfast.layout import layout_of
 
 # One shape for each mapping and each way to the sums: planes, pieces, rows, joined rows, one block of the finish or
 # several.
@@ -22,7 +23,7 @@ SHAPES = [(3, 5, 32, 32), (2, 2, 9001), (6, 24, 7, 7), (13, 3, 7, 7), (9, 21, 14
 @pytest.fixture
 def backend(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaBackend]:
     backend = CudaBackend(native, None, "cpu", lambda index: 0)
-    monkeypatch.setitem(dispatch._loaded, "cuda", backend)
+    monkeypatch.setitem(backends._loaded, "cuda", backend)
     machine = native.machine()
     before = machine.device, machine.processors, machine.resident
     yield backend
@@ -61,16 +62,14 @@ def test_the_grid_does_not_show(
 ) -> None:
     """Any number of processors, of resident blocks, and any order of blocks gives the same bits."""
     mean, target, alpha = problem(shape, dtype)
-    _, _, layout = prepare(mean, target, 1)
+    layout, call = layout_of(mean, target, 1), Call(1, 1e-5, k=0.5)
     machine = native.machine()
     losses, gradients, alphas = [], [], []
     for device, (processors, resident) in enumerate(((1, 1), (3, 2), (1000, 5)), start=1):
         machine.device, machine.processors, machine.resident = device, processors, resident
         machine.seed += 17
-        loss, grad_mean, grad_alpha = backend.forward_grad(
-            mean, target, alpha, layout, 0.5, 1e-5, False, False
-        )
-        losses += [loss, backend.forward(mean, target, alpha, layout, 0.5, 1e-5, False)[0]]
+        loss, grad_mean, grad_alpha = primitives.forward_grad(backend, mean, target, alpha, layout, call)
+        losses += [loss, primitives.forward(backend, mean, target, alpha, layout, call)[0]]
         gradients.append(grad_mean.view(torch.uint8))
         alphas.append(grad_alpha)
     for same in (losses, gradients, alphas):
@@ -82,16 +81,16 @@ def test_no_output_and_no_workspace_is_read_before_it_is_written(
     backend: CudaBackend, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mean, target, alpha = problem(shape)
-    _, _, layout = prepare(mean, target, 1)
-    want = backend.forward_grad(mean, target, alpha, layout, 0.5, 1e-5, False, False)
+    layout, call = layout_of(mean, target, 1), Call(1, 1e-5, k=0.5)
+    want = primitives.forward_grad(backend, mean, target, alpha, layout, call)
     empty, empty_like = torch.empty, torch.empty_like
     # 0xff in every byte is NaN in every floating-point type, and no zero for a counter
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(empty_like(*a, **k)))
-    got = backend.forward_grad(mean, target, alpha, layout, 0.5, 1e-5, False, False)
+    got = primitives.forward_grad(backend, mean, target, alpha, layout, call)
     for g, w in zip(got, want, strict=True):
         assert torch.equal(g, w)
-    scaled = backend.scale(torch.tensor(1.0), got[1], 1, got[2], torch.float32, True)
+    scaled = primitives.scale(backend, torch.tensor(1.0), got[1], 1, got[2], torch.float32, True)
     assert scaled[1] is not None
     assert torch.equal(scaled[1], want[2].float())
 
@@ -105,7 +104,7 @@ def _poison(x: Tensor) -> Tensor:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` prefers the CPU's back end for the CPU's tensors, which here stand for a GPU's."""
-    monkeypatch.setattr(dispatch, "_CPU_FIRST", dispatch.NAMES)
+    monkeypatch.setattr(backends, "_CPU_FIRST", backends.NAMES)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +124,7 @@ def test_a_device_that_cannot_run_it_is_named_and_passed_over(
     assert says in reason
     backend._missing = reason
     mean, target, alpha = problem((2, 3, 4, 4))
-    chosen = dispatch.choose("auto", mean, target, alpha)
+    chosen = backends.choose("auto", mean, target, alpha)
     assert chosen is None or chosen.name != "cuda"
     with pytest.raises(RuntimeError, match="backend='cuda' cannot run here"):
         vidfast.gaussian_nll(mean, target, alpha, backend="cuda")
@@ -140,7 +139,7 @@ def test_a_failed_launch_names_the_kernel_and_its_arguments(backend: CudaBackend
 
 def test_auto_takes_it_and_says_so(backend: CudaBackend, as_on_a_gpu: None) -> None:
     mean, target, alpha = problem((2, 3, 4, 5))
-    chosen = dispatch.choose("auto", mean, target, alpha)
+    chosen = backends.choose("auto", mean, target, alpha)
     assert chosen is backend
     facts = vidfast.info()["backends"]
     assert isinstance(facts, dict)

@@ -12,7 +12,7 @@ import torch
 
 import vidfast
 from bench.gpu.tuning import GRID, TOGETHER, free_number, free_numbers, missing, named
-from vidfast import dispatch
+from vidfast import backends
 from vidfast.backends.cuda import CudaBackend
 
 CHUNKS = Path(__file__).parents[2] / "csrc" / "cuda" / "chunks.h"
@@ -22,7 +22,7 @@ SHAPES = [(3, 5, 33, 33), (2, 2, 9001), (6, 24, 7, 7), (20011, 8), (33, 1000), (
 
 @pytest.fixture(autouse=True)
 def _as_cuda(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(dispatch._loaded, "cuda", CudaBackend(native, None, "cpu", lambda index: 0))
+    monkeypatch.setitem(backends._loaded, "cuda", CudaBackend(native, None, "cpu", lambda index: 0))
     before = native.cuda_free_numbers()
     yield
     assert native.cuda_free_numbers() == before, "every number is as it was"
@@ -74,7 +74,7 @@ def test_the_results_are_right_with_every_value(values: dict[str, int]) -> None:
 
 def test_a_plan_made_before_is_not_kept() -> None:
     """The workspace's size is remembered by shape: it must be asked for anew under another number, and again behind."""
-    bytes_of = dispatch.load("cuda")._workspace_bytes  # type: ignore[attr-defined]
+    bytes_of = backends.load("cuda")._workspace_bytes  # type: ignore[attr-defined]
     problem = (64, 8, 4096, 8 * 4096, 8 * 4096, 0, 0)
     before = bytes_of(*problem)
     with free_number("kChunks", 1 << 20), free_number("kFewestVectors", 16):

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from vidfast import dispatch, fused_regressor
+from vidfast import fused_regressor, primitives
+from vidfast.arguments import Call
 from vidfast.backends import Backend
 from vidfast.layout import Layout
 
 Primitive = Callable[..., Any]
 # A fault replaces a primitive: it is given the right one and the arguments.
 Fault = Callable[..., Any]
-
-
-class Broken:
-    """`backend` with other primitives in place of some of its own."""
-
-    def __init__(self, backend: Backend, faults: dict[str, Fault]) -> None:
-        self._backend, self._faults = backend, faults
-
-    def __getattr__(self, name: str) -> Any:
-        right = getattr(self._backend, name)
-        fault = self._faults.get(name)
-        return right if fault is None else lambda *args: fault(right, *args)
 
 
 def _neighbour(x: Tensor | None, distance: int) -> None:
@@ -70,8 +59,8 @@ def _beside_argument(index: int, distance: int) -> Fault:
     return fault
 
 
-def _writes_target(right: Primitive, mean: Tensor, target: Tensor, *rest: Any) -> Any:
-    results = right(mean, target, *rest)
+def _writes_target(right: Primitive, backend: Backend, mean: Tensor, target: Tensor, *rest: Any) -> Any:
+    results = right(backend, mean, target, *rest)
     target.view(target.shape)[(0,) * target.dim()] += 1
     return results
 
@@ -79,12 +68,10 @@ def _writes_target(right: Primitive, mean: Tensor, target: Tensor, *rest: Any) -
 def _dense(which: str) -> Fault:
     """The outer stride is taken for that of a dense tensor."""
 
-    def fault(
-        right: Primitive, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, *rest: Any
-    ) -> Any:
-        return right(mean, target, alpha, layout._replace(**{which: layout.channels * layout.inner}), *rest)
+    def dense(layout: Layout) -> Layout:
+        return layout._replace(**{which: layout.channels * layout.inner})
 
-    return fault
+    return _with(4, dense)
 
 
 def _with(index: int, value: Callable[[Any], Any]) -> Fault:
@@ -96,24 +83,43 @@ def _with(index: int, value: Callable[[Any], Any]) -> Fault:
     return fault
 
 
+def _called(**changes: Callable[[Any], Any]) -> Fault:
+    """Something that was asked for is another one."""
+
+    def changed(call: Call) -> Call:
+        return call._replace(**{name: change(getattr(call, name)) for name, change in changes.items()})
+
+    return _with(5, changed)
+
+
 def _no_logarithm(
-    right: Primitive, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, *rest: Any
+    right: Primitive,
+    backend: Backend,
+    mean: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    layout: Layout,
+    call: Call,
 ) -> Any:
-    loss, sum_sq = right(mean, target, alpha, layout, *rest)
-    k, eps = rest[:2]
+    loss, sum_sq = right(backend, mean, target, alpha, layout, call)
     wide = alpha.double()
-    variance = torch.logaddexp(wide, torch.zeros_like(wide)) + eps
-    return loss - k / 2 * layout.outer * layout.inner * variance.log().sum().to(loss.dtype), sum_sq
+    variance = torch.logaddexp(wide, torch.zeros_like(wide)) + call.eps
+    return loss - call.k / 2 * layout.outer * layout.inner * variance.log().sum().to(loss.dtype), sum_sq
 
 
 def _no_count(
-    right: Primitive, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, *rest: Any
+    right: Primitive,
+    backend: Backend,
+    mean: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    layout: Layout,
+    call: Call,
 ) -> Any:
-    loss, grad, grad_alpha = right(mean, target, alpha, layout, *rest)
-    k, eps = rest[:2]
+    loss, grad, grad_alpha = right(backend, mean, target, alpha, layout, call)
     wide = alpha.double()
-    variance = torch.logaddexp(wide, torch.zeros_like(wide)) + eps
-    return loss, grad, grad_alpha - k * layout.outer * layout.inner / (2 * variance) * wide.sigmoid()
+    variance = torch.logaddexp(wide, torch.zeros_like(wide)) + call.eps
+    return loss, grad, grad_alpha - call.k * layout.outer * layout.inner / (2 * variance) * wide.sigmoid()
 
 
 def _sign_of_target(right: Primitive, *args: Any) -> Any:
@@ -138,10 +144,6 @@ def _one_buffer() -> Fault:
     return fault
 
 
-def _not_inplace(right: Primitive, *args: Any) -> Any:
-    return right(*args[:-1], False)
-
-
 def _fp32_alpha(right: Primitive, *args: Any) -> Any:
     mean, target, alpha = right(*args)
     return mean, target, None if alpha is None else alpha.float()
@@ -158,21 +160,21 @@ FAULTS: dict[str, Callable[[], dict[str, Fault]]] = {
     "the element behind the sums is written": lambda: {FORWARD: _beside_result(1, 1)},
     "the element behind d/d alpha is written": lambda: {BACKWARD: _beside_result(2, 1)},
     "the element behind d/d target is written": lambda: {BACKWARD: _beside_result(1, 1)},
-    "the element behind mean is written": lambda: {GRAD: _beside_argument(0, 1)},
-    "the element before alpha is written": lambda: {FORWARD: _beside_argument(2, -1)},
+    "the element behind mean is written": lambda: {GRAD: _beside_argument(1, 1)},
+    "the element before alpha is written": lambda: {FORWARD: _beside_argument(3, -1)},
     "target is written": lambda: {GRAD: _writes_target},
     "mean's stride is taken for dense": lambda: {GRAD: _dense("mean_stride")},
     "target's stride is taken for dense": lambda: {FORWARD: _dense("target_stride")},
     "the loss lacks its logarithm": lambda: {FORWARD: _no_logarithm},
-    "the loss lacks its constant": lambda: {GRAD: _with(6, lambda _: False)},
+    "the loss lacks its constant": lambda: {GRAD: _called(full=lambda _: False)},
     "d/d alpha lacks the count": lambda: {GRAD: _no_count},
-    "k is rounded to fp32": lambda: {FORWARD: _with(4, lambda k: float(torch.tensor(k)))},
-    "eps is ignored": lambda: {GRAD: _with(5, lambda _: 1e-5)},
-    "one_pass ignores g": lambda: {SCALE: _with(0, torch.ones_like)},
-    "two_pass ignores g": lambda: {BACKWARD: _with(0, torch.ones_like)},
-    "a retained gradient is scaled where it is": lambda: {SCALE: _with(5, lambda _: True)},
+    "k is rounded to fp32": lambda: {FORWARD: _called(k=lambda k: float(torch.tensor(k)))},
+    "eps is ignored": lambda: {GRAD: _called(eps=lambda _: 1e-5)},
+    "one_pass ignores g": lambda: {SCALE: _with(1, torch.ones_like)},
+    "two_pass ignores g": lambda: {BACKWARD: _with(1, torch.ones_like)},
+    "a retained gradient is scaled where it is": lambda: {SCALE: _with(6, lambda _: True)},
     "calls share a buffer": lambda: {GRAD: _one_buffer()},
-    "inplace does not write": lambda: {GRAD: _not_inplace},
+    "inplace does not write": lambda: {GRAD: _called(inplace=lambda _: False)},
     "d/d target has the sign of d/d mean": lambda: {BACKWARD: _sign_of_target},
     "nan becomes a number": lambda: {GRAD: _finite},
     "d/d alpha is always fp32": lambda: {BACKWARD: _fp32_alpha},
@@ -182,8 +184,19 @@ FAULTS: dict[str, Callable[[], dict[str, Fault]]] = {
 @contextmanager
 def broken(name: str, faults: dict[str, Fault]) -> Iterator[None]:
     """Within it, the back end of that name has these faults."""
-    with mock.patch.dict(dispatch._loaded, {name: Broken(dispatch.load(name), faults)}):
+    with ExitStack() as patches:
+        for primitive, fault in faults.items():
+            patches.enter_context(mock.patch.object(primitives, primitive, _broken(name, primitive, fault)))
         yield
+
+
+def _broken(name: str, primitive: str, fault: Fault) -> Primitive:
+    right = getattr(primitives, primitive)
+
+    def run(backend: Backend, *args: Any) -> Any:
+        return fault(right, backend, *args) if backend.name == name else right(backend, *args)
+
+    return run
 
 
 def _without_last_part(right: Primitive) -> Primitive:

@@ -12,7 +12,7 @@ import torch
 from guarded import Memory
 from torch import Tensor
 
-from vidfast import layout, memory
+from vidfast import memory
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def results_in(which: str, guarded: Memory) -> Iterator[None]:
 
 @contextmanager
 def _patched(guarded: Memory) -> Iterator[None]:
-    plain_like, dense_like = torch.empty_like, layout.dense_like
+    plain_like, dense_like = torch.empty_like, memory.empty_dense
 
     def empty_like(x: Tensor, **options: Any) -> Tensor:
         return _between_sentinels(plain_like(x, **options), guarded)
@@ -43,9 +43,9 @@ def _patched(guarded: Memory) -> Iterator[None]:
     holders = [
         module
         for name, module in list(sys.modules.items())
-        if name.startswith("vidfast.") and getattr(module, "dense_like", None) is dense_like
+        if name.startswith("vidfast.") and getattr(module, "empty_dense", None) is dense_like
     ]
-    patches = [mock.patch.object(module, "dense_like", dense) for module in holders]
+    patches = [mock.patch.object(module, "empty_dense", dense) for module in holders]
     with mock.patch.object(torch, "empty_like", empty_like):
         for patch in patches:
             patch.start()

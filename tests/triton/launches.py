@@ -17,11 +17,11 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from vidfast.backends import triton_kernels
 from vidfast.backends.triton import TritonBackend
-from vidfast.backends.triton_plan import RULE
+from vidfast.backends.triton import kernels as programs
+from vidfast.backends.triton.plan import RULE
 
-KERNELS = ("sweep_planes", "sweep_rows", "finish", "scale")
+KERNELS = ("sweep_planes", "sweep_rows", "finish", "alpha_gradient", "scale")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -69,8 +69,8 @@ def recorded(call: Callable[[TritonBackend], object], lanes: int = 32) -> list[L
         return Indexed()
 
     backend = TritonBackend()
-    kernels = {name: recorder(getattr(triton_kernels, name)) for name in KERNELS}
-    backend._module = SimpleNamespace(tl=triton_kernels.tl, **kernels)  # type: ignore[assignment]
+    kernels = {name: recorder(getattr(programs, name)) for name in KERNELS}
+    backend._module = SimpleNamespace(tl=programs.tl, **kernels)  # type: ignore[assignment]
     backend.rule = RULE._replace(lanes=lanes)
     backend._on = lambda x: contextlib.nullcontext()  # type: ignore[method-assign]
     call(backend)

@@ -12,8 +12,8 @@ import torch
 from interpreter import interpreter_fault
 
 import vidfast
-from vidfast.backends import triton as module
 from vidfast.backends.triton import TritonBackend
+from vidfast.backends.triton import launch as module
 
 
 def run(code: str, **environment: str) -> str:
@@ -59,7 +59,7 @@ import vidfast
 x = torch.ones(2, 3)
 vidfast.gaussian_nll(x, x, x[0], backend="cpu")
 vidfast.gaussian_nll(x, x, x[0])
-assert "vidfast.backends.triton_kernels" not in sys.modules
+assert "vidfast.backends.triton.kernels" not in sys.modules
 assert had or "triton" not in sys.modules
 """
     run(code)
@@ -92,7 +92,7 @@ def test_an_interpreter_that_cannot_run_is_a_reason() -> None:
     pytest.importorskip("triton")
     code = """
 import logging, torch, vidfast
-from vidfast.backends import triton_math
+from vidfast.backends.triton import math as triton_math
 
 class Broken:
     def __getitem__(self, grid):
@@ -124,7 +124,7 @@ def test_an_interpreter_that_counts_wrong_is_a_reason_too(monkeypatch: pytest.Mo
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *arguments: None
 
-    monkeypatch.setattr("vidfast.backends.triton_math.counts", Idle())
+    monkeypatch.setattr("vidfast.backends.triton.math.counts", Idle())
     assert "counts wrong: [-1, -1]" in str(module._interpreter_fault())
 
 

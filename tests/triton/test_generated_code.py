@@ -19,8 +19,10 @@ if triton.knobs.runtime.interpret:
 
 from launches import TARGETS, Code, Launch, compiled, recorded  # noqa: E402
 
+from vidfast import primitives  # noqa: E402
+from vidfast.arguments import Call  # noqa: E402
 from vidfast.backends.triton import TritonBackend  # noqa: E402
-from vidfast.layout import prepare  # noqa: E402
+from vidfast.layout import layout_of  # noqa: E402
 
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
@@ -51,17 +53,19 @@ def launches(primitive: str, regime: str, dtypes: str, target: str = "sm_90") ->
     )
     alpha, sum_sq = (torch.empty(shape[1], dtype=d, device="meta") for d in (torch.float32, torch.float64))
     g = torch.empty((), device="meta")
-    m, t, layout = prepare(mean, teacher, 1)
+    layout = layout_of(mean, teacher, 1)
+    asked = Call(1, 1e-5, full=primitive == "forward", k=1.0)
 
     def call(backend: TritonBackend) -> Any:
         if primitive == "forward":
-            return backend.forward(m, t, alpha, layout, 1.0, 1e-5, True)
+            return primitives.forward(backend, mean, teacher, alpha, layout, asked)
         if primitive == "forward_grad":
-            return backend.forward_grad(m, t, alpha, layout, 1.0, 1e-5, False, False)
+            return primitives.forward_grad(backend, mean, teacher, alpha, layout, asked)
         if primitive.startswith("backward"):
             want = (True, primitive == "backward", True)
-            return backend.backward(g, m, t, alpha, sum_sq, layout, 1.0, 1e-5, want)
-        return backend.scale(g, m, 1, sum_sq, torch.float32, primitive == "scale_in_place")
+            return primitives.backward(backend, g, mean, teacher, alpha, sum_sq, layout, asked, want)
+        in_place = primitive == "scale_in_place"
+        return primitives.scale(backend, g, mean, 1, sum_sq, torch.float32, in_place)
 
     return recorded(call, TARGETS[target].warp_size)
 
@@ -151,8 +155,12 @@ def test_eps_and_k_are_not_rounded_to_fp32() -> None:
 
     eps, k = 1e-5 + 2**-60, 1 / 3
     mean = torch.empty(4, 6, 5, 5, device="meta")
-    m, t, layout = prepare(mean, mean, 1)
+    layout, asked = layout_of(mean, mean, 1), Call(1, eps, k=k)
     alpha = torch.empty(6, device="meta")
-    for launch in recorded(lambda backend: backend.forward_grad(m, t, alpha, layout, k, eps, False, False)):
+
+    def call(backend: TritonBackend) -> Any:
+        return primitives.forward_grad(backend, mean, mean, alpha, layout, asked)
+
+    for launch in recorded(call):
         for name, value in (("eps_bits", eps), ("k_bits", k)):
             assert struct.unpack("<d", struct.pack("<q", launch.arguments[name]))[0] == value

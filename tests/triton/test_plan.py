@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 
-from vidfast.backends.triton_plan import (
+from vidfast.backends.triton.plan import (
     FEW_ROWS,
     LONGEST_RUN,
     RULE,

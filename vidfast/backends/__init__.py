@@ -1,85 +1,95 @@
-"""The back ends: values of one protocol, so that adding one is adding a file and a line in `dispatch`."""
+"""The back ends: which there are, which one a call gets, and why.
+
+A back end is one module `vidfast.backends.<name>` with a BACKEND that follows the protocol of `base`.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+import warnings
+from importlib import import_module
 
-import torch
 from torch import Tensor
 
-from vidfast.layout import Layout
+from vidfast._torch import dispatch_modes, is_jit_tracing
+from vidfast.backends.base import Backend as Backend
+from vidfast.backends.plain import PLAIN as PLAIN
+from vidfast.raw import not_plain
+
+log = logging.getLogger("vidfast")
+
+# The order of preference. Why CUDA before Triton: docs/kernel-notes.md, "Defaults, and what decided them".
+NAMES = ("cuda", "triton", "cpu")
+
+_CPU_FIRST = NAMES[::-1]  # for tensors there: an interpreted GPU kernel is never what `auto` means
+
+_loaded: dict[str, Backend] = {}
+_picked: set[tuple[str, str]] = set()
 
 
-class Backend(Protocol):
-    """What a back end offers. N = outer * C * inner elements, [C] one number a channel.
+def load(name: str) -> Backend:
+    """The back end of that name, imported on first use."""
+    if name not in _loaded:
+        _loaded[name] = import_module(f"vidfast.backends.{name}").BACKEND
+    return _loaded[name]
 
-    mean and target are walked as `layout` says and alpha is contiguous. A saved-tensor hook may have
-    replaced what `backward` and `scale` get: they take it through :func:`vidfast.raw.vector` before an address is read.
-    loss = k * sum_c [M/2 log v_c + S_c / (2 v_c)] with v_c = softplus(alpha_c) + eps and
-    S_c = sum r^2, r = mean - target. loss is fp64 if mean or target is, else fp32; sum_sq is fp64.
+
+def check_name(backend: str) -> None:
+    """Sees to it that a user may ask for the back end of that name.
+
+    Raises:
+        ValueError: There is none.
     """
+    if backend not in ("auto", "reference", *NAMES):
+        raise ValueError(f"backend must be one of {('auto', 'reference', *NAMES)}, got {backend!r}")
 
-    name: str
 
-    def unavailable(self) -> str | None:
-        """None if this back end can run on this machine at all, or the reason why not."""
+def not_raw(*tensors: Tensor) -> str | None:
+    """None if every tensor's memory may be handed to native code now, or the reason why not."""
+    for x in tensors:
+        reason = not_plain(x)
+        if reason is not None:
+            return reason
+    if dispatch_modes():
+        return "a torch dispatch mode is active"
+    if is_jit_tracing():
+        return "torch.jit.trace records torch's operators, not what a kernel writes"
+    return None
 
-    def supports(self, mean: Tensor, target: Tensor, alpha: Tensor) -> str | None:
-        """None if it takes these tensors, or the reason why not."""
 
-    def info(self) -> dict[str, object]:
-        """What a person wants to know of it: versions, devices, architectures."""
+def choose(wanted: str, mean: Tensor, target: Tensor, alpha: Tensor) -> Backend:
+    """The back end for this call: that of the name, or for "auto" the first that takes the tensors.
 
-    def forward(
-        self, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, k: float, eps: float, full: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, sum_sq [C]): 2 N of traffic."""
+    Raises:
+        ValueError: There is no back end of that name.
+        RuntimeError: The back end asked for by name cannot run, with the reason.
+    """
+    if wanted == "reference":
+        return PLAIN
+    obstacle = not_raw(mean, target, alpha)
+    if wanted == "auto":
+        if obstacle is None:
+            for name in _CPU_FIRST if mean.is_cpu else NAMES:
+                backend = load(name)
+                if backend.supports(mean, target, alpha) is None:
+                    _note(mean, name, "")
+                    return backend
+            obstacle = "; ".join(f"{name}: {load(name).supports(mean, target, alpha)}" for name in NAMES)
+        _note(mean, "reference", obstacle)
+        return PLAIN
+    check_name(wanted)
+    backend = load(wanted)
+    reason = obstacle or backend.supports(mean, target, alpha)
+    if reason is not None:
+        raise RuntimeError(f"backend={wanted!r} cannot run here: {reason}")
+    return backend
 
-    def forward_grad(
-        self,
-        mean: Tensor,
-        target: Tensor,
-        alpha: Tensor,
-        layout: Layout,
-        k: float,
-        eps: float,
-        full: bool,
-        inplace: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, grad_mean, grad_alpha [C] fp64) for an incoming gradient of 1: 3 N.
 
-        grad_mean has mean's shape, dtype and order of dimensions; with `inplace` it is written over mean
-        and is a detached alias of it.
-        """
-
-    def backward(
-        self,
-        g: Tensor,
-        mean: Tensor | None,
-        target: Tensor | None,
-        alpha: Tensor,
-        sum_sq: Tensor,
-        layout: Layout,
-        k: float,
-        eps: float,
-        want: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of mean, target and alpha, those that `want` names, times the scalar g: 3 N (4 for both).
-
-        g is read where it lies, never on the host of a device. For alpha alone mean and target are None:
-        sum_sq is all it takes. The gradients are dense in mean's order of dimensions.
-        """
-
-    def scale(
-        self,
-        g: Tensor,
-        grad_mean: Tensor | None,
-        channel: int,
-        grad_alpha: Tensor | None,
-        alpha_dtype: torch.dtype,
-        in_place: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(grad_mean, grad_alpha) times the scalar g; grad_alpha comes in fp64 and leaves in `alpha_dtype`.
-
-        `in_place` scales grad_mean where it lies, and touches nothing where g is 1 (0 or 2 N).
-        """
+def _note(mean: Tensor, name: str, reason: str) -> None:
+    kind = "cpu" if mean.is_cpu else mean.device.type
+    if (kind, name) in _picked:
+        return
+    _picked.add((kind, name))
+    log.debug("backend %s for tensors on %s%s", name, kind, f" ({reason})" if reason else "")
+    if name == "reference" and kind == "cpu" and load("cpu").unavailable() is not None:
+        warnings.warn(f"vidfast runs its slow reference: {reason}", RuntimeWarning, stacklevel=5)

@@ -7,8 +7,9 @@ import os
 import torch
 from torch import Tensor
 
-from vidfast.layout import Layout, dense_like, walk
-from vidfast.raw import vector
+from vidfast.arguments import Call
+from vidfast.layout import Layout, RowLayout
+from vidfast.raw import NATIVE_DTYPE, NO_ROWS, address, native_dtype
 
 try:
     import vidfast._C as _C
@@ -25,23 +26,21 @@ except ImportError as error:  # a source checkout that was never built
 
     _missing = reason(error)
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_CPU = torch.device("cpu")
-_F64 = torch.float64
-_F32 = torch.float32
-# empty_like is twice as fast as empty, and asks no default device.
-_SCALAR_F64 = torch.empty((), dtype=_F64, device="cpu")
-_SCALAR_F32 = torch.empty((), dtype=_F32, device="cpu")
 _num_threads = torch.get_num_threads
 
 
 class CpuBackend:
+    """The kernels of csrc/cpu; see :class:`vidfast.backends.base.Backend`."""
+
     name = "cpu"
+    in_parts = True
 
     def unavailable(self) -> str | None:
+        """Why the extension is not there, or was asked for what this processor has not."""
         return _missing
 
     def supports(self, mean: Tensor, target: Tensor, alpha: Tensor) -> str | None:
+        """It takes tensors on the CPU."""
         if _missing is not None:
             return _missing
         if not mean.is_cpu:
@@ -49,6 +48,7 @@ class CpuBackend:
         return None
 
     def info(self) -> dict[str, object]:
+        """The instruction set in use, torch's number of threads, the OpenMP runtime they are of."""
         if _missing is not None:
             return {}
         return {
@@ -58,21 +58,24 @@ class CpuBackend:
         }
 
     def forward(
-        self, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, k: float, eps: float, full: bool
-    ) -> tuple[Tensor, Tensor]:
-        outer, channels, inner, mean_stride, target_stride = layout[:5]
-        md, td = _DTYPE[mean.dtype], _DTYPE[target.dtype]
-        wide = md == 1 or td == 1
-        loss = torch.empty_like(_SCALAR_F64 if wide else _SCALAR_F32)
-        sum_sq = torch.empty_like(alpha, dtype=_F64)
+        self,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        loss: Tensor,
+        sum_sq: Tensor,
+    ) -> None:
+        """As the protocol says."""
         _C.cpu_forward(
-            mean.data_ptr(), mean_stride, md,
-            target.data_ptr(), target_stride, td,
-            alpha.data_ptr(), _DTYPE[alpha.dtype],
-            outer, channels, inner, k, eps, full,
-            loss.data_ptr(), 1 if wide else 0, sum_sq.data_ptr(), _num_threads(),
+            mean.data_ptr(), layout.mean_stride, NATIVE_DTYPE[mean.dtype],
+            target.data_ptr(), layout.target_stride, NATIVE_DTYPE[target.dtype],
+            alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
+            layout.outer, layout.channels, layout.inner, call.k, call.eps, call.full,
+            loss.data_ptr(), NATIVE_DTYPE[loss.dtype], sum_sq.data_ptr(), _num_threads(),
         )  # fmt: skip
-        return loss, sum_sq
 
     def forward_grad(
         self,
@@ -80,27 +83,23 @@ class CpuBackend:
         target: Tensor,
         alpha: Tensor,
         layout: Layout,
-        k: float,
-        eps: float,
-        full: bool,
-        inplace: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        outer, channels, inner, mean_stride, target_stride, channel = layout
-        md, td = _DTYPE[mean.dtype], _DTYPE[target.dtype]
-        wide = md == 1 or td == 1
-        loss = torch.empty_like(_SCALAR_F64 if wide else _SCALAR_F32)
-        grad_mean = mean.detach() if inplace else dense_like(mean, channel)
-        grad_alpha = torch.empty_like(alpha, dtype=_F64)
+        call: Call,
+        *,
+        loss: Tensor,
+        grad_mean: Tensor,
+        grad_alpha: Tensor,
+    ) -> None:
+        """As the protocol says."""
+        outer, channels, inner, mean_stride, target_stride = layout[:5]
         _C.cpu_forward_grad(
-            mean.data_ptr(), mean_stride, md,
-            target.data_ptr(), target_stride, td,
-            alpha.data_ptr(), _DTYPE[alpha.dtype],
-            outer, channels, inner, k, eps, full,
-            loss.data_ptr(), 1 if wide else 0,
-            grad_mean.data_ptr(), mean_stride if inplace else channels * inner,
+            mean.data_ptr(), mean_stride, NATIVE_DTYPE[mean.dtype],
+            target.data_ptr(), target_stride, NATIVE_DTYPE[target.dtype],
+            alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
+            outer, channels, inner, call.k, call.eps, call.full,
+            loss.data_ptr(), NATIVE_DTYPE[loss.dtype],
+            grad_mean.data_ptr(), mean_stride if call.inplace else channels * inner,
             grad_alpha.data_ptr(), _num_threads(),
         )  # fmt: skip
-        return loss, grad_mean, grad_alpha
 
     def backward(
         self,
@@ -110,72 +109,41 @@ class CpuBackend:
         alpha: Tensor,
         sum_sq: Tensor,
         layout: Layout,
-        k: float,
-        eps: float,
-        want: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        outer, channels, inner, mean_stride, target_stride, channel = layout
-        alpha = vector("alpha", alpha, channels, _CPU)
-        sum_sq = vector("sum_sq", sum_sq, channels, _CPU, _F64)
+        call: Call,
+        *,
+        grad_mean: Tensor | None,
+        grad_target: Tensor | None,
+        grad_alpha: Tensor | None,
+    ) -> None:
+        """As the protocol says."""
+        outer, channels, inner, mean_stride, target_stride = layout[:5]
         row = channels * inner
-        grad_mean = grad_target = None
-        activations = (0, 0, 0, 0, 0, 0)
-        if want[0] or want[1]:
-            assert mean is not None, "gradients of the activations need the activations"
-            assert target is not None, "gradients of the activations need the activations"
-            grad_mean = dense_like(mean, channel) if want[0] else None
-            # in mean's order of dimensions, so that one description serves all four tensors
-            grad_target = dense_like(mean, channel, target.dtype) if want[1] else None
-            activations = (
-                mean.data_ptr(), mean_stride, _DTYPE[mean.dtype],
-                target.data_ptr(), target_stride, _DTYPE[target.dtype],
-            )  # fmt: skip
-        grad_alpha = torch.empty_like(alpha) if want[2] else None
         _C.cpu_backward(
-            *activations, alpha.data_ptr(), _DTYPE[alpha.dtype],
-            outer, channels, inner, k, eps, False,
-            g.data_ptr(), _DTYPE[g.dtype], sum_sq.data_ptr(),
-            0 if grad_mean is None else grad_mean.data_ptr(), row,
-            0 if grad_target is None else grad_target.data_ptr(), row,
-            0 if grad_alpha is None else grad_alpha.data_ptr(), _num_threads(),
+            address(mean), mean_stride, native_dtype(mean),
+            address(target), target_stride, native_dtype(target),
+            alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
+            outer, channels, inner, call.k, call.eps, False,
+            g.data_ptr(), NATIVE_DTYPE[g.dtype], sum_sq.data_ptr(),
+            address(grad_mean), row, address(grad_target), row, address(grad_alpha), _num_threads(),
         )  # fmt: skip
-        return grad_mean, grad_target, grad_alpha
 
     def scale(
         self,
         g: Tensor,
-        grad_mean: Tensor | None,
-        channel: int,
+        rows: RowLayout | None,
+        source: Tensor | None,
+        result: Tensor | None,
         grad_alpha: Tensor | None,
-        alpha_dtype: torch.dtype,
-        in_place: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        out = grad_mean
-        if grad_alpha is not None:
-            grad_alpha = vector("grad_alpha", grad_alpha, grad_alpha.numel(), _CPU, _F64)
-        outer = row = src_stride = dst_stride = dtype = 0
-        if grad_mean is not None:
-            n = grad_mean.numel()
-            walked = (1, n, n) if grad_mean.is_contiguous() else walk(grad_mean, channel)
-            if walked is None:  # a saved-tensor hook may give it back laid out in any way
-                grad_mean = grad_mean.contiguous()
-                walked = walk(grad_mean, channel)
-                assert walked is not None, "a contiguous tensor always collapses"
-            outer, row, src_stride = walked
-            out = grad_mean if in_place else dense_like(grad_mean, channel)
-            dst_stride = src_stride if in_place else row
-            dtype = _DTYPE[grad_mean.dtype]
-        scaled_alpha = None if grad_alpha is None else torch.empty_like(grad_alpha, dtype=alpha_dtype)
+        scaled_alpha: Tensor | None,
+    ) -> None:
+        """As the protocol says."""
+        outer, row, stride = NO_ROWS if rows is None else rows[:3]
         _C.cpu_scale(
-            g.data_ptr(), _DTYPE[g.dtype], outer, row,
-            0 if grad_mean is None else grad_mean.data_ptr(), src_stride,
-            0 if out is None else out.data_ptr(), dst_stride, dtype,
-            0 if grad_alpha is None else grad_alpha.numel(),
-            0 if grad_alpha is None else grad_alpha.data_ptr(),
-            0 if scaled_alpha is None else scaled_alpha.data_ptr(),
-            _DTYPE[alpha_dtype], _num_threads(),
+            g.data_ptr(), NATIVE_DTYPE[g.dtype], outer, row,
+            address(source), stride, address(result), stride if result is source else row, native_dtype(source),
+            0 if grad_alpha is None else grad_alpha.numel(), address(grad_alpha),
+            address(scaled_alpha), native_dtype(scaled_alpha), _num_threads(),
         )  # fmt: skip
-        return out, scaled_alpha
 
 
 BACKEND = CpuBackend()

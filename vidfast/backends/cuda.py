@@ -10,28 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidfast.layout import Layout, dense_like, walk
-from vidfast.raw import vector
+from vidfast._torch import current_stream
+from vidfast.arguments import Call
+from vidfast.layout import Layout, RowLayout
+from vidfast.memory import workspace
+from vidfast.raw import NATIVE_DTYPE, NO_ROWS, address, native_dtype
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_F64 = torch.float64
-_F32 = torch.float32
-_UINT8 = torch.uint8
 _NO_GUARD = contextlib.nullcontext()
 
 
 class CudaBackend:
-    """The kernels of `native`, a module with the cuda_* functions of csrc/bindings_cuda.cpp.
+    """The kernels of csrc/cuda; see :class:`vidfast.backends.base.Backend`.
 
-    :param native: None where there is none, for the reason `missing`.
-    :param device_type: of the tensors it takes.
-    :param stream: the current stream of a device, by its index, as an address.
+    Args:
+        native: A module with the cuda_* functions of csrc/bindings_cuda.cpp; None where there is none.
+        missing: Why there is none.
+        device_type: Of the tensors it takes.
+        stream: The current stream of a device, by its index, as an address.
     """
 
     name = "cuda"
+    in_parts = False
 
     def __init__(
-        self, native: Any, missing: str | None, device_type: str, stream: Callable[[int], int] | None
+        self,
+        native: Any,
+        missing: str | None,
+        device_type: str = "cuda",
+        stream: Callable[[int], int] = current_stream,
     ) -> None:
         self._native = native
         self._missing = missing
@@ -43,6 +49,7 @@ class CudaBackend:
             self._workspace_bytes = lru_cache(maxsize=4096)(native.cuda_workspace_bytes)
 
     def unavailable(self) -> str | None:
+        """Why the extension was built without it, or torch, the driver or the machine has no CUDA."""
         if self._missing is not None:
             return self._missing
         if not self._is_cuda:
@@ -57,6 +64,7 @@ class CudaBackend:
         return reason or None
 
     def supports(self, mean: Tensor, target: Tensor, alpha: Tensor) -> str | None:
+        """It takes tensors on a device that the kernels were built for."""
         if mean.device.type != self._device_type:
             return "it takes tensors on a CUDA device"
         index = mean.get_device()
@@ -75,6 +83,7 @@ class CudaBackend:
         return reason
 
     def info(self) -> dict[str, object]:
+        """The architectures of the kernels, the versions of runtime and driver, the devices."""
         if self._missing is not None:
             return {}
         facts: dict[str, object] = {
@@ -95,32 +104,29 @@ class CudaBackend:
             return _NO_GUARD
         return torch.cuda.device(index)
 
-    def _current_stream(self, index: int) -> int:
-        if self._stream is not None:
-            return self._stream(index)
-        return int(torch.cuda.current_stream(index).cuda_stream)
-
     def forward(
-        self, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, k: float, eps: float, full: bool
-    ) -> tuple[Tensor, Tensor]:
-        outer, channels, inner, mean_stride, target_stride = layout[:5]
-        md, td = _DTYPE[mean.dtype], _DTYPE[target.dtype]
-        wide = md == 1 or td == 1
-        index, device = mean.get_device(), mean.device
+        self,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        loss: Tensor,
+        sum_sq: Tensor,
+    ) -> None:
+        """As the protocol says."""
+        index = mean.get_device()
         with self._on(index):
-            loss = torch.empty((), dtype=_F64 if wide else _F32, device=device)
-            sum_sq = torch.empty(channels, dtype=_F64, device=device)
-            size = self._workspace_bytes(outer, channels, inner, mean_stride, target_stride, md, td)
-            workspace = torch.empty(size, dtype=_UINT8, device=device)
+            workspace = self._workspace(mean, target, layout)
             self._native.cuda_forward(
-                mean.data_ptr(), mean_stride, md,
-                target.data_ptr(), target_stride, td,
-                alpha.data_ptr(), _DTYPE[alpha.dtype],
-                outer, channels, inner, k, eps, full,
-                loss.data_ptr(), 1 if wide else 0, sum_sq.data_ptr(),
-                workspace.data_ptr(), self._current_stream(index),
+                mean.data_ptr(), layout.mean_stride, NATIVE_DTYPE[mean.dtype],
+                target.data_ptr(), layout.target_stride, NATIVE_DTYPE[target.dtype],
+                alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
+                layout.outer, layout.channels, layout.inner, call.k, call.eps, call.full,
+                loss.data_ptr(), NATIVE_DTYPE[loss.dtype], sum_sq.data_ptr(),
+                workspace.data_ptr(), self._stream(index),
             )  # fmt: skip
-        return loss, sum_sq
 
     def forward_grad(
         self,
@@ -128,31 +134,26 @@ class CudaBackend:
         target: Tensor,
         alpha: Tensor,
         layout: Layout,
-        k: float,
-        eps: float,
-        full: bool,
-        inplace: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        outer, channels, inner, mean_stride, target_stride, channel = layout
-        md, td = _DTYPE[mean.dtype], _DTYPE[target.dtype]
-        wide = md == 1 or td == 1
-        index, device = mean.get_device(), mean.device
+        call: Call,
+        *,
+        loss: Tensor,
+        grad_mean: Tensor,
+        grad_alpha: Tensor,
+    ) -> None:
+        """As the protocol says."""
+        outer, channels, inner, mean_stride, target_stride = layout[:5]
+        index = mean.get_device()
         with self._on(index):
-            loss = torch.empty((), dtype=_F64 if wide else _F32, device=device)
-            grad_mean = mean.detach() if inplace else dense_like(mean, channel)
-            grad_alpha = torch.empty(channels, dtype=_F64, device=device)
-            size = self._workspace_bytes(outer, channels, inner, mean_stride, target_stride, md, td)
-            workspace = torch.empty(size, dtype=_UINT8, device=device)
+            workspace = self._workspace(mean, target, layout)
             self._native.cuda_forward_grad(
-                mean.data_ptr(), mean_stride, md,
-                target.data_ptr(), target_stride, td,
-                alpha.data_ptr(), _DTYPE[alpha.dtype],
-                outer, channels, inner, k, eps, full,
-                loss.data_ptr(), 1 if wide else 0,
-                grad_mean.data_ptr(), mean_stride if inplace else channels * inner,
-                grad_alpha.data_ptr(), workspace.data_ptr(), self._current_stream(index),
+                mean.data_ptr(), mean_stride, NATIVE_DTYPE[mean.dtype],
+                target.data_ptr(), target_stride, NATIVE_DTYPE[target.dtype],
+                alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
+                outer, channels, inner, call.k, call.eps, call.full,
+                loss.data_ptr(), NATIVE_DTYPE[loss.dtype],
+                grad_mean.data_ptr(), mean_stride if call.inplace else channels * inner,
+                grad_alpha.data_ptr(), workspace.data_ptr(), self._stream(index),
             )  # fmt: skip
-        return loss, grad_mean, grad_alpha
 
     def backward(
         self,
@@ -162,75 +163,50 @@ class CudaBackend:
         alpha: Tensor,
         sum_sq: Tensor,
         layout: Layout,
-        k: float,
-        eps: float,
-        want: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        outer, channels, inner, mean_stride, target_stride, channel = layout
+        call: Call,
+        *,
+        grad_mean: Tensor | None,
+        grad_target: Tensor | None,
+        grad_alpha: Tensor | None,
+    ) -> None:
+        """As the protocol says."""
+        outer, channels, inner, mean_stride, target_stride = layout[:5]
         row = channels * inner
-        grad_mean = grad_target = None
-        activations = (0, 0, 0, 0, 0, 0)
-        index, device = alpha.get_device(), alpha.device
+        index = alpha.get_device()
         with self._on(index):
-            alpha = vector("alpha", alpha, channels, device)
-            sum_sq = vector("sum_sq", sum_sq, channels, device, _F64)
-            if want[0] or want[1]:
-                assert mean is not None, "gradients of the activations need the activations"
-                assert target is not None, "gradients of the activations need the activations"
-                grad_mean = dense_like(mean, channel) if want[0] else None
-                # in mean's order of dimensions, so that one description serves all four tensors
-                grad_target = dense_like(mean, channel, target.dtype) if want[1] else None
-                activations = (
-                    mean.data_ptr(), mean_stride, _DTYPE[mean.dtype],
-                    target.data_ptr(), target_stride, _DTYPE[target.dtype],
-                )  # fmt: skip
-            grad_alpha = torch.empty_like(alpha) if want[2] else None
             self._native.cuda_backward(
-                *activations, alpha.data_ptr(), _DTYPE[alpha.dtype],
-                outer, channels, inner, k, eps, False,
-                g.data_ptr(), _DTYPE[g.dtype], sum_sq.data_ptr(),
-                0 if grad_mean is None else grad_mean.data_ptr(), row,
-                0 if grad_target is None else grad_target.data_ptr(), row,
-                0 if grad_alpha is None else grad_alpha.data_ptr(), self._current_stream(index),
+                address(mean), mean_stride, native_dtype(mean),
+                address(target), target_stride, native_dtype(target),
+                alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
+                outer, channels, inner, call.k, call.eps, False,
+                g.data_ptr(), NATIVE_DTYPE[g.dtype], sum_sq.data_ptr(),
+                address(grad_mean), row, address(grad_target), row, address(grad_alpha), self._stream(index),
             )  # fmt: skip
-        return grad_mean, grad_target, grad_alpha
 
     def scale(
         self,
         g: Tensor,
-        grad_mean: Tensor | None,
-        channel: int,
+        rows: RowLayout | None,
+        source: Tensor | None,
+        result: Tensor | None,
         grad_alpha: Tensor | None,
-        alpha_dtype: torch.dtype,
-        in_place: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        out = grad_mean
-        outer = row = source_stride = result_stride = dtype = 0
-        index, device = g.get_device(), g.device
+        scaled_alpha: Tensor | None,
+    ) -> None:
+        """As the protocol says."""
+        outer, row, stride = NO_ROWS if rows is None else rows[:3]
+        index = g.get_device()
         with self._on(index):
-            if grad_alpha is not None:
-                grad_alpha = vector("grad_alpha", grad_alpha, grad_alpha.numel(), device, _F64)
-            if grad_mean is not None:
-                walked = walk(grad_mean, channel)
-                if walked is None:  # a saved-tensor hook may give it back laid out in any way
-                    grad_mean = grad_mean.contiguous()
-                    walked = walk(grad_mean, channel)
-                    assert walked is not None, "a contiguous tensor always collapses"
-                outer, row, source_stride = walked
-                out = grad_mean if in_place else dense_like(grad_mean, channel)
-                result_stride = source_stride if in_place else row
-                dtype = _DTYPE[grad_mean.dtype]
-            scaled_alpha = None if grad_alpha is None else torch.empty_like(grad_alpha, dtype=alpha_dtype)
             self._native.cuda_scale(
-                g.data_ptr(), _DTYPE[g.dtype], outer, row,
-                0 if grad_mean is None else grad_mean.data_ptr(), source_stride,
-                0 if out is None else out.data_ptr(), result_stride, dtype,
-                0 if grad_alpha is None else grad_alpha.numel(),
-                0 if grad_alpha is None else grad_alpha.data_ptr(),
-                0 if scaled_alpha is None else scaled_alpha.data_ptr(),
-                _DTYPE[alpha_dtype], self._current_stream(index),
+                g.data_ptr(), NATIVE_DTYPE[g.dtype], outer, row,
+                address(source), stride, address(result), stride if result is source else row, native_dtype(source),
+                0 if grad_alpha is None else grad_alpha.numel(), address(grad_alpha),
+                address(scaled_alpha), native_dtype(scaled_alpha), self._stream(index),
             )  # fmt: skip
-        return out, scaled_alpha
+
+    def _workspace(self, mean: Tensor, target: Tensor, layout: Layout) -> Tensor:
+        """Partial sums and a counter; the kernels set what they read."""
+        size = self._workspace_bytes(*layout[:5], NATIVE_DTYPE[mean.dtype], NATIVE_DTYPE[target.dtype])
+        return workspace(size, torch.uint8, mean.device)
 
 
 def _version(number: int) -> str:
@@ -238,21 +214,19 @@ def _version(number: int) -> str:
 
 
 def _of_this_build() -> CudaBackend:
-    # torch's own name for it, which its compilers use too; absent in builds without CUDA
-    stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     try:
         from vidfast import _C
     except ImportError as error:  # a source checkout that was never built
         from vidfast.unbuilt import reason
 
-        return CudaBackend(None, reason(error), "cuda", stream)
+        return CudaBackend(None, reason(error))
     if not hasattr(_C, "cuda_forward"):
         missing = (
             "vidfast._C was built without CUDA (VIDFAST_CUDA=0, or no nvcc): "
             "VIDFAST_CUDA=1 pip install --no-cache-dir --force-reinstall --no-deps vidfast builds it, or says why not"
         )
-        return CudaBackend(None, missing, "cuda", stream)
-    return CudaBackend(_C, None, "cuda", stream)
+        return CudaBackend(None, missing)
+    return CudaBackend(_C, None)
 
 
 BACKEND = _of_this_build()

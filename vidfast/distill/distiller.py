@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vidfast._torch import is_compiled, version_of
+
 from .methods.base import Activations, Batch, Method
 from .taps import Taps
 
@@ -293,7 +295,7 @@ class Distiller(nn.Module):
         # The other network and the terms get the same inputs. Without terms nobody reads them again.
         # torch.compile cannot trace versions: there the probe has looked. Inference tensors have none.
         watched = self.terms and not torch.compiler.is_compiling()
-        before = [(t, t._version) for t in _tensors_of(inputs) if not t.is_inference()] if watched else []
+        before = [(t, version_of(t)) for t in _tensors_of(inputs) if not t.is_inference()] if watched else []
         with taps.recording() as activations:
             if isinstance(inputs, Mapping):
                 output = network(**inputs)
@@ -301,7 +303,7 @@ class Distiller(nn.Module):
                 output = network(*inputs)
             else:
                 output = network(inputs)
-            if any(tensor._version != version for tensor, version in before):
+            if any(version_of(tensor) != version for tensor, version in before):
                 raise RuntimeError(
                     f"the {role} ({type(network).__name__}) modified its inputs in place (as an in-place ReLU at "
                     "its start does), and the other network and the terms need them: give it a network that "
@@ -313,11 +315,7 @@ class Distiller(nn.Module):
         """Both networks' activations on `example`, leaving no trace in them or in the random state."""
         devices = {p.device.index for p in self.parameters() if p.device.type == "cuda"}
         # Uncompiled, if somebody compiled a network: once is not worth it, and a tap sees more in eager mode.
-        compiled = any(
-            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-            for network in self._networks
-            for module in network.modules()
-        )
+        compiled = any(is_compiled(module) for network in self._networks for module in network.modules())
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         with eval_mode(self.student), torch.no_grad(), torch.random.fork_rng(sorted(devices)), eager:
             return self._run(example, None)

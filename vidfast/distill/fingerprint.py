@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from vidfast._torch import uncompiled
+
 from .distiller import Distiller
 from .stream import kept_random_state, seed_everything
 
@@ -104,8 +106,8 @@ def add_weights(digest: Any, weights: Mapping[str, Any], *, kinds: bool = False)
 
 def _class_of(network: nn.Module | None) -> str:
     # torch.compile(network) is another class around the same network.
-    network = getattr(network, "_orig_mod", network)
-    return "none" if network is None else f"{type(network).__module__}.{type(network).__qualname__}"
+    kind = type(None if network is None else uncompiled(network))
+    return "none" if network is None else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _digest(data: Dataset[Any], size: int) -> str | None:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from vidfast._torch import BATCH_NORM, compiled_call, has_forward_hook, set_compiled_call
+
 from .distiller import Distiller
 
 
@@ -27,14 +29,14 @@ def compiled(distiller: Distiller, how: bool | str) -> Iterator[None]:
         yield
         return
     networks = [n for n in (distiller.student, distiller.teacher) if n is not None]
-    before = [network._compiled_call_impl for network in networks]
+    before = [compiled_call(network) for network in networks]
     try:
         for network in networks:
             network.compile(backend=how if isinstance(how, str) else "inductor")
         yield
     finally:
         for network, call in zip(networks, before, strict=True):
-            network._compiled_call_impl = call
+            set_compiled_call(network, call)
 
 
 def synchronise_batchnorm(distiller: Distiller) -> None:
@@ -45,7 +47,7 @@ def synchronise_batchnorm(distiller: Distiller) -> None:
     """
     student = distiller.student
     for name, module in student.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module._forward_hooks or not name):
+        if isinstance(module, BATCH_NORM) and (has_forward_hook(module) or not name):
             raise ValueError(
                 f"the BatchNorm layer {name!r} is tapped and would be replaced; use "
                 "torch.nn.SyncBatchNorm.convert_sync_batchnorm(student) before you make the Distiller"

@@ -22,9 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from torch import Tensor, nn
-
-from vidfast.regressor import lay_out_for
+from torch import nn
 
 from .registry import Registry
 
@@ -232,15 +230,3 @@ def make(regressor: Regressor, student_shape: Sequence[int], teacher_shape: Sequ
     if not isinstance(made, nn.Module):
         raise TypeError(f"wanted a regressor function that returns an nn.Module, got {type(made).__name__}")
     return made
-
-
-def laid_out(regressor: nn.Module, student: Tensor) -> Tensor:
-    """`student` in the memory format in which `regressor` is faster if that is a stack of 1x1 convolutions
-    (`vidfast.regressor.lay_out_for`); as it came for any other regressor."""
-    if type(regressor) is not nn.Sequential:
-        return student
-    pointwise = all(
-        type(part) is nn.ReLU or (type(part) is nn.Conv2d and part.kernel_size == (1, 1))
-        for part in regressor
-    )
-    return lay_out_for(regressor, student) if pointwise else student

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidfast._torch import uncompiled, version_of
+
 from .registry import UnknownNameError, near_matches
 
 
@@ -64,7 +66,7 @@ class _Tap:
                 "use_reentrant=True); use use_reentrant=False, or tap a layer outside"
             )
         self.output = output.clone() if self.clone else output
-        self.version = None if tracing else self.output._version
+        self.version = None if tracing else version_of(self.output)
 
 
 def _describe(output: object) -> str:
@@ -98,7 +100,7 @@ class Taps:
             raise TypeError(f"wanted the names of layers, such as [{layers!r}], got one str")
         names = list(dict.fromkeys(layers))
         # What torch.compile returns is a module around the network, whose layers keep their names this way.
-        network = getattr(network, "_orig_mod", network)
+        network = uncompiled(network)
         # Shared modules have several names; every one of them is a valid name here.
         modules = dict(network.named_modules(remove_duplicate=False))
         for name in names:
@@ -140,7 +142,7 @@ class Taps:
         for tap in self._taps:
             if tap.output is None:
                 raise TapError(f"layer {tap.layer!r} was not called in the forward pass")
-            if tap.version is not None and tap.output._version != tap.version:
+            if tap.version is not None and version_of(tap.output) != tap.version:
                 raise TapError(
                     f"the output of layer {tap.layer!r} was modified in place after the layer returned it (as an "
                     "in-place ReLU behind it does); tap the layer that modifies it, or ask for a copy with "

@@ -12,8 +12,8 @@ if _path:
     sys.path.append(str(Path(__file__).parents[1]))
     from emulated import load_module
 
-    from vidfast import dispatch
+    from vidfast import backends
     from vidfast.backends.cuda import CudaBackend
 
     sys.modules["vidfast_emulated"] = _native = load_module(Path(_path))
-    dispatch._loaded["cuda"] = CudaBackend(_native, None, "cpu", lambda index: 0)
+    backends._loaded["cuda"] = CudaBackend(_native, None, "cpu", lambda index: 0)

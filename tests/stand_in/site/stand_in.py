@@ -235,16 +235,16 @@ def install(path: str) -> None:
     import bench.buffers
     import bench.gpu.build
     import bench.memory
-    from vidfast import dispatch
+    from vidfast import backends
     from vidfast.backends.cuda import CudaBackend
 
     sys.path.append(str(Path(__file__).parents[2] / "emulation"))
     from emulated import load_module
 
     native = load_module(Path(path))
-    dispatch._loaded["cuda"] = Captured(CudaBackend(native, None, "cpu", lambda index: 0))
-    dispatch._loaded["triton"] = Captured(dispatch.load("triton"))
-    dispatch._CPU_FIRST = dispatch.NAMES
+    backends._loaded["cuda"] = Captured(CudaBackend(native, None, "cpu", lambda index: 0))
+    backends._loaded["triton"] = Captured(backends.load("triton"))
+    backends._CPU_FIRST = backends.NAMES
     bench.backends.runnable = lambda device: ["cuda", "triton"]
     bench.buffers.HOT_SLOTS = bench.buffers.FEWEST_SLOTS_OF_A_GRAPH = 2  # an interpreted call takes 15 ms
     Profile.machine = native.machine()

@@ -14,12 +14,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vidfast.arguments import BackendName, ScalarReduction
-from vidfast.dispatch import check_name
-from vidfast.fused_regressor import fused_nll
+from vidfast.backends import check_name
 from vidfast.nll import GaussianNLL
-from vidfast.regressor import is_watched, owns_its_output, regress
+from vidfast.regressor import regress, regressed_nll
 
-from ..regressors import Regressor, keeps_resolution, laid_out, make, resolve
+from ..regressors import Regressor, keeps_resolution, make, resolve
 from .base import Method, ParameterGroup
 from .pairs import PairedMethod, Pairs, place
 
@@ -86,15 +85,6 @@ class VariationalMethod(Method):
         return f"{super().extra_repr()}, init_var={self.init_var:g}, reduction={self.reduction}"
 
 
-def is_plain(likelihood: nn.Module) -> bool:
-    """Whether the module computes what its class does, and nobody's hook waits for it to be called."""
-    return (
-        type(likelihood) is GaussianNLL
-        and "forward" not in likelihood.__dict__
-        and not is_watched(likelihood)
-    )
-
-
 class GaussianMethod(VariationalMethod):
     """q(t|s) is Gaussian with one learned variance for each channel: equation 5, through the fused kernel.
 
@@ -126,29 +116,18 @@ class GaussianMethod(VariationalMethod):
         Raises ValueError when the regressor's output is not of the target's shape.
         """
         assert isinstance(likelihood, GaussianNLL)
-        if self.channel_dim == 1 and not is_watched(regressor) and is_plain(likelihood):
-            fused = fused_nll(
-                regressor,
-                student,
-                target,
-                likelihood.alpha,
-                eps=likelihood.eps,
-                reduction=likelihood.reduction,
-                weight=factor,
-                backend=likelihood.backend,
-            )
-            if fused is not None:
-                return fused
-        mean = regress(regressor, laid_out(regressor, student), target.shape)
-        # Both for this call alone: what a term is, which resuming compares, does not depend on whether it was called.
-        likelihood.weight = factor
-        # Over the regressor's own last output, which nothing else reads: no N-sized allocation.
-        likelihood.inplace = owns_its_output(regressor)
-        try:
-            loss: Tensor = likelihood(mean, target)
-        finally:
-            likelihood.weight, likelihood.inplace = 1.0, False
-        return loss
+        return regressed_nll(
+            regressor,
+            student,
+            target,
+            likelihood.alpha,
+            channel_dim=self.channel_dim,
+            eps=likelihood.eps,
+            reduction=likelihood.reduction,
+            weight=factor,
+            backend=likelihood.backend,
+            likelihood=likelihood,
+        )
 
 
 class VariationalPairs(VariationalMethod, PairedMethod):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vidfast import reference
 from vidfast.arguments import ScalarReduction, inverse_softplus
-from vidfast.regressor import last_layer
+from vidfast.layers import last_layer
 
 from ..regressors import Regressor
 from .base import METHODS

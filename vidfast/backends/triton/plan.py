@@ -118,6 +118,22 @@ class Flat(NamedTuple):
     warps: int
 
 
+# A tensor that is absent: no chunk of it is scaled.
+NOTHING = Flat(
+    outer=1,
+    row=1,
+    tail=None,
+    src_stride=1,
+    dst_stride=1,
+    chunks=0,
+    vec=1,
+    tile=1,
+    chunk=1,
+    short=False,
+    warps=4,
+)
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -188,9 +204,20 @@ def _planes(
     chunk = max(tile, min(_chunk(values * channels, tile, tuning), _up(values)))
     chunks = ceil_div(values // vec, chunk // vec)
     return Planes(
-        outer, inner // vec, tail or None, mean_stride // vec, target_stride // vec, width // vec,
-        chunks, channels * chunks, vec, tile, chunk, outer > 1 and chunk > inner, _warps(tile, full, tuning),
-    )  # fmt: skip
+        outer=outer,
+        inner=inner // vec,
+        tail=tail or None,
+        mean_stride=mean_stride // vec,
+        target_stride=target_stride // vec,
+        dense_stride=width // vec,
+        chunks=chunks,
+        programs=channels * chunks,
+        vec=vec,
+        tile=tile,
+        chunk=chunk,
+        short=outer > 1 and chunk > inner,
+        warps=_warps(tile, full, tuning),
+    )
 
 
 def _rows(
@@ -226,11 +253,24 @@ def _rows(
         near = _up(min(channels, (tile_columns - 1) // inner + 2))
     column_tiles, row_blocks = ceil_div(columns, tile_columns), ceil_div(rows, block_rows)
     return Rows(
-        rows, inner, columns // vec, tail or None, join,
-        mean_stride * join // vec, target_stride * join // vec, columns // vec,
-        column_tiles, row_blocks, column_tiles * row_blocks, vec, tile_rows, tile_columns, block_rows,
-        max(near, 2), _warps(tile, full, tuning),
-    )  # fmt: skip
+        rows=rows,
+        inner=inner,
+        columns=columns // vec,
+        tail=tail or None,
+        join=join,
+        mean_stride=mean_stride * join // vec,
+        target_stride=target_stride * join // vec,
+        dense_stride=columns // vec,
+        column_tiles=column_tiles,
+        row_blocks=row_blocks,
+        programs=column_tiles * row_blocks,
+        vec=vec,
+        tile_rows=tile_rows,
+        tile_columns=tile_columns,
+        block_rows=block_rows,
+        near=max(near, 2),
+        warps=_warps(tile, full, tuning),
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -265,7 +305,15 @@ def plan_scale(
     tile = min(tuning.lanes * tuning.warps * full * tuning.vectors, max(_up(values), tuning.lanes * full))
     chunk = _chunk(values, tile, tuning)
     return Flat(
-        outer, row // vec, tail or None, src_stride // vec, dst_stride // vec,
-        ceil_div(values // vec, chunk // vec), vec, tile, chunk, outer > 1 and chunk > row,
-        _warps(tile, full, tuning),
-    )  # fmt: skip
+        outer=outer,
+        row=row // vec,
+        tail=tail or None,
+        src_stride=src_stride // vec,
+        dst_stride=dst_stride // vec,
+        chunks=ceil_div(values // vec, chunk // vec),
+        vec=vec,
+        tile=tile,
+        chunk=chunk,
+        short=outer > 1 and chunk > row,
+        warps=_warps(tile, full, tuning),
+    )

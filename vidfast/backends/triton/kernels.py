@@ -1,4 +1,4 @@
-"""The Triton kernels: one sweep for each family of layouts, the sum over its partial sums, and scaling by g.
+"""The Triton kernels: here one sweep for each family of layouts; `finish` adds its partial sums, `scale` scales by g.
 
 Pointers carry their extents as [..]; mean, target and their gradients are [outer, C, inner], element (o, c, i)
 at o * stride + c * inner + i. C = channels, M = outer * inner values of one channel. Sizes that decide alignment
@@ -17,19 +17,16 @@ adds the partial sums of one channel in fp64. The only atomic counts programs; n
 import triton
 import triton.language as tl
 
-from vidfast.backends.triton_math import (
-    alpha_derivative,
+from vidfast.backends.triton.finish import alpha_gradient as alpha_gradient
+from vidfast.backends.triton.finish import finish as finish
+from vidfast.backends.triton.math import (
     device_function,
-    float64_of,
     grad_scale,
     rounded,
-    variance_of,
     widened,
     write_grad_alpha,
 )
-
-# log(2 pi) as an fp64 bit pattern.
-LOG_2PI: tl.constexpr = tl.constexpr(0x3FFD67F1C864BEB5)
+from vidfast.backends.triton.scale import scale as scale
 
 
 @device_function
@@ -132,7 +129,7 @@ def _planes(
                        "grad_target_stride", "chunks", "m", "eps_bits", "k_bits", "programs"]
 )  # fmt: skip
 def sweep_planes(
-    mean, target,            # [outer, C, inner], or None: grad_alpha alone is wanted
+    mean, target,            # [outer, C, inner]
     grad_mean, grad_target,  # the same, or None: not wanted; grad_mean may lie over mean
     alpha,                   # [C]
     g,                       # scalar; None is 1
@@ -153,13 +150,12 @@ def sweep_planes(
     if partial is not None:
         if pid == 0:
             tl.store(counter, 0)
-    if mean is not None:
-        if pid < programs:
-            _planes(
-                mean, target, grad_mean, grad_target, alpha, g, partial,
-                outer, channels, inner, tail, mean_stride, target_stride, grad_mean_stride, grad_target_stride,
-                chunks, eps_bits, k_bits, pid, VEC, TILE, CHUNK, SHORT, WIDE,
-            )  # fmt: skip
+    if pid < programs:
+        _planes(
+            mean, target, grad_mean, grad_target, alpha, g, partial,
+            outer, channels, inner, tail, mean_stride, target_stride, grad_mean_stride, grad_target_stride,
+            chunks, eps_bits, k_bits, pid, VEC, TILE, CHUNK, SHORT, WIDE,
+        )  # fmt: skip
     if grad_alpha is not None:
         if pid >= programs:
             write_grad_alpha(
@@ -277,148 +273,3 @@ def sweep_rows(
                 alpha, sum_sq, g, grad_alpha, channels, m.to(tl.float64), eps_bits, k_bits, pid - programs,
                 ALPHA_BLOCK,
             )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["blocks", "channels", "inner", "m", "eps_bits", "k_bits", "programs"])
-def finish(
-    partial,                    # [blocks, C, inner] sums of r^2
-    alpha,                      # [C]
-    loss,                       # scalar
-    sum_sq,                     # [C] fp64, or None: not wanted
-    grad_alpha,                 # [C] fp64, or None: not wanted
-    losses,                     # [programs] fp64: each program's channels
-    counter,                    # int32: programs that are done; 0 at the start
-    blocks, channels, inner,
-    m: tl.int64, eps_bits: tl.int64, k_bits: tl.int64, programs,
-    ACROSS: tl.constexpr,       # inner is 1: neighbours in memory are channels
-    CHANNELS: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """S_c, d/d alpha and the loss out of the sweep's partial sums, all in fp64."""
-    pid = tl.program_id(0)
-    c = pid * CHANNELS + tl.arange(0, CHANNELS)
-    live = c < channels
-    depth = blocks * inner
-    if ACROSS:
-        total = tl.full([DEPTH, CHANNELS], 0, tl.float64)
-        for t0 in range(0, depth, DEPTH):
-            t = t0 + tl.arange(0, DEPTH)
-            offset = (t.to(tl.int64) * channels)[:, None] + c[None, :]
-            total += tl.load(partial + offset, mask=(t < depth)[:, None] & live[None, :], other=0.0).to(
-                tl.float64
-            )
-        s = tl.sum(total, 0)
-    else:
-        total = tl.full([CHANNELS, DEPTH], 0, tl.float64)
-        for t0 in range(0, depth, DEPTH):
-            t = t0 + tl.arange(0, DEPTH)
-            block = t // inner
-            offset = (block.to(tl.int64) * channels)[None, :] + c[:, None]
-            offset = offset * inner + (t - block * inner)[None, :]
-            total += tl.load(partial + offset, mask=(t < depth)[None, :] & live[:, None], other=0.0).to(
-                tl.float64
-            )
-        s = tl.sum(total, 1)
-
-    values = m.to(tl.float64)
-    v, sigmoid = variance_of(
-        widened(tl.load(alpha + c, mask=live, other=0.0), tl.float64), float64_of(eps_bits)
-    )
-    if sum_sq is not None:
-        tl.store(sum_sq + c, s, mask=live)
-    if grad_alpha is not None:
-        grad = float64_of(k_bits) * alpha_derivative(alpha, v, sigmoid, s, values)
-        tl.store(grad_alpha + c, grad, mask=live)
-    own = tl.sum(tl.where(live, 0.5 * (values * tl.log(v) + s / v), 0.0), 0)
-
-    # Whichever program comes last adds all of their losses, in the programs' order.
-    tl.store(losses + pid, own)
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1:
-        rest = tl.full([256], 0, tl.float64)
-        for p0 in range(0, programs, 256):
-            p = p0 + tl.arange(0, 256)
-            rest += tl.load(losses + p, mask=p < programs, other=0.0, cache_modifier=".cg")
-        whole = tl.sum(rest, 0)
-        if FULL:
-            whole += 0.5 * (values * channels) * tl.full([], LOG_2PI, tl.int64).to(tl.float64, bitcast=True)
-        tl.store(loss, (float64_of(k_bits) * whole).to(loss.dtype.element_ty))
-
-
-@device_function
-def _scale_chunk(
-    factor, src, dst, outer, row, tail, src_stride, dst_stride, chunks, pid,
-    VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    # As `_planes`, with rows for planes.
-    UNITS: tl.constexpr = TILE // VEC
-    CHUNK_UNITS: tl.constexpr = CHUNK // VEC
-    row = row.to(tl.int64)
-    begin = pid.to(tl.int64) * CHUNK_UNITS
-    count = tl.minimum(outer.to(tl.int64) * row - begin, CHUNK_UNITS).to(tl.int32)
-    first = begin // row
-    within = begin - first * row
-    src += first * src_stride * VEC
-    dst += first * dst_stride * VEC
-    lane = tl.arange(0, VEC)[None, :]
-    for u0 in range(0, count, UNITS):
-        u = u0 + tl.arange(0, UNITS)
-        live = (u < count)[:, None]
-        if SHORT:
-            t = within.to(tl.int32) + u
-            row_of = t // row.to(tl.int32)
-            i = (t - row_of * row.to(tl.int32)).to(tl.int64)
-            o = row_of.to(tl.int64)
-        else:
-            t = within + u
-            o = (t >= row).to(tl.int64)
-            i = t - o * row
-        x = widened(tl.load(src + ((o * src_stride + i) * VEC)[:, None] + lane, mask=live, other=0.0), WIDE)
-        tl.store(
-            dst + ((o * dst_stride + i) * VEC)[:, None] + lane,
-            rounded(x * factor, dst.dtype.element_ty),
-            mask=live,
-        )
-    if tail is not None:
-        if pid == chunks - 1:
-            end = (within + count) * VEC + tl.arange(0, VEC)
-            live = tl.arange(0, VEC) < tail
-            x = widened(tl.load(src + end, mask=live, other=0.0), WIDE)
-            tl.store(dst + end, rounded(x * factor, dst.dtype.element_ty), mask=live)
-
-
-@triton.jit(
-    do_not_specialize=["outer", "row", "tail", "src_stride", "dst_stride", "chunks", "channels"]
-)  # fmt: skip
-def scale(
-    g,                            # scalar
-    src, dst,                     # [outer, row]; dst may be src; or None
-    grad_alpha, grad_alpha_out,   # [C], fp64 and alpha's type; or None
-    outer, row: tl.int64,            # row and strides in vectors of VEC
-    tail,                         # values beyond the last vector of the only row, or None: there are none
-    src_stride: tl.int64, dst_stride: tl.int64,
-    chunks,                       # programs for src; those above are blocks of grad_alpha
-    channels,
-    IN_PLACE: tl.constexpr, VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr,
-    WIDE: tl.constexpr, ALPHA_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dst = g src and grad_alpha_out = g grad_alpha. In place, a g of exactly 1 touches nothing."""
-    pid = tl.program_id(0)
-    factor = tl.load(g).to(tl.float64)
-    if src is not None:
-        if pid < chunks:
-            if IN_PLACE:
-                if factor != 1.0:
-                    _scale_chunk(
-                        factor.to(WIDE), src, dst, outer, row, tail, src_stride, dst_stride, chunks, pid,
-                        VEC, TILE, CHUNK, SHORT, WIDE,
-                    )  # fmt: skip
-            else:
-                _scale_chunk(
-                    factor.to(WIDE), src, dst, outer, row, tail, src_stride, dst_stride, chunks, pid,
-                    VEC, TILE, CHUNK, SHORT, WIDE,
-                )  # fmt: skip
-    if grad_alpha is not None:
-        if pid >= chunks:
-            c = (pid - chunks) * ALPHA_BLOCK + tl.arange(0, ALPHA_BLOCK)
-            value = tl.load(grad_alpha + c, mask=c < channels, other=0.0) * factor
-            tl.store(grad_alpha_out + c, rounded(value, grad_alpha_out.dtype.element_ty), mask=c < channels)

@@ -1,0 +1,109 @@
+"""The protocol of a back end."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from vidfast.arguments import Call
+from vidfast.layout import Layout, RowLayout
+
+
+class Backend(Protocol):
+    """What a back end offers: it says whether it can run, and fills outputs that it is given.
+
+    With v_c = softplus(alpha_c) + eps, r = mean - target, S_c = sum r^2 over the M = outer * inner values of channel c
+    and N = M C elements in all:
+
+        loss = k * sum_c [M/2 log v_c + S_c / (2 v_c)], and k N/2 log(2 pi) if `full`
+        d loss / d mean = k r / v_c
+        d loss / d alpha_c = k [M / (2 v_c) - S_c / (2 v_c^2)] sigmoid(alpha_c)
+
+    mean, target and their gradients are walked as `layout` says: element (o, c, i) of mean is stored at
+    `o * mean_stride + c * inner + i`, of target at `o * target_stride + ...`, and of outputs without gaps at
+    `o * C * inner + ...`. Vectors over the channels are contiguous. k, eps and full are the call's. Each dtype is fp16,
+    bf16, fp32 or fp64; loss is fp64 if mean or target is, else fp32. Nothing overlaps but what is named below.
+
+    Attributes:
+        name: By which a user asks for it.
+        in_parts: Whether a small call costs so little that a regressor and its loss are best computed a few samples
+            at a time.
+    """
+
+    name: str
+    in_parts: bool
+
+    def unavailable(self) -> str | None:
+        """None if this back end can run on this machine at all, or the reason why not."""
+
+    def supports(self, mean: Tensor, target: Tensor, alpha: Tensor) -> str | None:
+        """None if it takes these tensors, or the reason why not."""
+
+    def info(self) -> dict[str, object]:
+        """What a person wants to know of it: versions, devices, architectures."""
+
+    def forward(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        loss: Tensor,
+        sum_sq: Tensor,
+    ) -> None:
+        """Fills the loss and sum_sq, (C,) in fp64: 2 N of traffic."""
+
+    def forward_grad(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        loss: Tensor,
+        grad_mean: Tensor,
+        grad_alpha: Tensor,
+    ) -> None:
+        """Fills the loss, grad_mean and grad_alpha, (C,) in fp64, for an incoming gradient of 1: 3 N.
+
+        With `call.inplace` grad_mean is mean's own memory, with its strides.
+        """
+
+    def backward(
+        self,
+        g: Tensor,
+        mean: Tensor | None,
+        target: Tensor | None,
+        alpha: Tensor,
+        sum_sq: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        grad_mean: Tensor | None,
+        grad_target: Tensor | None,
+        grad_alpha: Tensor | None,
+    ) -> None:
+        """Fills the gradients that are there, times the scalar g: 3 N (4 for both activations').
+
+        g is read where it is stored, never on the host of a device. For grad_alpha, (C,) in alpha's dtype, sum_sq is
+        all it takes: alone, mean and target are None.
+        """
+
+    def scale(
+        self,
+        g: Tensor,
+        rows: RowLayout | None,
+        source: Tensor | None,
+        result: Tensor | None,
+        grad_alpha: Tensor | None,
+        scaled_alpha: Tensor | None,
+    ) -> None:
+        """Fills result = g source and scaled_alpha = g grad_alpha, of which either may be absent.
+
+        `rows` describes source; result is source itself, and untouched where g is 1 (0 or 2 N), or has no gaps.
+        grad_alpha is (C,) in fp64, scaled_alpha in alpha's dtype.
+        """

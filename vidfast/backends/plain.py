@@ -1,0 +1,144 @@
+"""The plain back end: the primitives as plain PyTorch, wherever torch runs.
+
+It stands for `backend="reference"`, and for `auto` where no kernel takes the tensors. Eagerly its calls go to the
+reference itself, which autograd differentiates as often as asked; this is what compiled graphs run, whose operators
+autograd does not look into: there the derivatives are written out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vidfast import reference
+from vidfast.arguments import Call
+from vidfast.layout import Layout, RowLayout
+
+
+class PlainBackend:
+    """The primitives out of torch's operations; see :class:`vidfast.backends.base.Backend`."""
+
+    name = "reference"
+    in_parts = False
+
+    def unavailable(self) -> str | None:
+        """It runs wherever torch does."""
+        return None
+
+    def supports(self, mean: Tensor, target: Tensor, alpha: Tensor) -> str | None:
+        """It takes all tensors."""
+        return None
+
+    def info(self) -> dict[str, object]:
+        """There is nothing to know."""
+        return {}
+
+    def forward(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        loss: Tensor,
+        sum_sq: Tensor,
+    ) -> None:
+        """As the protocol says; the loss is the reference's."""
+        loss.copy_(_loss(mean, target, alpha, call))
+        sum_sq.copy_(_sums_of_squares(mean, target, call.channel))
+
+    def forward_grad(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        loss: Tensor,
+        grad_mean: Tensor,
+        grad_alpha: Tensor,
+    ) -> None:
+        """As the protocol says."""
+        self.forward(mean, target, alpha, layout, call, loss=loss, sum_sq=grad_alpha)
+        one = loss.new_ones(())
+        grad_alpha.copy_(_of_alpha(one, alpha, grad_alpha, layout, call))
+        grad_mean.copy_(_of_mean(one, mean, target, alpha, call))
+
+    def backward(
+        self,
+        g: Tensor,
+        mean: Tensor | None,
+        target: Tensor | None,
+        alpha: Tensor,
+        sum_sq: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        grad_mean: Tensor | None,
+        grad_target: Tensor | None,
+        grad_alpha: Tensor | None,
+    ) -> None:
+        """As the protocol says."""
+        if mean is not None and target is not None:
+            of_mean = _of_mean(g, mean, target, alpha, call)
+            if grad_mean is not None:
+                grad_mean.copy_(of_mean)
+            if grad_target is not None:
+                grad_target.copy_(of_mean.neg())
+        if grad_alpha is not None:
+            grad_alpha.copy_(_of_alpha(g, alpha, sum_sq, layout, call))
+
+    def scale(
+        self,
+        g: Tensor,
+        rows: RowLayout | None,
+        source: Tensor | None,
+        result: Tensor | None,
+        grad_alpha: Tensor | None,
+        scaled_alpha: Tensor | None,
+    ) -> None:
+        """As the protocol says."""
+        if source is not None and result is not None:
+            wide = torch.float64 if source.dtype is torch.float64 else torch.float32
+            result.copy_(source.to(wide) * g.to(wide))
+        if grad_alpha is not None and scaled_alpha is not None:
+            scaled_alpha.copy_(grad_alpha * g.double())
+
+
+def _loss(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
+    return reference.gaussian_nll(
+        mean,
+        target,
+        alpha,
+        channel_dim=call.channel,
+        eps=call.eps,
+        reduction=call.reduction,
+        full=call.full,
+        weight=call.weight,
+    )
+
+
+def _sums_of_squares(mean: Tensor, target: Tensor, channel: int) -> Tensor:
+    squares = (mean.double() - target.double()).square()
+    return squares.movedim(channel, 0).flatten(1).sum(1) if mean.dim() > 1 else squares
+
+
+def _of_mean(g: Tensor, mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
+    """g times d loss / d mean, in fp64 if mean or target is, else in fp32."""
+    dtype = torch.float64 if torch.float64 in (mean.dtype, target.dtype) else torch.float32
+    shape = [1] * mean.dim()
+    shape[call.channel] = -1
+    factor = g.double() * call.k / reference.variance(alpha, call.eps, torch.float64)
+    return (mean.to(dtype) - target.to(dtype)) * factor.to(dtype).view(shape)
+
+
+def _of_alpha(g: Tensor, alpha: Tensor, sum_sq: Tensor, layout: Layout, call: Call) -> Tensor:
+    """g times d loss / d alpha, (C,) in fp64."""
+    variance = reference.variance(alpha, call.eps, torch.float64)
+    count = layout.outer * layout.inner
+    return g.double() * call.k * 0.5 * (count - sum_sq / variance) / variance * torch.sigmoid(alpha.double())
+
+
+PLAIN = PlainBackend()

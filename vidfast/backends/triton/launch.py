@@ -1,0 +1,394 @@
+"""The Triton back end: any GPU that the installed Triton drives, and the CPU under TRITON_INTERPRET=1.
+
+Triton is imported on first use. Every launch goes to the current stream of the tensors' device; nothing is read
+on the host, so calls can be captured in a CUDA graph once their kernels are compiled (one call beforehand).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vidfast.arguments import Call
+from vidfast.backends.triton.plan import (
+    ALPHA_BLOCK,
+    NOTHING,
+    RULE,
+    Planes,
+    Rows,
+    Tuning,
+    ceil_div,
+    plan,
+    plan_finish,
+    plan_scale,
+)
+from vidfast.backends.triton.tune import autotunes, median_seconds, tuned
+from vidfast.layout import Layout, RowLayout
+from vidfast.memory import empty_dense, workspace
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+_F32, _F64 = torch.float32, torch.float64
+# r * r is added with one rounding, whatever the installed Triton's default is.
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+_TRUE = ("1", "true", "on", "yes", "y")
+
+
+def _bits(x: float) -> int:
+    bits: int = struct.unpack("<q", struct.pack("<d", x))[0]
+    return bits
+
+
+class TritonBackend:
+    """The kernels of `kernels`; see :class:`vidfast.backends.base.Backend`.
+
+    Attributes:
+        rule: The free numbers of the plan, for the device that Triton drives.
+    """
+
+    name = "triton"
+    in_parts = False
+
+    def __init__(self) -> None:
+        self._module: ModuleType | None = None
+        self._obstacle: str | None = None  # of the machine, once it was probed
+        self._probed = False
+        self._kind = ""  # the device type that Triton drives
+        self.rule = RULE
+        self._interpreter = threading.RLock()  # which has one grid for all threads
+
+    @property
+    def _kernels(self) -> Any:
+        if self._module is None:
+            from vidfast.backends.triton import kernels
+
+            self._module = kernels
+        return self._module
+
+    def _probe(self) -> str | None:
+        """Import Triton and ask it for a device, once."""
+        if not self._probed:
+            with self._interpreter:
+                if not self._probed:
+                    self._obstacle, self._kind = self._find_device()
+                    self._probed = True
+        return self._obstacle
+
+    def _find_device(self) -> tuple[str | None, str]:
+        if importlib.util.find_spec("triton") is None:
+            return (
+                "the package triton is not installed: torch's GPU builds bring it, "
+                "pip install 'vidfast[triton]' adds it"
+            ), ""
+        try:
+            from vidfast.backends.triton.math import INTERPRETED
+
+            if INTERPRETED.value:
+                # a thread of its own has none of this one's modes, transforms and default devices
+                with ThreadPoolExecutor(1) as thread:
+                    return thread.submit(_interpreter_fault).result(), "cpu"
+            from triton.runtime import driver
+
+            kind = str(driver.active.get_active_torch_device().type)
+            self.rule = RULE._replace(lanes=driver.active.get_current_target().warp_size)
+        except Exception as error:  # a broken installation must not take the other back ends with it
+            return f"triton finds no GPU that it can drive ({type(error).__name__}: {error})", ""
+        try:
+            torch.get_device_module(kind).current_device()
+        except Exception as error:
+            return f"this build of torch cannot use the {kind} device that triton drives ({error})", ""
+        return None, kind
+
+    def unavailable(self) -> str | None:
+        """Why Triton is missing, finds no device, or has an interpreter that cannot run here."""
+        return self._probe()
+
+    def supports(self, mean: Tensor, target: Tensor, alpha: Tensor) -> str | None:
+        """It takes tensors on the device that Triton drives; interpreted, on the CPU and on CUDA devices."""
+        if mean.is_cpu:
+            if os.environ.get("TRITON_INTERPRET", "0").lower() not in _TRUE:
+                return (
+                    "it takes tensors on a GPU, not on cpu (unless TRITON_INTERPRET=1 interprets its kernels)"
+                )
+            return self._probe() or (None if self._kind == "cpu" else "TRITON_INTERPRET was set too late")
+        obstacle = self._probe()
+        if obstacle is not None:
+            return obstacle
+        # interpreted, Triton copies a GPU's tensors to the host and back: still right
+        if mean.device.type != self._kind and not (self._kind == "cpu" and mean.is_cuda):
+            return f"it takes tensors on {self._kind}, not on {mean.device}"
+        return None
+
+    def info(self) -> dict[str, object]:
+        """Triton's version, whether it interprets, its target and devices, whether it searches."""
+        if self._probe() is not None:
+            return {}
+        import triton
+
+        found: dict[str, object] = {"triton": triton.__version__, "interpreted": self._kind == "cpu"}
+        if self._kind != "cpu":
+            devices = torch.get_device_module(self._kind)
+            found["target"] = str(triton.runtime.driver.active.get_current_target())
+            found["devices"] = [devices.get_device_name(i) for i in range(devices.device_count())]
+        found["autotune"] = autotunes()
+        return found
+
+    def _on(self, x: Tensor) -> contextlib.AbstractContextManager[object]:
+        """Makes x's device the current one, on which Triton launches."""
+        if self._probe() is None and self._kind == "cpu":
+            return self._interpreter
+        devices = torch.get_device_module(x.device)
+        if devices.current_device() == x.device.index:
+            return contextlib.nullcontext()
+        guard: contextlib.AbstractContextManager[object] = devices.device(x.device)
+        return guard
+
+    def forward(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        loss: Tensor,
+        sum_sq: Tensor,
+    ) -> None:
+        """As the protocol says."""
+        with self._on(mean):
+            self._reduce(mean, target, alpha, layout, call, loss=loss, sum_sq=sum_sq)
+
+    def forward_grad(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        loss: Tensor,
+        grad_mean: Tensor,
+        grad_alpha: Tensor,
+    ) -> None:
+        """As the protocol says."""
+        with self._on(mean):
+            self._reduce(
+                mean, target, alpha, layout, call, loss=loss, grad_mean=grad_mean, grad_alpha=grad_alpha
+            )
+
+    def backward(
+        self,
+        g: Tensor,
+        mean: Tensor | None,
+        target: Tensor | None,
+        alpha: Tensor,
+        sum_sq: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        grad_mean: Tensor | None,
+        grad_target: Tensor | None,
+        grad_alpha: Tensor | None,
+    ) -> None:
+        """As the protocol says."""
+        with self._on(alpha):
+            if mean is not None and target is not None:
+                self._sweep(
+                    self._plan(mean, target, layout),
+                    mean,
+                    target,
+                    alpha,
+                    layout,
+                    call,
+                    grad_mean=grad_mean,
+                    grad_target=grad_target,
+                    g=g,
+                    sum_sq=sum_sq,
+                    grad_alpha=grad_alpha,
+                )
+            elif grad_alpha is not None:
+                channels = layout.channels
+                self._kernels.alpha_gradient[(ceil_div(channels, ALPHA_BLOCK),)](
+                    alpha, sum_sq, g, grad_alpha, channels, layout.outer * layout.inner, _bits(call.eps), _bits(call.k),
+                    ALPHA_BLOCK=ALPHA_BLOCK, **_OPTIONS,
+                )  # fmt: skip
+
+    def scale(
+        self,
+        g: Tensor,
+        rows: RowLayout | None,
+        source: Tensor | None,
+        result: Tensor | None,
+        grad_alpha: Tensor | None,
+        scaled_alpha: Tensor | None,
+    ) -> None:
+        """As the protocol says."""
+        in_place = result is source
+        flat = NOTHING
+        if rows is not None and source is not None:
+            outer, row, stride = rows[:3]
+            flat = plan_scale(
+                outer, row, stride, stride if in_place else row, source.element_size(), self.rule
+            )
+        channels = 0 if grad_alpha is None else grad_alpha.numel()
+        if not flat.chunks and not channels:
+            return
+        tl = self._kernels.tl
+        with self._on(g):
+            self._kernels.scale[(flat.chunks + ceil_div(channels, ALPHA_BLOCK),)](
+                g, source, result, grad_alpha, scaled_alpha,
+                flat.outer, flat.row, flat.tail, flat.src_stride, flat.dst_stride, flat.chunks, channels,
+                IN_PLACE=in_place, VEC=flat.vec, TILE=flat.tile, CHUNK=flat.chunk, SHORT=flat.short,
+                WIDE=tl.float64 if source is not None and source.dtype is _F64 else tl.float32,
+                ALPHA_BLOCK=ALPHA_BLOCK, num_warps=flat.warps, enable_fp_fusion=True,
+            )  # fmt: skip
+
+    def _plan(self, mean: Tensor, target: Tensor, layout: Layout) -> Planes | Rows:
+        if not autotunes():
+            return self._planned(mean, target, layout, self.rule)
+
+        def seconds(tuning: Tuning) -> float:
+            return self._seconds(mean, target, layout, tuning)
+
+        return self._planned(mean, target, layout, tuned(mean, target, layout, self.rule, seconds))
+
+    def _planned(self, mean: Tensor, target: Tensor, layout: Layout, tuning: Tuning) -> Planes | Rows:
+        return plan(*layout[:5], mean.element_size(), target.element_size(), tuning)
+
+    def _seconds(self, mean: Tensor, target: Tensor, layout: Layout, tuning: Tuning) -> float:
+        """How long forward_grad takes with these free numbers."""
+        planned = self._planned(mean, target, layout, tuning)
+        alpha = torch.zeros(layout.channels, device=mean.device)
+        loss = torch.empty((), dtype=_F64, device=mean.device)
+        grad_mean = empty_dense(mean, layout.dense, mean.dtype)
+        grad_alpha = torch.empty(layout.channels, dtype=_F64, device=mean.device)
+        call = Call(channel=1, eps=1e-5, k=1.0)
+        return median_seconds(
+            lambda: self._reduce(
+                mean, target, alpha, layout, call,
+                loss=loss, grad_mean=grad_mean, grad_alpha=grad_alpha, planned=planned,
+            )
+        )  # fmt: skip
+
+    def _reduce(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        loss: Tensor,
+        grad_mean: Tensor | None = None,
+        sum_sq: Tensor | None = None,
+        grad_alpha: Tensor | None = None,
+        planned: Planes | Rows | None = None,
+    ) -> None:
+        """The two launches of forward and forward_grad."""
+        device, channels = mean.device, layout.channels
+        planned = planned or self._plan(mean, target, layout)
+        blocks, inner = planned.partials
+        ending = plan_finish(blocks, channels, inner)
+        wide = _F64 if _F64 in (mean.dtype, target.dtype) else _F32
+        partial = workspace(blocks * channels * inner, wide, device)
+        losses = workspace(ending.programs, _F64, device)
+        counter = workspace(1, torch.int32, device)
+        self._sweep(
+            planned,
+            mean,
+            target,
+            alpha,
+            layout,
+            call,
+            grad_mean=grad_mean,
+            in_place=call.inplace and grad_mean is not None,
+            partial=partial,
+            counter=counter,
+        )
+        self._kernels.finish[(ending.programs,)](
+            partial, alpha, loss, sum_sq, grad_alpha, losses, counter,
+            ending.blocks, channels, ending.inner,
+            layout.outer * layout.inner, _bits(call.eps), _bits(call.k), ending.programs,
+            ACROSS=ending.across, CHANNELS=ending.channels, DEPTH=ending.depth, FULL=call.full, **_OPTIONS,
+        )  # fmt: skip
+
+    def _sweep(
+        self,
+        planned: Planes | Rows,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        grad_mean: Tensor | None = None,
+        in_place: bool = False,
+        grad_target: Tensor | None = None,
+        g: Tensor | None = None,
+        sum_sq: Tensor | None = None,
+        grad_alpha: Tensor | None = None,
+        partial: Tensor | None = None,
+        counter: Tensor | None = None,
+    ) -> None:
+        """One launch over whatever is wanted."""
+        kernels = self._kernels
+        tl = kernels.tl
+        channels = layout.channels
+        m, eps, k = layout.outer * layout.inner, _bits(call.eps), _bits(call.k)
+        if grad_alpha is None:
+            sum_sq = None
+        wide = tl.float64 if _F64 in (mean.dtype, target.dtype) else tl.float32
+        grid = (planned.programs + (0 if grad_alpha is None else ceil_div(channels, ALPHA_BLOCK)),)
+        grad_stride = planned.mean_stride if in_place else planned.dense_stride
+        tensors = (mean, target, grad_mean, grad_target, alpha, g, sum_sq, grad_alpha, partial, counter)
+        options = {
+            "WIDE": wide, "ALPHA_BLOCK": ALPHA_BLOCK, "num_warps": planned.warps, "enable_fp_fusion": True,
+        }  # fmt: skip
+        if isinstance(planned, Planes):
+            kernels.sweep_planes[grid](
+                *tensors, planned.outer, channels, planned.inner, planned.tail,
+                planned.mean_stride, planned.target_stride, grad_stride, planned.dense_stride,
+                planned.chunks, m, eps, k, planned.programs,
+                VEC=planned.vec, TILE=planned.tile, CHUNK=planned.chunk, SHORT=planned.short, **options,
+            )  # fmt: skip
+        else:
+            kernels.sweep_rows[grid](
+                *tensors, planned.rows, channels, planned.inner, planned.columns, planned.tail,
+                planned.mean_stride, planned.target_stride, grad_stride, planned.dense_stride,
+                planned.column_tiles, planned.row_blocks, m, eps, k, planned.programs,
+                VEC=planned.vec, ROWS=planned.tile_rows, COLS=planned.tile_columns,
+                BLOCK_ROWS=planned.block_rows, NEAR=planned.near, JOINED=planned.join > 1, **options,
+            )  # fmt: skip
+
+
+def _interpreter_fault() -> str | None:
+    """Why this Triton's interpreter cannot run here, or None. Triton 3.6 cannot count with numpy 2.4 and later."""
+    import numpy
+    import triton
+
+    from vidfast.backends.triton.math import counts
+
+    found = torch.full((2,), -1, dtype=torch.int32, device="cpu")
+    try:
+        counts[(1,)](found, 7)
+    except Exception as error:
+        versions = f"triton {triton.__version__} with numpy {numpy.__version__}"
+        return (
+            f"the interpreter of {versions} fails ({error}): install another version of one of them, "
+            "or unset TRITON_INTERPRET"
+        )
+    if found.tolist() != [0, 2]:
+        return f"the interpreter of triton {triton.__version__} counts wrong: {found.tolist()} for [0, 2]"
+    return None
+
+
+BACKEND = TritonBackend()

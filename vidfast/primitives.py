@@ -1,0 +1,165 @@
+"""The four primitives on torch's tensors: inputs are copied where need be, outputs allocated, a back end fills them.
+
+forward, forward_grad, backward and scale are those of :class:`vidfast.backends.base.Backend`, which says what each
+computes. What comes from a saved-tensor hook is checked here, before an address of it is read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vidfast.arguments import Call
+from vidfast.backends.base import Backend
+from vidfast.layout import Layout, RowLayout, rows_of
+from vidfast.memory import empty_dense, empty_loss
+from vidfast.raw import vector
+
+_F64 = torch.float64
+
+
+def forward(
+    backend: Backend, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, call: Call
+) -> tuple[Tensor, Tensor]:
+    """The loss and the sums of squares.
+
+    Args:
+        backend: That supports the tensors.
+        mean: mu(s), any shape.
+        target: t, mean's shape.
+        alpha: (C,).
+        layout: Of mean and target.
+        call: Everything else.
+
+    Returns:
+        The loss, a scalar, fp64 if mean or target is, else fp32; S_c = sum (mean - target)^2, (C,) in fp64.
+    """
+    mean, target = as_walked(mean, target, layout)
+    alpha = alpha.contiguous()
+    loss = empty_loss(mean, target)
+    sum_sq = torch.empty_like(alpha, dtype=_F64)
+    backend.forward(mean, target, alpha, layout, call, loss=loss, sum_sq=sum_sq)
+    return loss, sum_sq
+
+
+def forward_grad(
+    backend: Backend, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, call: Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and its gradients for an incoming gradient of 1.
+
+    The arguments are those of :func:`forward`. With `call.inplace` d/d mean is written over mean.
+
+    Returns:
+        The loss; d/d mean, of mean's shape and dtype and without gaps in its order of dimensions, in place a detached
+        alias of mean; d/d alpha, (C,) in fp64.
+    """
+    mean, target = as_walked(mean, target, layout)
+    alpha = alpha.contiguous()
+    loss = empty_loss(mean, target)
+    grad_mean = mean.detach() if call.inplace else empty_dense(mean, layout.dense, mean.dtype)
+    grad_alpha = torch.empty_like(alpha, dtype=_F64)
+    backend.forward_grad(
+        mean, target, alpha, layout, call, loss=loss, grad_mean=grad_mean, grad_alpha=grad_alpha
+    )
+    return loss, grad_mean, grad_alpha
+
+
+def backward(
+    backend: Backend,
+    g: Tensor,
+    mean: Tensor | None,
+    target: Tensor | None,
+    alpha: Tensor,
+    sum_sq: Tensor,
+    layout: Layout,
+    call: Call,
+    want: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of mean, target and alpha, those that `want` names, times the scalar g.
+
+    Args:
+        backend: That supports the tensors.
+        g: The incoming gradient, a scalar in memory of its own.
+        mean: As in forward. None, as target, where alpha's gradient alone is wanted.
+        target: As in forward.
+        alpha: (C,).
+        sum_sq: (C,) in fp64, forward's.
+        layout: Of mean and target; without them outer * inner and channels are all that is read.
+        call: Everything else.
+        want: Of mean, target and alpha, whose gradients.
+
+    Raises:
+        RuntimeError: alpha or sum_sq is no longer what was saved.
+    """
+    alpha = vector("alpha", alpha, layout.channels, alpha.device)
+    sum_sq = vector("sum_sq", sum_sq, layout.channels, alpha.device, _F64)
+    grad_mean = grad_target = None
+    if want[0] or want[1]:
+        assert mean is not None, "gradients of the activations need the activations"
+        assert target is not None, "gradients of the activations need the activations"
+        mean, target = as_walked(mean, target, layout)
+        grad_mean = empty_dense(mean, layout.dense, mean.dtype) if want[0] else None
+        # in mean's order of dimensions, so that one description serves all four tensors
+        grad_target = empty_dense(mean, layout.dense, target.dtype) if want[1] else None
+    else:
+        mean = target = None
+    grad_alpha = torch.empty_like(alpha) if want[2] else None
+    backend.backward(
+        g,
+        mean,
+        target,
+        alpha,
+        sum_sq,
+        layout,
+        call,
+        grad_mean=grad_mean,
+        grad_target=grad_target,
+        grad_alpha=grad_alpha,
+    )
+    return grad_mean, grad_target, grad_alpha
+
+
+def scale(
+    backend: Backend,
+    g: Tensor,
+    grad_mean: Tensor | None,
+    channel: int,
+    grad_alpha: Tensor | None,
+    alpha_dtype: torch.dtype,
+    in_place: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What :func:`forward_grad` made, times the scalar g.
+
+    Args:
+        backend: That made it.
+        g: The incoming gradient, a scalar in memory of its own.
+        grad_mean: d/d mean, any strides; None where it is not wanted.
+        channel: The dimension of its channels.
+        grad_alpha: d/d alpha, (C,) in fp64; None where it is not wanted.
+        alpha_dtype: Of d/d alpha as it is returned.
+        in_place: Whether grad_mean is scaled where it is stored.
+
+    Raises:
+        RuntimeError: grad_alpha is no longer what was saved.
+    """
+    rows: RowLayout | None = None
+    result = scaled_alpha = None
+    if grad_mean is not None:
+        rows = rows_of(grad_mean, channel)
+        if rows.copies:  # a saved-tensor hook may give it back laid out in any way
+            grad_mean = grad_mean.contiguous()
+        result = grad_mean if in_place else empty_dense(grad_mean, rows.dense, grad_mean.dtype)
+    if grad_alpha is not None:
+        grad_alpha = vector("grad_alpha", grad_alpha, grad_alpha.numel(), g.device, _F64)
+        scaled_alpha = torch.empty_like(grad_alpha, dtype=alpha_dtype)
+    backend.scale(g, rows, grad_mean, result, grad_alpha, scaled_alpha)
+    return result, scaled_alpha
+
+
+def as_walked(mean: Tensor, target: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """mean and target, or detached copies of them, as `layout` describes them."""
+    if layout.copies_mean:
+        mean = mean.detach().contiguous()
+    if layout.copies_target:
+        target = empty_dense(mean, layout.dense, target.dtype).copy_(target.detach())
+    return mean, target
