@@ -1,37 +1,14 @@
-// vidfast._C: the native primitives for Python. Addresses are integers; the caller answers for what lies there.
-#include <pybind11/pybind11.h>
+// vidfast._C: the native primitives for Python. Addresses are integers; the caller answers for what is there.
+#include "bindings.h"
 
 #include "cpu/blocks.h"
 #include "gaussian_nll.h"
 
 namespace py = pybind11;
 using vidfast::DType;
-using vidfast::Problem;
-using vidfast::View;
+using namespace vidfast::bindings;
 
 namespace {
-
-// A tensor on its way through Python: (address, outer stride in elements, dtype); address 0 is an absent one.
-using Address = uintptr_t;
-
-View view(Address data, int64_t outer_stride, int dtype) {
-  return {reinterpret_cast<void*>(data), outer_stride, static_cast<DType>(dtype)};
-}
-
-Problem problem(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
-                int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
-                double k, double eps, bool full) {
-  return {outer,
-          channels,
-          inner,
-          view(mean, mean_stride, mean_dtype),
-          view(target, target_stride, target_dtype),
-          reinterpret_cast<const void*>(alpha),
-          static_cast<DType>(alpha_dtype),
-          eps,
-          k,
-          full};
-}
 
 void cpu_forward(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
                  int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
@@ -39,8 +16,7 @@ void cpu_forward(Address mean, int64_t mean_stride, int mean_dtype, Address targ
   py::gil_scoped_release release;
   vidfast::cpu::forward(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha, alpha_dtype,
                                 outer, channels, inner, k, eps, full),
-                        reinterpret_cast<void*>(loss), static_cast<DType>(loss_dtype),
-                        reinterpret_cast<double*>(sum_sq), threads);
+                        pointer(loss), static_cast<DType>(loss_dtype), doubles(sum_sq), threads);
 }
 
 void cpu_forward_grad(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
@@ -50,8 +26,8 @@ void cpu_forward_grad(Address mean, int64_t mean_stride, int mean_dtype, Address
   py::gil_scoped_release release;
   vidfast::cpu::forward_grad(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha,
                                      alpha_dtype, outer, channels, inner, k, eps, full),
-                             reinterpret_cast<void*>(loss), static_cast<DType>(loss_dtype),
-                             view(grad_mean, grad_stride, mean_dtype), reinterpret_cast<double*>(grad_alpha), threads);
+                             pointer(loss), static_cast<DType>(loss_dtype), view(grad_mean, grad_stride, mean_dtype),
+                             doubles(grad_alpha), threads);
 }
 
 void cpu_backward(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
@@ -62,27 +38,21 @@ void cpu_backward(Address mean, int64_t mean_stride, int mean_dtype, Address tar
   py::gil_scoped_release release;
   vidfast::cpu::backward(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha, alpha_dtype,
                                  outer, channels, inner, k, eps, full),
-                         reinterpret_cast<const void*>(g), static_cast<DType>(g_dtype),
-                         reinterpret_cast<const double*>(sum_sq), view(grad_mean, grad_mean_stride, mean_dtype),
-                         view(grad_target, grad_target_stride, target_dtype), reinterpret_cast<void*>(grad_alpha),
-                         threads);
+                         pointer(g), static_cast<DType>(g_dtype), doubles(sum_sq),
+                         view(grad_mean, grad_mean_stride, mean_dtype),
+                         view(grad_target, grad_target_stride, target_dtype), pointer(grad_alpha), threads);
 }
 
 void cpu_scale(Address g, int g_dtype, int64_t outer, int64_t row, Address src, int64_t src_stride, Address dst,
                int64_t dst_stride, int dtype, int64_t channels, Address grad_alpha, Address grad_alpha_out,
                int alpha_dtype, int threads) {
   py::gil_scoped_release release;
-  vidfast::cpu::scale(reinterpret_cast<const void*>(g), static_cast<DType>(g_dtype), outer, row,
-                      view(src, src_stride, dtype), view(dst, dst_stride, dtype), channels,
-                      reinterpret_cast<const double*>(grad_alpha), reinterpret_cast<void*>(grad_alpha_out),
+  vidfast::cpu::scale(pointer(g), static_cast<DType>(g_dtype), outer, row, view(src, src_stride, dtype),
+                      view(dst, dst_stride, dtype), channels, doubles(grad_alpha), pointer(grad_alpha_out),
                       static_cast<DType>(alpha_dtype), threads);
 }
 
 }  // namespace
-
-#ifdef VIDFAST_CUDA
-void bind_cuda(py::module_& m);
-#endif
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "vidfast's native kernels. Arguments are raw addresses; use the vidfast package instead.";

@@ -1,6 +1,5 @@
 // The CUDA part of vidfast._C. Addresses are integers, the stream is a cudaStream_t's.
-#include <pybind11/pybind11.h>
-
+#include "bindings.h"
 #include "gaussian_nll.h"
 #ifdef VIDFAST_TUNE
 #include "cuda/chunks.h"
@@ -8,34 +7,9 @@
 
 namespace py = pybind11;
 using vidfast::DType;
-using vidfast::Problem;
-using vidfast::View;
+using namespace vidfast::bindings;
 
 namespace {
-
-using Address = uintptr_t;
-
-void* pointer(Address a) { return reinterpret_cast<void*>(a); }
-double* doubles(Address a) { return reinterpret_cast<double*>(a); }
-
-View view(Address data, int64_t outer_stride, int dtype) {
-  return {pointer(data), outer_stride, static_cast<DType>(dtype)};
-}
-
-Problem problem(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
-                int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
-                double k, double eps, bool full) {
-  return {outer,
-          channels,
-          inner,
-          view(mean, mean_stride, mean_dtype),
-          view(target, target_stride, target_dtype),
-          pointer(alpha),
-          static_cast<DType>(alpha_dtype),
-          eps,
-          k,
-          full};
-}
 
 void cuda_forward(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
                   int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,

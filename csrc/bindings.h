@@ -1,0 +1,42 @@
+// How Python's numbers become the native code's arguments: what both bindings share. A tensor on its way through
+// Python is (address, outer stride in elements, dtype); address 0 is an absent one.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "gaussian_nll.h"
+
+namespace vidfast::bindings {
+
+using Address = uintptr_t;
+
+inline void* pointer(Address a) { return reinterpret_cast<void*>(a); }
+inline double* doubles(Address a) { return reinterpret_cast<double*>(a); }
+
+inline View view(Address data, int64_t outer_stride, int dtype) {
+  return {pointer(data), outer_stride, static_cast<DType>(dtype)};
+}
+
+inline Problem problem(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
+                       int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
+                       double k, double eps, bool full) {
+  Problem p;
+  p.outer = outer;
+  p.channels = channels;
+  p.inner = inner;
+  p.mean = view(mean, mean_stride, mean_dtype);
+  p.target = view(target, target_stride, target_dtype);
+  p.alpha = pointer(alpha);
+  p.alpha_dtype = static_cast<DType>(alpha_dtype);
+  p.eps = eps;
+  p.k = k;
+  p.full = full;
+  return p;
+}
+
+}  // namespace vidfast::bindings
+
+// Adds the CUDA part to the module; in builds with CUDA.
+void bind_cuda(pybind11::module_& m);
