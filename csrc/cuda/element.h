@@ -190,10 +190,27 @@ struct Tensor {
   }
 };
 
-// Whether a vector may lie at p. Any takes elements one by one wherever they lie.
+// Whether a vector may begin at p. Any takes elements one by one, at any address.
 template <class T>
 __host__ __device__ inline bool aligned(const void* p) {
   return is_any<T> || reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// A warp takes n neighbouring elements as vectors between a head and a tail of single elements, each shorter than a
+// vector. The head: the elements from p on before the first address of a vector, at most n.
+template <class T, class N>
+__device__ inline N head_elements(const void* p, N n) {
+  if constexpr (is_any<T>) {
+    return 0;
+  } else {
+    const N head = static_cast<N>((16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(T));
+    return head > n ? n : head;
+  }
+}
+// Head and tail: calls one(i) for the element i of this lane, if it has one. Those of the head come first.
+template <class N, class One>
+__device__ inline void for_edge_element(int lane, N head, N tail, N n, const One& one) {
+  if (lane < head + tail) one(lane < head ? lane : n - (head + tail) + lane);
 }
 
 }  // namespace vidfast::cuda

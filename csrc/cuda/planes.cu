@@ -63,11 +63,7 @@ struct Run {
   }
 
   __device__ void walk(int lane, int n) {
-    int head = 0;
-    if constexpr (!P::any) {
-      head = static_cast<int>((16 - reinterpret_cast<uintptr_t>(mean) % 16) % 16) / mean_bytes;
-      if (head > n) head = n;
-    }
+    const int head = head_elements<M>(mean, n);
     const bool vectors =
         aligned<M>(element(mean, a.mean, head, mean_bytes)) &&
         aligned<T>(element(target, a.target, head, target_bytes)) &&
@@ -83,7 +79,7 @@ struct Run {
     }
     const int count = (n - head) / W;
     const int tail = n - head - count * W;
-    if (lane < head + tail) one(lane < head ? lane : n - (head + tail) + lane, sum[0]);  // both are under W
+    for_edge_element(lane, head, tail, n, [&](int i) { one(i, sum[0]); });
     for (int first = lane; first < count; first += kWarp * U) {
       Vector<M, W> m[U];
       Vector<T, W> t[U];

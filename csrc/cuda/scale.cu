@@ -33,15 +33,14 @@ __global__ void __launch_bounds__(kThreads, 4) scale_rows(const __grid_constant_
     T* to = reinterpret_cast<T*>(a.result.at<T>(o * a.result.stride + begin));
     const auto one = [&](int64_t i) { to[i] = narrow<T>(widen<Acc>(from[i]) * factor); };
 
-    int64_t head = static_cast<int64_t>((16 - reinterpret_cast<uintptr_t>(to) % 16) % 16 / sizeof(T));
-    if (head > n) head = n;
+    const int64_t head = head_elements<T>(to, n);
     if (!aligned<T>(from + head) || !aligned<T>(to + head)) {
       for (int64_t i = lane; i < n; i += kWarp) one(i);
       continue;
     }
     const int64_t count = (n - head) / W;
     const int64_t tail = n - head - count * W;
-    if (lane < head + tail) one(lane < head ? lane : n - (head + tail) + lane);
+    for_edge_element(lane, head, tail, n, one);
     for (int64_t first = lane; first < count; first += kWarp * U) {
       Vector<T, W> v[U];
 #pragma unroll
