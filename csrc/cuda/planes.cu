@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, (Pair<M, T>::any ? 2 : 3)) planes(co
   Acc sum[W] = {};
   Run<M, T, Sum> run{a, Acc(0), sum, nullptr, nullptr, nullptr, nullptr};
   run.begin(block * cut.outer, c * a.inner + begin);
-  if (!Sum || a.grad_mean.data != nullptr) {
+  if (any_gradient<Sum>(a)) {
     if (a.prefetch) run.prefetch_start(lane, n);
     const Scale<Sum> scale(a, c);
     run.scale = static_cast<Acc>(scale.value());

@@ -46,6 +46,12 @@ __device__ inline bool last_to_arrive(unsigned* counter, unsigned expected) {
   return __syncthreads_or(last) != 0;
 }
 
+// Whether any gradient of the activations is wanted; a backward without one is another kernel.
+template <bool Sum>
+__device__ inline bool any_gradient(const Args& a) {
+  return !Sum || a.grad_mean.data != nullptr;
+}
+
 // alpha of a channel and, without sums, the incoming gradient, on their way.
 template <bool Sum>
 struct Scale {

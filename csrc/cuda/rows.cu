@@ -10,6 +10,39 @@
 namespace vidfast::cuda {
 namespace {
 
+// Where a block is. It is kept in shared memory: registers are for the vectors.
+struct Place {
+  int64_t tile, tile_begin;                  // the tile, its first column
+  int64_t row_chunk, begin, complete, stop;  // the chunk's rows, those of them that are complete
+  int64_t first_run;                         // the run of the tile's first column
+  int phase;                                 // that run's columns before the tile
+  int columns, runs;                         // of the tile
+
+  __device__ void find(const RowChunks& cut, int64_t inner) {
+    const unsigned tiles = static_cast<unsigned>(cut.tiles);  // fewer than blocks
+    row_chunk = blockIdx.x / tiles;
+    tile = blockIdx.x % tiles;
+    tile_begin = tile * cut.tile;
+    begin = row_chunk * cut.chunk_rows;
+    stop = begin + cut.chunk_rows < cut.rows ? begin + cut.chunk_rows : cut.rows;
+    complete = stop < cut.complete_rows ? stop : cut.complete_rows;
+    first_run = tile_begin / inner;
+    phase = static_cast<int>(tile_begin - first_run * inner);
+    columns = static_cast<int>(cut.columns - tile_begin < cut.tile ? cut.columns - tile_begin : cut.tile);
+    runs = static_cast<int>(static_cast<unsigned>(phase + columns - 1) / static_cast<unsigned>(inner)) + 1;
+  }
+};
+
+// Where a thread is in its block, whose warps stand `across` by `down`.
+struct Position {
+  int lane, x, y;
+
+  __device__ explicit Position(const RowChunks& cut)
+      : lane(threadIdx.x % kWarp),
+        x((threadIdx.x / kWarp) & (cut.across - 1)),
+        y((threadIdx.x / kWarp) >> cut.across_bits) {}
+};
+
 // One thread's columns of a chunk.
 template <class M, class T, bool Sum>
 struct Columns {
@@ -21,7 +54,44 @@ struct Columns {
   const Args& a;
   int64_t tile_begin;  // the tile's first column
   int first, step;     // this thread's columns in the tile: first + e * step
-  Acc scale[W], sum[W];
+  Acc scale[W] = {}, sum[W] = {};
+
+  __device__ Columns(const Args& args, const Place& place, const Position& at)
+      : a(args),
+        tile_begin(place.tile_begin),
+        first(a.vectors ? (at.x * kWarp + at.lane) * W : at.x * kWarp * W + at.lane),
+        step(a.vectors ? 1 : kWarp) {}
+
+  // `scales`: one for each of the tile's runs.
+  __device__ void take_scales(const Place& place, const Acc* scales) {
+    if (!any_gradient<Sum>(a)) return;
+    const int inner = static_cast<int>(a.inner);
+    int run = (place.phase + first) / inner;
+    int in_run = place.phase + first - run * inner;
+#pragma unroll
+    for (int e = 0; e < W; ++e) {
+      if (first + e * step < place.columns) scale[e] = scales[run];
+      in_run += step;
+      if (in_run >= inner) {
+        const int over = step == 1 ? 1 : in_run / inner;
+        run += over;
+        in_run -= over * inner;
+      }
+    }
+  }
+
+  // The chunk's rows y, y + down, ...
+  __device__ void walk(const Place& place, int y) {
+    const RowChunks& cut = a.rows;
+    if (a.vectors) {
+      vectors(place.begin + y, place.complete, cut.down);
+    } else {
+      for (int64_t row = place.begin + y; row < place.complete; row += cut.down) edge(row, cut.columns);
+    }
+    // The last row of joined ones may be incomplete.
+    if (place.complete < place.stop && (cut.complete_rows - place.begin) % cut.down == y)
+      edge(cut.complete_rows, (a.outer - cut.complete_rows * cut.join) * a.channels * a.inner);
+  }
 
   __device__ void element(int64_t row, int64_t column, int e) {
     const auto offset = [&](const Tensor& t) { return row * a.rows.join * t.stride + column; };
@@ -91,49 +161,45 @@ struct Columns {
   }
 };
 
-// Where a block is. It lies in shared memory: registers are for the vectors.
-struct Place {
-  int64_t tile, tile_begin;                  // the tile, its first column
-  int64_t row_chunk, begin, complete, stop;  // the chunk's rows, those of them that are complete
-  int64_t first_run;                         // the run of the tile's first column, which lies
-  int phase;                                 // so many columns into it
-  int columns, runs;                         // of the tile
-
-  __device__ void find(const RowChunks& cut, int64_t inner) {
-    const unsigned tiles = static_cast<unsigned>(cut.tiles);  // fewer than blocks
-    row_chunk = blockIdx.x / tiles;
-    tile = blockIdx.x % tiles;
-    tile_begin = tile * cut.tile;
-    begin = row_chunk * cut.chunk_rows;
-    stop = begin + cut.chunk_rows < cut.rows ? begin + cut.chunk_rows : cut.rows;
-    complete = stop < cut.complete_rows ? stop : cut.complete_rows;
-    first_run = tile_begin / inner;
-    phase = static_cast<int>(tile_begin - first_run * inner);
-    columns = static_cast<int>(cut.columns - tile_begin < cut.tile ? cut.columns - tile_begin : cut.tile);
-    runs = static_cast<int>(static_cast<unsigned>(phase + columns - 1) / static_cast<unsigned>(inner)) + 1;
-  }
-};
-
 // Lines of a warp's first batch of rows.
 template <class M, class T>
-__device__ inline void prefetch_start(const Args& a, const Place& place, int x, int y, int lane) {
+__device__ inline void prefetch_start(const Args& a, const Place& place, const Position& at) {
   constexpr int W = Pair<M, T>::width;
   if constexpr (!Pair<M, T>::any) {
     const int down = a.rows.down;
     const auto line = [&](const Tensor& t, int u, int i, int bytes) -> const unsigned char* {
-      const int column = x * kWarp * W + i * 128 / bytes;
-      const int64_t row = place.begin + y + u * down;
+      const int column = at.x * kWarp * W + i * 128 / bytes;
+      const int64_t row = place.begin + at.y + u * down;
       if (column >= place.columns || row >= place.complete) return nullptr;
       return t.data + row * t.row_bytes + (place.tile_begin + column) * bytes;
     };
     prefetch_batch<M, T>(
-        lane, [&](int u, int i) { return line(a.mean, u, i, sizeof(M)); },
+        at.lane, [&](int u, int i) { return line(a.mean, u, i, sizeof(M)); },
         [&](int u, int i) { return line(a.target, u, i, sizeof(T)); });
   }
 }
 
+// The block's place, and where a gradient is wanted the scales of its tile's runs, both into shared memory. Called by
+// all threads; what they find is there after a barrier. Backward: writes d/d alpha.
+template <class M, class T, bool Sum, class Acc>
+__device__ inline void find_scales(const Args& a, const Position& at, Place& place, Acc* scales) {
+  Place here;
+  here.find(a.rows, a.inner);
+  if (threadIdx.x == 0) place = here;
+  if (!any_gradient<Sum>(a)) return;
+  if (a.prefetch) prefetch_start<M, T>(a, here, at);
+  for (int i = threadIdx.x; i < here.runs; i += kThreads) {
+    const int64_t run = here.first_run + i;
+    const Scale<Sum> scale(a, run < a.channels ? run : run % a.channels);
+    scales[i] = static_cast<Acc>(scale.value());
+    // A channel is met first where its first run begins.
+    if (!Sum && here.row_chunk == 0 && run < a.channels && (i > 0 || here.phase == 0))
+      write_grad_alpha(a, run, scale.gk());
+  }
+}
+
 // sums [down, tile] of the columns -> one sum for each of `runs` runs, the first of which begins `phase` columns before
-// the tile; to each of them is `added` what lies `runs` runs further on, so many times less one. Called by all threads.
+// the tile; to each of them is `added` what is `runs` runs further on, so many times less one. Called by all threads.
 template <class Acc>
 __device__ inline void add_columns(const Acc* sums, int tile, int down, int columns, int runs, int added, int phase,
                                    int64_t inner, double* out) {
@@ -156,74 +222,38 @@ __device__ inline void add_columns(const Acc* sums, int tile, int down, int colu
   }
 }
 
+// Forward: the threads' sums meet in `sums`, and become the chunk's partial sums. Called by all threads.
+template <class M, class T, bool Sum, class Acc>
+__device__ inline void store_sums(const Args& a, const Place& place, int y, const Columns<M, T, Sum>& mine, Acc* sums) {
+  if constexpr (Sum) {
+    const RowChunks& cut = a.rows;
+    const int tile = static_cast<int>(cut.tile);
+#pragma unroll
+    for (int e = 0; e < mine.W; ++e) sums[y * tile + mine.first + e * mine.step] = mine.sum[e];
+    __syncthreads();
+    const int64_t number = place.first_run + (cut.whole ? 0 : place.tile);
+    const int added = static_cast<int>(cut.added);
+    add_columns(sums, tile, cut.down, place.columns, place.runs / added, added, place.phase, a.inner,
+                a.partials + place.row_chunk * cut.sums + number);
+  }
+}
+
 template <class M, class T, bool Sum>
 __global__ void __launch_bounds__(kThreads, (Pair<M, T>::any ? 2 : 3)) rows(const __grid_constant__ Args a) {
   using Acc = typename Pair<M, T>::Acc;
-  constexpr int W = Pair<M, T>::width;
-  const RowChunks& cut = a.rows;
-  const int tile = static_cast<int>(cut.tile);
   Place& place = *reinterpret_cast<Place*>(shared_memory());
   Acc* scales = reinterpret_cast<Acc*>(&place + 1);  // [most_runs]
-  Acc* sums = scales + cut.most_runs;                // [down, tile]
-  const bool gradients = !Sum || a.grad_mean.data != nullptr;
-  const int lane = threadIdx.x % kWarp;
-  const int x = (threadIdx.x / kWarp) & (cut.across - 1);
-  const int y = (threadIdx.x / kWarp) >> cut.across_bits;
+  Acc* sums = scales + a.rows.most_runs;             // [down, tile]
+  const Position at(a.rows);
 
   begin_sweep<Sum>(a);
-  {
-    Place here;
-    here.find(cut, a.inner);
-    if (threadIdx.x == 0) place = here;
-    if (gradients) {
-      if (a.prefetch) prefetch_start<M, T>(a, here, x, y, lane);
-      for (int i = threadIdx.x; i < here.runs; i += kThreads) {
-        const int64_t run = here.first_run + i;
-        const Scale<Sum> scale(a, run < a.channels ? run : run % a.channels);
-        scales[i] = static_cast<Acc>(scale.value());
-        // A channel is met first where its first run begins.
-        if (!Sum && here.row_chunk == 0 && run < a.channels && (i > 0 || here.phase == 0))
-          write_grad_alpha(a, run, scale.gk());
-      }
-    }
-  }
+  find_scales<M, T, Sum>(a, at, place, scales);
   __syncthreads();
 
-  Columns<M, T, Sum> mine{a, place.tile_begin, 0, 0, {}, {}};
-  mine.first = a.vectors ? (x * kWarp + lane) * W : x * kWarp * W + lane;
-  mine.step = a.vectors ? 1 : kWarp;
-  if (gradients) {
-    const int inner = static_cast<int>(a.inner);
-    int run = (place.phase + mine.first) / inner;
-    int in_run = place.phase + mine.first - run * inner;
-#pragma unroll
-    for (int e = 0; e < W; ++e) {
-      if (mine.first + e * mine.step < place.columns) mine.scale[e] = scales[run];
-      in_run += mine.step;
-      if (in_run >= inner) {
-        const int over = mine.step == 1 ? 1 : in_run / inner;
-        run += over;
-        in_run -= over * inner;
-      }
-    }
-  }
-  if (a.vectors) {
-    mine.vectors(place.begin + y, place.complete, cut.down);
-  } else {
-    for (int64_t row = place.begin + y; row < place.complete; row += cut.down) mine.edge(row, cut.columns);
-  }
-  // The last row of joined ones may be incomplete.
-  if (place.complete < place.stop && (cut.complete_rows - place.begin) % cut.down == y)
-    mine.edge(cut.complete_rows, (a.outer - cut.complete_rows * cut.join) * a.channels * a.inner);
-
-  if constexpr (Sum) {
-#pragma unroll
-    for (int e = 0; e < W; ++e) sums[y * tile + mine.first + e * mine.step] = mine.sum[e];
-    __syncthreads();
-    const int64_t at = place.first_run + (cut.whole ? 0 : place.tile);
-    add_columns(sums, tile, cut.down, place.columns, place.runs / static_cast<int>(cut.added),
-                static_cast<int>(cut.added), place.phase, a.inner, a.partials + place.row_chunk * cut.sums + at);
-  }
+  Columns<M, T, Sum> mine(a, place, at);
+  mine.take_scales(place, scales);
+  mine.walk(place, at.y);
+  store_sums(a, place, at.y, mine, sums);
 }
 
 template <class M, class T, bool Sum>
