@@ -36,7 +36,7 @@ P* at(P* base, DType t, int64_t elements) {
 }
 
 // Neighbouring elements of a channel are walked in runs; a task is some channels of some outer indices, or a
-// piece of one plane.
+// piece of one plane. Sums are added to sum_sq.
 void sweep_planes(const Problem& p, const Sweep& s, const Kernels& kernels, int threads) {
   const bool pieces = p.inner > kTask;
   const int64_t piece = pieces ? kTask : p.inner;
@@ -83,14 +83,13 @@ void sweep_planes(const Problem& p, const Sweep& s, const Kernels& kernels, int 
   });
 
   if (s.sum_sq == nullptr) return;
-  for (int64_t c = 0; c < p.channels; ++c) s.sum_sq[c] = 0;
   for (int64_t o = 0; o < n_outer_blocks; ++o)
     for (int64_t c = 0; c < p.channels; ++c)
       for (int64_t i = 0; i < n_pieces; ++i) s.sum_sq[c] += partial[(o * p.channels + c) * n_pieces + i];
 }
 
 // Rows of columns, column j belonging to channel (j / inner) % C. Rows [begin, end) are taken `join` at a time
-// as one wider row; sum_sq accumulates.
+// as one wider row. Sums are added to sum_sq.
 void sweep_rows(const Problem& p, const Sweep& s, const Kernels& kernels, int64_t begin, int64_t end, int64_t join,
                 int threads) {
   const int64_t width = p.channels * p.inner;
@@ -174,6 +173,7 @@ void sweep(const Problem& whole, const Sweep& s, int threads) {
   const int64_t elements = p.outer * p.channels * p.inner;
   threads = elements < kSerial ? 1 : worth_waking(threads, elements, kAsleep);
   const Kernels& kernels = active_kernels().pair[static_cast<int>(p.mean.dtype)][static_cast<int>(p.target.dtype)];
+  if (s.sum_sq != nullptr) std::fill_n(s.sum_sq, p.channels, 0.0);
   if (p.inner >= kSmallPlane || p.channels == 1) {
     sweep_planes(p, s, kernels, threads);
     return;
@@ -186,8 +186,6 @@ void sweep(const Problem& whole, const Sweep& s, int threads) {
     join = step * ceil_div(kNarrowRow, step * width);
     if (join > p.outer) join = p.outer;
   }
-  if (s.sum_sq != nullptr)
-    for (int64_t c = 0; c < p.channels; ++c) s.sum_sq[c] = 0;
   const int64_t joined = p.outer / join * join;
   sweep_rows(p, s, kernels, 0, joined, join, threads);
   sweep_rows(p, s, kernels, joined, p.outer, 1, threads);
