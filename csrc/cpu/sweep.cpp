@@ -64,15 +64,16 @@ void sweep_planes(const Problem& p, const Sweep& s, const Kernels& kernels, int 
     for (int64_t o = o_begin; o < o_end; ++o) {
       const int64_t offset = c_begin * p.inner + i;
       const auto where = [&](const View& v) { return at(v.data, v.dtype, o * v.outer_stride + offset); };
-      const Runs runs{where(p.mean),
-                      where(p.target),
-                      where(s.grad_mean),
-                      where(s.grad_target),
-                      std::min(piece, p.inner - i),
-                      c_end - c_begin,
-                      s.scale != nullptr ? s.scale + c_begin : nullptr,
-                      partial ? &partial[(o_block * p.channels + c_begin) * n_pieces + i_block] : nullptr,
-                      o > o_begin};
+      Runs runs;
+      runs.mean = where(p.mean);
+      runs.target = where(p.target);
+      runs.grad_mean = where(s.grad_mean);
+      runs.grad_target = where(s.grad_target);
+      runs.n = std::min(piece, p.inner - i);
+      runs.channels = c_end - c_begin;
+      runs.scale = s.scale != nullptr ? s.scale + c_begin : nullptr;
+      runs.sum_sq = partial ? &partial[(o_block * p.channels + c_begin) * n_pieces + i_block] : nullptr;
+      runs.add = o > o_begin;
       if (s.sum_sq == nullptr)
         kernels.grad_runs(runs, stream);
       else if (s.scale != nullptr)
@@ -129,18 +130,19 @@ void sweep_rows(const Problem& p, const Sweep& s, const Kernels& kernels, int64_
     const int64_t j = task % n_column_blocks * tile_columns;
     const int64_t row = task / n_column_blocks * tile_rows;
     const auto where = [&](const View& v) { return at(v.data, v.dtype, (begin + row * join) * v.outer_stride + j); };
-    Tile tile{where(p.mean),
-              where(p.target),
-              where(s.grad_mean),
-              where(s.grad_target),
-              stride(p.mean),
-              stride(p.target),
-              stride(s.grad_mean),
-              stride(s.grad_target),
-              std::min(tile_rows, rows - row),
-              std::min(tile_columns, columns - j),
-              scale ? scale.get() + j * (f64 ? 8 : 4) : nullptr,
-              partial ? &partial[task / n_column_blocks * columns + j] : nullptr};
+    Tile tile;
+    tile.mean = where(p.mean);
+    tile.target = where(p.target);
+    tile.grad_mean = where(s.grad_mean);
+    tile.grad_target = where(s.grad_target);
+    tile.mean_stride = stride(p.mean);
+    tile.target_stride = stride(p.target);
+    tile.grad_mean_stride = stride(s.grad_mean);
+    tile.grad_target_stride = stride(s.grad_target);
+    tile.rows = std::min(tile_rows, rows - row);
+    tile.columns = std::min(tile_columns, columns - j);
+    tile.scale = scale ? scale.get() + j * (f64 ? 8 : 4) : nullptr;
+    tile.sum_sq = partial ? &partial[task / n_column_blocks * columns + j] : nullptr;
     if (s.sum_sq == nullptr)
       kernels.grad_tile(tile, stream);
     else if (s.scale != nullptr)
