@@ -224,12 +224,13 @@ __device__ inline void add_columns(const Acc* sums, int tile, int down, int colu
 
 // Forward: the threads' sums meet in `sums`, and become the chunk's partial sums. Called by all threads.
 template <class M, class T, bool Sum, class Acc>
-__device__ inline void store_sums(const Args& a, const Place& place, int y, const Columns<M, T, Sum>& mine, Acc* sums) {
+__device__ inline void store_sums(const Args& a, const Place& place, int y, const Columns<M, T, Sum>& columns,
+                                  Acc* sums) {
   if constexpr (Sum) {
     const RowChunks& cut = a.rows;
     const int tile = static_cast<int>(cut.tile);
 #pragma unroll
-    for (int e = 0; e < mine.W; ++e) sums[y * tile + mine.first + e * mine.step] = mine.sum[e];
+    for (int e = 0; e < columns.W; ++e) sums[y * tile + columns.first + e * columns.step] = columns.sum[e];
     __syncthreads();
     const int64_t number = place.first_run + (cut.whole ? 0 : place.tile);
     const int added = static_cast<int>(cut.added);
@@ -250,10 +251,10 @@ __global__ void __launch_bounds__(kThreads, (Pair<M, T>::any ? 2 : 3)) rows(cons
   find_scales<M, T, Sum>(a, at, place, scales);
   __syncthreads();
 
-  Columns<M, T, Sum> mine(a, place, at);
-  mine.take_scales(place, scales);
-  mine.walk(place, at.y);
-  store_sums(a, place, at.y, mine, sums);
+  Columns<M, T, Sum> columns(a, place, at);
+  columns.take_scales(place, scales);
+  columns.walk(place, at.y);
+  store_sums(a, place, at.y, columns, sums);
 }
 
 template <class M, class T, bool Sum>

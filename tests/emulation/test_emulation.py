@@ -60,10 +60,10 @@ class Break:
 
 BREAKS = {
     "the barrier before columns are added": Break(
-        "rows.cu", "mine.sum[e];\n    __syncthreads();", "mine.sum[e];"
+        "rows.cu", "columns.sum[e];\n    __syncthreads();", "columns.sum[e];"
     ),
     "the barrier after the scales": Break(
-        "rows.cu", "  __syncthreads();\n\n  Columns<M, T, Sum> mine", "\n  Columns<M, T, Sum> mine"
+        "rows.cu", "  __syncthreads();\n\n  Columns<M, T, Sum> columns", "\n  Columns<M, T, Sum> columns"
     ),
     "a barrier between the steps of a sum": Break(
         "reduce.h", "    __syncthreads();\n    if (i < half)", "    if (i < half)"
