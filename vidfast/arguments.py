@@ -138,9 +138,11 @@ def check_tensors(
         and mean.dtype in _FLOATS
         and target.dtype in _FLOATS
         and alpha.dtype in _FLOATS
-        and mean.device == target.device == alpha.device
         and mean.layout is target.layout is alpha.layout is torch.strided
-        and not mean.is_meta
+        and (
+            (mean.is_cpu and target.is_cpu and alpha.is_cpu)
+            or (mean.device == target.device == alpha.device and not mean.is_meta)
+        )
     ):
         return channel, alpha
     _complain(mean, target, alpha, channel_dim)

@@ -27,7 +27,7 @@ from vidfast.layout import Layout, layout_of
 from vidfast.raw import NO_FORWARD_MODE, restored, savable, save
 
 
-def gaussian_nll(mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backend: Backend) -> Tensor:
+def run_strategy(mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backend: Backend) -> Tensor:
     """The loss by a back end's kernels, by the strategy that suits the call.
 
     Args:
@@ -40,52 +40,51 @@ def gaussian_nll(mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backen
     Raises:
         RuntimeError: In place, d/d mean would destroy what other code still uses.
     """
-    layout = layout_of(mean, target, call.channel)
     grad = torch.is_grad_enabled()
     mean_needs, target_needs = grad and mean.requires_grad, grad and target.requires_grad
-    if not (mean_needs or target_needs or (grad and alpha.requires_grad)):
-        return primitives.forward(backend, mean, target, alpha, layout, call)[0]
     in_one_pass = mean_needs and (
         call.strategy == "one_pass"
         or (call.strategy == "auto" and not target_needs and mean.dtype is not torch.float16)
     )
+    if in_one_pass and call.inplace:
+        _check_inplace(mean, target, alpha)
+    layout = layout_of(mean, target, call.channel)
     loss: Tensor
     if in_one_pass:
-        if call.inplace:
-            _check_inplace(mean, target, alpha, layout)
         loss = OnePass.apply(mean, target, alpha, layout, call, backend)[0]  # type: ignore[no-untyped-call]
-    else:
+    elif mean_needs or target_needs or (grad and alpha.requires_grad):
         loss = TwoPass.apply(mean, target, alpha, layout, call, backend)  # type: ignore[no-untyped-call]
+    else:
+        loss = primitives.forward(backend, mean, target, alpha, layout, call)[0]
     return loss
 
 
-def _check_inplace(mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout) -> None:
+def _check_inplace(mean: Tensor, target: Tensor, alpha: Tensor) -> None:
     """Sees to it that d/d mean may be written over mean.
 
     Raises:
         RuntimeError: Writing it would destroy what other code still uses.
     """
+    begin, end = _extent(mean)
+    shared = None
+    for name, other in (("alpha", alpha), ("target", target)):
+        other_begin, other_end = _extent(other)
+        if begin < other_end and other_begin < end:
+            shared = name
     base = base_of(mean)
     if base is not None and base.is_leaf and base.requires_grad:
         what = "mean" if base is mean else "the tensor that mean is a view of"
         raise RuntimeError(
             f"inplace=True would overwrite {what}, a leaf that requires grad: pass inplace=False"
         )
-    if layout.copies_mean or any(s == 0 and n > 1 for s, n in zip(mean.stride(), mean.shape, strict=True)):
+    if shared is not None:
         raise RuntimeError(
-            f"inplace=True needs a mean whose memory is dense, got shape {tuple(mean.shape)} with strides "
-            f"{mean.stride()}: pass inplace=False"
+            f"inplace=True would overwrite {shared}, which shares memory with mean: pass inplace=False"
         )
-    begin, end = _extent(mean)
-    for name, other in (("target", target), ("alpha", alpha)):
-        other_begin, other_end = _extent(other)
-        if begin < other_end and other_begin < end:
-            raise RuntimeError(
-                f"inplace=True would overwrite {name}, which shares memory with mean: pass inplace=False"
-            )
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
+    """The first address of x, and the one behind its last."""
     begin = x.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return begin, begin + (last + 1) * x.element_size()
@@ -147,8 +146,7 @@ class OnePass(torch.autograd.Function):
             torch.autograd.graph.increment_version(mean)
         origin = loss.new_empty(0)
         save(ctx, grad_mean, grad_alpha, origin=origin)
-        ctx.call, ctx.backend = call, backend
-        ctx.alpha_dtype = alpha.dtype
+        ctx.scaled_by = backend, call.channel, alpha.dtype
         ctx.set_materialize_grads(False)
         return loss, origin
 
@@ -159,13 +157,14 @@ class OnePass(torch.autograd.Function):
         (grad_mean, grad_alpha), origin, own = restored(ctx, g.device)
         assert origin is not None
         wants = ctx.needs_input_grad
+        backend, channel, alpha_dtype = ctx.scaled_by
         grad_mean, grad_alpha = primitives.scale(
-            ctx.backend,
+            backend,
             incoming(g),
             grad_mean if wants[0] else None,
-            ctx.call.channel,
+            channel,
             grad_alpha if wants[2] else None,
-            ctx.alpha_dtype,
+            alpha_dtype,
             own and not graph_is_retained(),
         )
         if torch.is_grad_enabled():

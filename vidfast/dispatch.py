@@ -14,11 +14,14 @@ from vidfast.arguments import Call
 from vidfast.backends import NAMES as NAMES
 from vidfast.backends import PLAIN, check_name, choose
 from vidfast.backends import load as load
-from vidfast.raw import NO_FORWARD_MODE, PLAIN_TYPES
+from vidfast.raw import NO_FORWARD_MODE, PLAIN_TYPES, not_raw
+
+# The ways of a call.
+_REFERENCE, _OPERATOR, _KERNELS = "reference", "operator", "kernels"
 
 
 def route(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
-    """The loss of a checked call.
+    """The loss of a checked call, by the way that suits it.
 
     Args:
         mean: mu(s).
@@ -30,20 +33,13 @@ def route(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
         ValueError: There is no such back end, or none for this reduction.
         RuntimeError: The back end asked for cannot run, or a transform of torch's cannot see into kernels.
     """
-    if call.reduction == "none":
-        if call.backend not in ("auto", "reference"):
-            raise ValueError(
-                f"reduction='none' has no fused kernel: backend must be 'auto' or 'reference', got {call.backend!r}"
-            )
-    elif torch.compiler.is_compiling():
-        if compiles_to_operator(call.backend, mean, target, alpha):
-            return ops.gaussian_nll(mean, target, alpha, call)
-    else:
-        backend = choose(call.backend, mean, target, alpha)
-        if call.backend != "reference":
-            _refuse_transforms(mean, target, alpha)
+    way = _way(mean, target, alpha, call)
+    if way == _OPERATOR:
+        return ops.call_operator(mean, target, alpha, call)
+    if way == _KERNELS:
+        backend = choose(call.backend, mean, target, alpha, not_raw(mean, target, alpha))
         if backend is not PLAIN and mean.numel():
-            return autograd.gaussian_nll(mean, target, alpha, call, backend)
+            return autograd.run_strategy(mean, target, alpha, call, backend)
     return reference.gaussian_nll(
         mean,
         target,
@@ -54,6 +50,28 @@ def route(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
         full=call.full,
         weight=call.weight,
     )
+
+
+def _way(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> str:
+    """_REFERENCE, _OPERATOR, or _KERNELS if a back end takes the tensors."""
+    if call.reduction == "none":
+        if call.backend not in ("auto", "reference"):
+            raise ValueError(
+                f"reduction='none' has no fused kernel: backend must be 'auto' or 'reference', got {call.backend!r}"
+            )
+        return _REFERENCE
+    if torch.compiler.is_compiling():
+        compiles = compiles_to_operator(call.backend, mean, target, alpha)
+        return _OPERATOR if compiles else _REFERENCE
+    if call.backend == "reference":
+        return _REFERENCE
+    if in_functorch(mean, target, alpha):
+        raise RuntimeError(
+            "vidfast.gaussian_nll cannot run inside torch.func transforms on its kernels: use backend='reference'"
+        )
+    if in_forward_mode() and (has_tangent(mean) or has_tangent(target) or has_tangent(alpha)):
+        raise RuntimeError(NO_FORWARD_MODE)
+    return _KERNELS
 
 
 def compiles_to_operator(wanted: str, *tensors: Tensor) -> bool:
@@ -79,15 +97,6 @@ def compiles_to_operator(wanted: str, *tensors: Tensor) -> bool:
     if obstacle is not None and wanted != "auto":
         raise RuntimeError(f"backend={wanted!r} cannot run here: {obstacle}; use backend='reference'")
     return obstacle is None
-
-
-def _refuse_transforms(*tensors: Tensor) -> None:
-    if in_functorch(*tensors):
-        raise RuntimeError(
-            "vidfast.gaussian_nll cannot run inside torch.func transforms on its kernels: use backend='reference'"
-        )
-    if in_forward_mode() and any(has_tangent(x) for x in tensors):
-        raise RuntimeError(NO_FORWARD_MODE)
 
 
 def info() -> dict[str, object]:

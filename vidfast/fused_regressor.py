@@ -30,7 +30,7 @@ from vidfast.backends.base import Backend
 from vidfast.layers import is_as_defined
 from vidfast.layout import layout_of, rows_of
 from vidfast.memory import empty_dense, empty_fp32
-from vidfast.raw import NO_FORWARD_MODE, restored, save
+from vidfast.raw import NO_FORWARD_MODE, not_raw, restored, save
 
 # The widest activation of a part of the batch: it stays in the cache, and a product over it is worth starting.
 _PART_BYTES, _PART_BYTES_IN_ROWS = 4 << 20, 8 << 20
@@ -295,12 +295,12 @@ def fused_nll(
         or target.shape != (student.shape[0], widths[-1], *student.shape[2:])
         or (widths[-1],) != alpha.shape
         or target.requires_grad
-        or backends.not_raw(*tensors) is not None
+        or not_raw(*tensors) is not None
         or in_functorch(*tensors)
         or in_forward_mode()
     ):
         return None
-    chosen = backends.choose(backend, student, target, alpha)
+    chosen = backends.choose(backend, student, target, alpha, None)
     if not chosen.in_parts:
         return None
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (student, *weights))

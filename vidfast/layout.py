@@ -73,20 +73,14 @@ def layout_of(mean: Tensor, target: Tensor, channel: int) -> Layout:
     shape = mean.shape
     mean_is_contiguous = mean.is_contiguous()
     if mean_is_contiguous and target.is_contiguous():
-        outer = 1
-        for size in shape[:channel]:
-            outer *= size
-        channels = shape[channel]
-        row = mean.numel() // outer
-        return Layout(outer, channels, row // channels, row, row)
+        return _contiguous_layout(shape, channel)
     return _layout_of(shape, mean.stride(), target.stride(), channel, mean_is_contiguous)
 
 
 def rows_of(x: Tensor, channel: int) -> RowLayout:
     """The rows of one tensor with elements, whose channels are in dimension `channel`."""
     if x.is_contiguous():
-        values = x.numel()
-        return RowLayout(1, values, values)
+        return _one_row(x.numel())
     return _rows_of(x.shape, x.stride(), channel)
 
 
@@ -94,6 +88,17 @@ def layout_without(shape: Sequence[int], channel: int) -> Layout:
     """What is known of a pair that is not there, or has no elements: outer * inner, and the channels."""
     channels = shape[channel]
     return Layout(math.prod(shape) // max(channels, 1), channels, 1, channels, channels)
+
+
+@lru_cache(maxsize=4096)
+def _contiguous_layout(shape: tuple[int, ...], channel: int) -> Layout:
+    row = math.prod(shape[channel:])
+    return Layout(math.prod(shape[:channel]), shape[channel], row // shape[channel], row, row)
+
+
+@lru_cache(maxsize=4096)
+def _one_row(values: int) -> RowLayout:
+    return RowLayout(1, values, values)
 
 
 @lru_cache(maxsize=4096)

@@ -18,7 +18,7 @@ from vidfast._torch import has_tangent
 from vidfast.arguments import Call, check_options, check_tensors, loss_factor
 from vidfast.backends import PLAIN
 from vidfast.layout import layout_of, layout_without
-from vidfast.raw import NO_FORWARD_MODE, vector
+from vidfast.raw import NO_FORWARD_MODE, not_raw, vector
 from vidfast.tracing import savable
 
 _OPTIONS = "int channel_dim, float eps, str reduction, bool full, float weight, str backend"
@@ -48,7 +48,7 @@ def forward(
     check_options(eps, reduction, weight)
     if has_tangent(mean) or has_tangent(target) or has_tangent(alpha):  # a compiled graph would drop it
         raise RuntimeError(NO_FORWARD_MODE)
-    chosen = backends.choose(backend, mean, target, alpha)
+    chosen = backends.choose(backend, mean, target, alpha, not_raw(mean, target, alpha))
     if mean.numel() == 0:
         chosen = PLAIN
     plain = chosen is PLAIN
@@ -97,10 +97,10 @@ def backward(
     g, alpha = vector("g", g, 1, alpha.device), vector("alpha", alpha, channels, alpha.device)
     sum_sq = vector("sum_sq", sum_sq, channels, alpha.device, torch.float64)
     if mean is None or target is None:
-        chosen = backends.choose(backend, g, g, alpha)
+        chosen = backends.choose(backend, g, g, alpha, not_raw(g, alpha))
     else:
         check_tensors(mean, target, alpha, channel_dim)
-        chosen = backends.choose(backend, mean, target, alpha)
+        chosen = backends.choose(backend, mean, target, alpha, not_raw(mean, target, alpha))
     if math.prod(shape) == 0:
         chosen = PLAIN
     layout = layout_without(shape, channel_dim)
@@ -190,7 +190,7 @@ def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Any, ...]:
 torch.library.register_autograd("vidfast::gaussian_nll", _backward, setup_context=_setup_context)
 
 
-def gaussian_nll(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
+def call_operator(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
     """The loss by the operator, for :func:`vidfast.gaussian_nll` while it is traced.
 
     `weight` multiplies outside of it: an operator's float is a constant of the graph, so that every new one would be

@@ -1,7 +1,8 @@
 """The four primitives on torch's tensors: inputs are copied where need be, outputs allocated, a back end fills them.
 
 forward, forward_grad, backward and scale are those of :class:`vidfast.backends.base.Backend`, which says what each
-computes. What comes from a saved-tensor hook is checked here, before an address of it is read.
+computes. What a saved-tensor hook gave back was checked by :func:`vidfast.raw.restored`, what an operator was given by
+:func:`vidfast.raw.vector`: shapes, dtypes and devices are right, and strides may be any.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from vidfast.arguments import Call
 from vidfast.backends.base import Backend
 from vidfast.layout import Layout, RowLayout, rows_of
 from vidfast.memory import empty_dense, empty_loss
-from vidfast.raw import vector
 
 _F64 = torch.float64
 
@@ -34,7 +34,8 @@ def forward(
     Returns:
         The loss, a scalar, fp64 if mean or target is, else fp32; S_c = sum (mean - target)^2, (C,) in fp64.
     """
-    mean, target = as_walked(mean, target, layout)
+    if layout.copies_mean or layout.copies_target:
+        mean, target = as_walked(mean, target, layout)
     alpha = alpha.contiguous()
     loss = empty_loss(mean, target)
     sum_sq = torch.empty_like(alpha, dtype=_F64)
@@ -52,8 +53,17 @@ def forward_grad(
     Returns:
         The loss; d/d mean, of mean's shape and dtype and without gaps in its order of dimensions, in place a detached
         alias of mean; d/d alpha, (C,) in fp64.
+
+    Raises:
+        RuntimeError: In place, mean would have to be copied.
     """
-    mean, target = as_walked(mean, target, layout)
+    if call.inplace and layout.copies_mean:
+        raise RuntimeError(
+            f"inplace=True needs a mean whose memory is dense, got shape {tuple(mean.shape)} with strides "
+            f"{mean.stride()}: pass inplace=False"
+        )
+    if layout.copies_mean or layout.copies_target:
+        mean, target = as_walked(mean, target, layout)
     alpha = alpha.contiguous()
     loss = empty_loss(mean, target)
     grad_mean = mean.detach() if call.inplace else empty_dense(mean, layout.dense, mean.dtype)
@@ -87,12 +97,8 @@ def backward(
         layout: Of mean and target; without them outer * inner and channels are all that is read.
         call: Everything else.
         want: Of mean, target and alpha, whose gradients.
-
-    Raises:
-        RuntimeError: alpha or sum_sq is no longer what was saved.
     """
-    alpha = vector("alpha", alpha, layout.channels, alpha.device)
-    sum_sq = vector("sum_sq", sum_sq, layout.channels, alpha.device, _F64)
+    alpha, sum_sq = alpha.contiguous(), sum_sq.contiguous()
     grad_mean = grad_target = None
     if want[0] or want[1]:
         assert mean is not None, "gradients of the activations need the activations"
@@ -138,9 +144,6 @@ def scale(
         grad_alpha: d/d alpha, (C,) in fp64; None where it is not wanted.
         alpha_dtype: Of d/d alpha as it is returned.
         in_place: Whether grad_mean is scaled where it is stored.
-
-    Raises:
-        RuntimeError: grad_alpha is no longer what was saved.
     """
     rows: RowLayout | None = None
     result = scaled_alpha = None
@@ -150,7 +153,7 @@ def scale(
             grad_mean = grad_mean.contiguous()
         result = grad_mean if in_place else empty_dense(grad_mean, rows.dense, grad_mean.dtype)
     if grad_alpha is not None:
-        grad_alpha = vector("grad_alpha", grad_alpha, grad_alpha.numel(), g.device, _F64)
+        grad_alpha = grad_alpha.contiguous()
         scaled_alpha = torch.empty_like(grad_alpha, dtype=alpha_dtype)
     backend.scale(g, rows, grad_mean, result, grad_alpha, scaled_alpha)
     return result, scaled_alpha

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidfast._torch import is_functional, is_zero_tensor, saved_tensors_are_hooked
+from vidfast._torch import (
+    dispatch_modes,
+    is_functional,
+    is_jit_tracing,
+    is_zero_tensor,
+    saved_tensors_are_hooked,
+)
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -27,20 +33,33 @@ NO_FORWARD_MODE = (
 )
 
 
-def not_plain(x: Tensor) -> str | None:
-    """None if the values of x, a strided tensor, are in its memory, or the reason why not.
+def not_plain(*tensors: Tensor) -> str | None:
+    """None if the values of each, a strided tensor, are in its memory, or the reason why not.
 
     Only plain strided tensors have an address at which their values are: a fake tensor's is 0, a subclass
     gives its own meaning to operations, a wrapped or lazily negated one holds other values than it shows.
     """
-    if type(x) not in PLAIN_TYPES:
-        return f"{type(x).__module__}.{type(x).__qualname__} is a tensor subclass"
-    if x.is_neg():
-        return "a lazily negated tensor (is_neg) holds other values than it shows"
-    if is_zero_tensor(x):
-        return "a zero tensor without memory of its own (_is_zerotensor)"
-    if is_functional(x):
-        return "a functional tensor (torch.func.functionalize) holds its values in another one"
+    for x in tensors:
+        if type(x) not in PLAIN_TYPES:
+            return f"{type(x).__module__}.{type(x).__qualname__} is a tensor subclass"
+        if x.is_neg():
+            return "a lazily negated tensor (is_neg) holds other values than it shows"
+        if is_zero_tensor(x):
+            return "a zero tensor without memory of its own (_is_zerotensor)"
+        if is_functional(x):
+            return "a functional tensor (torch.func.functionalize) holds its values in another one"
+    return None
+
+
+def not_raw(*tensors: Tensor) -> str | None:
+    """None if every tensor's memory may be handed to native code now, or the reason why not."""
+    reason = not_plain(*tensors)
+    if reason is not None:
+        return reason
+    if dispatch_modes():
+        return "a torch dispatch mode is active"
+    if is_jit_tracing():
+        return "torch.jit.trace records torch's operators, not what a kernel writes"
     return None
 
 

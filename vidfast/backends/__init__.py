@@ -11,10 +11,8 @@ from importlib import import_module
 
 from torch import Tensor
 
-from vidfast._torch import dispatch_modes, is_jit_tracing
 from vidfast.backends.base import Backend as Backend
 from vidfast.backends.plain import PLAIN as PLAIN
-from vidfast.raw import not_plain
 
 log = logging.getLogger("vidfast")
 
@@ -44,21 +42,15 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be one of {('auto', 'reference', *NAMES)}, got {backend!r}")
 
 
-def not_raw(*tensors: Tensor) -> str | None:
-    """None if every tensor's memory may be handed to native code now, or the reason why not."""
-    for x in tensors:
-        reason = not_plain(x)
-        if reason is not None:
-            return reason
-    if dispatch_modes():
-        return "a torch dispatch mode is active"
-    if is_jit_tracing():
-        return "torch.jit.trace records torch's operators, not what a kernel writes"
-    return None
-
-
-def choose(wanted: str, mean: Tensor, target: Tensor, alpha: Tensor) -> Backend:
+def choose(wanted: str, mean: Tensor, target: Tensor, alpha: Tensor, obstacle: str | None) -> Backend:
     """The back end for this call: that of the name, or for "auto" the first that takes the tensors.
+
+    Args:
+        wanted: "auto", "reference" or a name.
+        mean: Of the call.
+        target: Of the call.
+        alpha: Of the call.
+        obstacle: Why no kernel may have these tensors, by :func:`vidfast.raw.not_raw`.
 
     Raises:
         ValueError: There is no back end of that name.
@@ -66,16 +58,18 @@ def choose(wanted: str, mean: Tensor, target: Tensor, alpha: Tensor) -> Backend:
     """
     if wanted == "reference":
         return PLAIN
-    obstacle = not_raw(mean, target, alpha)
     if wanted == "auto":
+        kind = "cpu" if mean.is_cpu else mean.device.type
         if obstacle is None:
             for name in _CPU_FIRST if mean.is_cpu else NAMES:
                 backend = load(name)
                 if backend.supports(mean, target, alpha) is None:
-                    _note(mean, name, "")
+                    if (kind, name) not in _picked:
+                        _note(kind, name)
                     return backend
             obstacle = "; ".join(f"{name}: {load(name).supports(mean, target, alpha)}" for name in NAMES)
-        _note(mean, "reference", obstacle)
+        if (kind, PLAIN.name) not in _picked:
+            _note(kind, PLAIN.name, obstacle)
         return PLAIN
     check_name(wanted)
     backend = load(wanted)
@@ -85,11 +79,9 @@ def choose(wanted: str, mean: Tensor, target: Tensor, alpha: Tensor) -> Backend:
     return backend
 
 
-def _note(mean: Tensor, name: str, reason: str) -> None:
-    kind = "cpu" if mean.is_cpu else mean.device.type
-    if (kind, name) in _picked:
-        return
+def _note(kind: str, name: str, reason: str = "") -> None:
+    """Says once what "auto" took for tensors on this kind of device."""
     _picked.add((kind, name))
     log.debug("backend %s for tensors on %s%s", name, kind, f" ({reason})" if reason else "")
-    if name == "reference" and kind == "cpu" and load("cpu").unavailable() is not None:
+    if name == PLAIN.name and kind == "cpu" and load("cpu").unavailable() is not None:
         warnings.warn(f"vidfast runs its slow reference: {reason}", RuntimeWarning, stacklevel=5)

@@ -140,9 +140,13 @@ class CpuBackend:
         outer, row, stride = NO_ROWS if rows is None else rows[:3]
         _C.cpu_scale(
             g.data_ptr(), NATIVE_DTYPE[g.dtype], outer, row,
-            address(source), stride, address(result), stride if result is source else row, native_dtype(source),
-            0 if grad_alpha is None else grad_alpha.numel(), address(grad_alpha),
-            address(scaled_alpha), native_dtype(scaled_alpha), _num_threads(),
+            0 if source is None else source.data_ptr(), stride,
+            0 if result is None else result.data_ptr(), stride if result is source else row,
+            0 if source is None else NATIVE_DTYPE[source.dtype],
+            0 if grad_alpha is None else grad_alpha.numel(),
+            0 if grad_alpha is None else grad_alpha.data_ptr(),
+            0 if scaled_alpha is None else scaled_alpha.data_ptr(),
+            0 if scaled_alpha is None else NATIVE_DTYPE[scaled_alpha.dtype], _num_threads(),
         )  # fmt: skip
 
 
