@@ -18,7 +18,6 @@ from bench.clock import Call
 from bench.providers import Provider, eager_formula
 from vidfast import backends, primitives
 from vidfast.arguments import Call as LossCall
-from vidfast.layout import layout_of
 
 FORWARD, FORWARD_GRAD, IN_PLACE = "forward", "forward_grad", "forward_grad in place"
 BACKWARD, SCALE_BY_ONE, SCALE = "backward", "scale g=1", f"scale g={WEIGHTED:g}"
@@ -65,37 +64,38 @@ class DeviceKernel:
         self.factor = SCALER_FACTOR if half and not ahead else 1.0
         self.incoming = self.factor * (WEIGHTED if primitive == SCALE else 1.0)
         self.channel = case.channel_dim % len(case.shape)
-        self.layout = layout_of(pool.pristine, pool.slots[0].target, self.channel)
         self.gradients: list[torch.Tensor] = []
         self.turn = 0
         self.call = self._build()
 
     def _build(self) -> Callable[[Slot], object]:
         """slot -> (loss, gradients). What a primitive is given by an earlier one is made here, once."""
-        backend, layout, alpha = self.backend, self.layout, self.pool.alpha.detach()
+        backend, alpha = self.backend, self.pool.alpha.detach()
         call = LossCall(self.channel, EPS, inplace=self.primitive == IN_PLACE, k=1.0 / self.case.elements)
         first = self.pool.slots[0]
 
         def forward_grad(slot: Slot) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
             loss, grad_mean, grad_alpha = primitives.forward_grad(
-                backend, slot.mean, slot.target, alpha, layout, call
+                backend, slot.mean, slot.target, alpha, call
             )
             return loss, (grad_mean, grad_alpha)
 
         if self.primitive == FORWARD:
             return lambda slot: (
-                primitives.forward(backend, slot.mean, slot.target, alpha, layout, call)[0],
+                primitives.forward(backend, slot.mean, slot.target, alpha, call)[0],
                 None,
             )
         if self.primitive in (FORWARD_GRAD, IN_PLACE):
             return forward_grad
 
-        loss, sum_sq = primitives.forward(backend, first.mean, first.target, alpha, layout, call)
+        loss, sum_sq = primitives.forward(backend, first.mean, first.target, alpha, call)
         g = torch.full((), self.factor, dtype=loss.dtype, device=self.case.device)
 
         def backward(slot: Slot) -> tuple[torch.Tensor, tuple[Any, Any]]:
             want = (True, False, True)
-            grads = primitives.backward(backend, g, slot.mean, slot.target, alpha, sum_sq, layout, call, want)
+            grads = primitives.backward(
+                backend, g, slot.mean, slot.target, alpha, sum_sq, slot.mean.shape, call, want
+            )
             return loss, (grads[0], grads[2])
 
         if self.primitive == BACKWARD:

@@ -11,7 +11,7 @@ enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 inline int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
-// A dense view of an activation: element (o, c, i) lies at data + o * outer_stride + c * inner + i,
+// A dense view of an activation: element (o, c, i) is stored at data + o * outer_stride + c * inner + i,
 // in elements. Every layout of torch that vidfast takes without a copy is of this form.
 struct View {
   void* data = nullptr;
@@ -34,8 +34,8 @@ namespace cpu {
 // loss = k * sum_c [ M/2 log v_c + S_c / (2 v_c) ];  sum_sq [C] fp64 receives S_c = sum r^2, r = mean - target.
 void forward(const Problem& p, void* loss, DType loss_dtype, double* sum_sq, int threads);
 
-// The same loss, and for an incoming gradient of 1: grad_mean = k r / v_c in its own dtype, which may lie
-// exactly over mean, and grad_alpha [C] in fp64.
+// The same loss, and for an incoming gradient of 1: grad_mean = k r / v_c in its own dtype, which may be
+// mean itself, and grad_alpha [C] in fp64.
 void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha,
                   int threads);
 

@@ -110,7 +110,8 @@ def check_tensors(
     """(the channel dimension, not negative; alpha as (C,)).
 
     Args:
-        mean, target: Of one shape, any but a scalar's; nothing is broadcast.
+        mean: Any shape but a scalar's; nothing is broadcast.
+        target: mean's shape.
         alpha: (C,), or with sizes of 1 in the place of every other dimension, as (1, C, 1, 1).
         channel_dim: Of mean and target.
 

@@ -23,7 +23,6 @@ from vidfast._torch import (
 )
 from vidfast.arguments import Call
 from vidfast.backends.base import Backend
-from vidfast.layout import Layout, layout_of
 from vidfast.raw import NO_FORWARD_MODE, restored, savable, save
 
 
@@ -48,14 +47,13 @@ def run_strategy(mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backen
     )
     if in_one_pass and call.inplace:
         _check_inplace(mean, target, alpha)
-    layout = layout_of(mean, target, call.channel)
     loss: Tensor
     if in_one_pass:
-        loss = OnePass.apply(mean, target, alpha, layout, call, backend)[0]  # type: ignore[no-untyped-call]
+        loss = OnePass.apply(mean, target, alpha, call, backend)[0]  # type: ignore[no-untyped-call]
     elif mean_needs or target_needs or (grad and alpha.requires_grad):
-        loss = TwoPass.apply(mean, target, alpha, layout, call, backend)  # type: ignore[no-untyped-call]
+        loss = TwoPass.apply(mean, target, alpha, call, backend)  # type: ignore[no-untyped-call]
     else:
-        loss = primitives.forward(backend, mean, target, alpha, layout, call)[0]
+        loss = primitives.forward(backend, mean, target, alpha, call)[0]
     return loss
 
 
@@ -138,9 +136,10 @@ class OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, call: Call, backend: Backend
+        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backend: Backend
     ) -> tuple[Tensor, Tensor]:
-        loss, grad_mean, grad_alpha = primitives.forward_grad(backend, mean, target, alpha, layout, call)
+        """(loss, origin), of what :func:`run_strategy` was given."""
+        loss, grad_mean, grad_alpha = primitives.forward_grad(backend, mean, target, alpha, call)
         if call.inplace:
             # a producer that saved its output now finds it changed, instead of using a gradient for it
             torch.autograd.graph.increment_version(mean)
@@ -152,8 +151,9 @@ class OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> Any:
+        """g times what was made in forward, in place where nothing else can read that again."""
         if g is None:
-            return (None,) * 6
+            return (None,) * 5
         (grad_mean, grad_alpha), origin, own = restored(ctx, g.device)
         assert origin is not None
         wants = ctx.needs_input_grad
@@ -169,10 +169,11 @@ class OnePass(torch.autograd.Function):
         )
         if torch.is_grad_enabled():
             grad_mean, grad_alpha = not_twice(origin, grad_mean, grad_alpha)
-        return grad_mean, None, grad_alpha, None, None, None
+        return grad_mean, None, grad_alpha, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
+        """There is no forward-mode derivative: a RuntimeError that says what to do."""
         raise RuntimeError(NO_FORWARD_MODE)
 
 
@@ -181,37 +182,36 @@ class TwoPass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, call: Call, backend: Backend
+        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backend: Backend
     ) -> Tensor:
-        loss, sum_sq = primitives.forward(backend, mean, target, alpha, layout, call)
+        """The loss, of what :func:`run_strategy` was given."""
+        loss, sum_sq = primitives.forward(backend, mean, target, alpha, call)
         wants = ctx.needs_input_grad
         # for alpha alone the sums of squares are enough, and the activations go free
         activations = (savable(mean), savable(target)) if wants[0] or wants[1] else ()
         save(ctx, savable(alpha), sum_sq, *activations)
         ctx.call, ctx.backend = call, backend
-        ctx.layout = layout
+        ctx.shape = mean.shape
         return loss
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
+        """The gradients that are wanted, times g; with create_graph, differentiable ones."""
         call: Call = ctx.call
         wants: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
         found, _, _ = restored(ctx, g.device)
         alpha, sum_sq, *activations = (x for x in found if x is not None)
-        layout: Layout = ctx.layout
         if torch.is_grad_enabled():
-            return (*_differentiable(g, alpha, sum_sq, activations, layout, call, wants), None, None, None)
-        mean = target = None
-        if activations:
-            mean, target = activations
-            layout = layout_of(mean, target, call.channel)
+            return (*_differentiable(g, alpha, sum_sq, activations, ctx.shape, call, wants), None, None)
+        mean, target = activations or (None, None)
         grads = primitives.backward(
-            ctx.backend, incoming(g), mean, target, alpha, sum_sq, layout, call, wants
+            ctx.backend, incoming(g), mean, target, alpha, sum_sq, ctx.shape, call, wants
         )
-        return (*grads, None, None, None)
+        return (*grads, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
+        """There is no forward-mode derivative: a RuntimeError that says what to do."""
         raise RuntimeError(NO_FORWARD_MODE)
 
 
@@ -220,7 +220,7 @@ def _differentiable(
     alpha: Tensor,
     sum_sq: Tensor,
     activations: list[Tensor],
-    layout: Layout,
+    shape: torch.Size,
     call: Call,
     wants: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
@@ -245,7 +245,7 @@ def _differentiable(
         inputs = (alpha, alpha, alpha)  # only the last is wanted
         wide = alpha.double()
         variance = torch.logaddexp(wide, torch.zeros_like(wide)) + call.eps
-        count = layout.outer * layout.inner
+        count = shape.numel() // shape[call.channel]
         loss = (call.k * 0.5 * (count * torch.log(variance) + sum_sq / variance).sum()).to(g.dtype)
     wanted = [x for x, w in zip(inputs, wants, strict=True) if w]
     found = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))

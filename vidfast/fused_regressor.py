@@ -28,7 +28,7 @@ from vidfast.arguments import DTYPES, Call, loss_factor
 from vidfast.autograd import incoming, not_twice
 from vidfast.backends.base import Backend
 from vidfast.layers import is_as_defined
-from vidfast.layout import layout_of, rows_of
+from vidfast.layout import rows_of
 from vidfast.memory import empty_dense, empty_fp32
 from vidfast.raw import NO_FORWARD_MODE, not_raw, restored, save
 
@@ -65,8 +65,8 @@ def pointwise_weights(regressor: nn.Module) -> list[Tensor] | None:
 class _Stack:
     """The products of a stack of matrices with ReLU between, over parts of at most `samples` samples.
 
-    Activations are (n, channels, positions). In `rows` they lie with the channels fastest and a product is one of
-    whole matrices; otherwise with the positions fastest, and it is one for each sample.
+    Activations are (n, channels, positions). In `rows` they are stored with the channels fastest, and a product is one
+    of whole matrices; otherwise with the positions fastest, and it is one for each sample.
     """
 
     def __init__(self, weights: Sequence[Tensor], student: Tensor) -> None:
@@ -189,6 +189,7 @@ class FusedVID(torch.autograd.Function):
         backend: Backend,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """(loss, origin); call.k is that of the whole batch."""
         stack = _Stack(weights, student)
         wants = ctx.needs_input_grad
         gradients = _Gradients(stack, student, (wants[0], *wants[5:]))
@@ -196,9 +197,7 @@ class FusedVID(torch.autograd.Function):
         losses, grad_alpha = [], torch.zeros_like(alpha, dtype=torch.float64)
         for begin, activations, goal in stack.parts(student, target):
             mean = activations[-1]
-            loss, grad_mean, of_alpha = primitives.forward_grad(
-                backend, mean, goal, alpha, layout_of(mean, goal, 1), call
-            )
+            loss, grad_mean, of_alpha = primitives.forward_grad(backend, mean, goal, alpha, call)
             losses.append(loss.item())
             grad_alpha += of_alpha
             gradients.add(activations, grad_mean, begin)
@@ -212,6 +211,7 @@ class FusedVID(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> Any:
+        """g times what was made in forward."""
         if g is None:
             return (None,) * (5 + len(ctx.weights))
         (student, grad_alpha, *weights), origin, own = restored(ctx, g.device)
@@ -237,6 +237,7 @@ class FusedVID(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
+        """There is no forward-mode derivative: a RuntimeError that says what to do."""
         raise RuntimeError(NO_FORWARD_MODE)
 
 
@@ -325,6 +326,6 @@ def _loss_alone(
     losses = []
     for _, activations, goal in _Stack(weights, student).parts(student, target):
         mean = activations[-1]
-        loss, _ = primitives.forward(backend, mean, goal, alpha, layout_of(mean, goal, 1), call)
+        loss, _ = primitives.forward(backend, mean, goal, alpha, call)
         losses.append(loss.item())
     return torch.tensor(math.fsum(losses), dtype=torch.float32, device="cpu")

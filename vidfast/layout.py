@@ -62,15 +62,18 @@ class _Collapsed(NamedTuple):
     order: tuple[int, ...]
 
 
-def layout_of(mean: Tensor, target: Tensor, channel: int) -> Layout:
+def layout_of(mean: Tensor, target: Tensor, channel: int, walks: bool = True) -> Layout:
     """The layout of a matched pair.
 
     Args:
-        mean: Any shape with elements.
+        mean: Any shape, with elements if they are walked.
         target: mean's shape.
         channel: The dimension of the channels, not negative.
+        walks: Whether they are walked by this layout. Otherwise nothing has to be copied, and no stride is told.
     """
     shape = mean.shape
+    if not walks:
+        return layout_without(shape, channel)
     mean_is_contiguous = mean.is_contiguous()
     if mean_is_contiguous and target.is_contiguous():
         return _contiguous_layout(shape, channel)

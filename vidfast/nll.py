@@ -198,7 +198,9 @@ class GaussianNLL(Weighted):
 
     if TYPE_CHECKING:  # nn.Module's own is Any
 
-        def __call__(self, mean: Tensor, target: Tensor) -> Tensor: ...
+        def __call__(self, mean: Tensor, target: Tensor) -> Tensor:
+            """The loss; see `forward`."""
+            ...
 
     def forward(self, mean: Tensor, target: Tensor) -> Tensor:
         """The loss; see :func:`gaussian_nll`."""
@@ -223,6 +225,7 @@ class GaussianNLL(Weighted):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
+        """What `repr` shows in brackets."""
         return (
             f"{self.num_channels}, channel_dim={self.channel_dim}, init_var={self.init_var}, eps={self.eps}, "
             f"reduction={self.reduction!r}, full={self.full}, weight={self.weight}, inplace={self.inplace}, "

@@ -17,7 +17,6 @@ from vidfast import backends, primitives
 from vidfast._torch import has_tangent
 from vidfast.arguments import Call, check_options, check_tensors, loss_factor
 from vidfast.backends import PLAIN
-from vidfast.layout import layout_of, layout_without
 from vidfast.raw import NO_FORWARD_MODE, not_raw, vector
 from vidfast.tracing import savable
 
@@ -51,11 +50,9 @@ def forward(
     chosen = backends.choose(backend, mean, target, alpha, not_raw(mean, target, alpha))
     if mean.numel() == 0:
         chosen = PLAIN
-    plain = chosen is PLAIN
-    layout = layout_without(mean.shape, channel_dim) if plain else layout_of(mean, target, channel_dim)
     k = loss_factor(mean.shape, reduction, weight)
     call = Call(channel_dim, eps, reduction, full, weight, backend=backend, k=k)
-    return primitives.forward(chosen, mean, target, alpha, layout, call)
+    return primitives.forward(chosen, mean, target, alpha, call)
 
 
 @forward.register_fake
@@ -103,13 +100,10 @@ def backward(
         chosen = backends.choose(backend, mean, target, alpha, not_raw(mean, target, alpha))
     if math.prod(shape) == 0:
         chosen = PLAIN
-    layout = layout_without(shape, channel_dim)
-    if mean is not None and target is not None and chosen is not PLAIN:
-        layout = layout_of(mean, target, channel_dim)
     k = loss_factor(shape, reduction, weight)
     call = Call(channel_dim, eps, reduction, full, weight, backend=backend, k=k)
     want = (mean_wanted, target_wanted, alpha_wanted)
-    grads = primitives.backward(chosen, g.resolve_neg(), mean, target, alpha, sum_sq, layout, call, want)
+    grads = primitives.backward(chosen, g.resolve_neg(), mean, target, alpha, sum_sq, shape, call, want)
     likes = (mean, mean, alpha)
     return [
         _laid_out(x, like) for x, like in zip(grads, likes, strict=True) if x is not None and like is not None

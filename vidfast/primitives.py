@@ -7,19 +7,21 @@ computes. What a saved-tensor hook gave back was checked by :func:`vidfast.raw.r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from vidfast.arguments import Call
 from vidfast.backends.base import Backend
-from vidfast.layout import Layout, RowLayout, rows_of
+from vidfast.layout import Layout, RowLayout, layout_of, layout_without, rows_of
 from vidfast.memory import empty_dense, empty_loss
 
 _F64 = torch.float64
 
 
 def forward(
-    backend: Backend, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, call: Call
+    backend: Backend, mean: Tensor, target: Tensor, alpha: Tensor, call: Call
 ) -> tuple[Tensor, Tensor]:
     """The loss and the sums of squares.
 
@@ -28,14 +30,12 @@ def forward(
         mean: mu(s), any shape.
         target: t, mean's shape.
         alpha: (C,).
-        layout: Of mean and target.
         call: Everything else.
 
     Returns:
         The loss, a scalar, fp64 if mean or target is, else fp32; S_c = sum (mean - target)^2, (C,) in fp64.
     """
-    if layout.copies_mean or layout.copies_target:
-        mean, target = as_walked(mean, target, layout)
+    mean, target, layout = as_walked(mean, target, call.channel, backend.walks)
     alpha = alpha.contiguous()
     loss = empty_loss(mean, target)
     sum_sq = torch.empty_like(alpha, dtype=_F64)
@@ -44,7 +44,7 @@ def forward(
 
 
 def forward_grad(
-    backend: Backend, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, call: Call
+    backend: Backend, mean: Tensor, target: Tensor, alpha: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and its gradients for an incoming gradient of 1.
 
@@ -57,13 +57,7 @@ def forward_grad(
     Raises:
         RuntimeError: In place, mean would have to be copied.
     """
-    if call.inplace and layout.copies_mean:
-        raise RuntimeError(
-            f"inplace=True needs a mean whose memory is dense, got shape {tuple(mean.shape)} with strides "
-            f"{mean.stride()}: pass inplace=False"
-        )
-    if layout.copies_mean or layout.copies_target:
-        mean, target = as_walked(mean, target, layout)
+    mean, target, layout = as_walked(mean, target, call.channel, backend.walks, call.inplace)
     alpha = alpha.contiguous()
     loss = empty_loss(mean, target)
     grad_mean = mean.detach() if call.inplace else empty_dense(mean, layout.dense, mean.dtype)
@@ -81,7 +75,7 @@ def backward(
     target: Tensor | None,
     alpha: Tensor,
     sum_sq: Tensor,
-    layout: Layout,
+    shape: Sequence[int],
     call: Call,
     want: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -94,7 +88,7 @@ def backward(
         target: As in forward.
         alpha: (C,).
         sum_sq: (C,) in fp64, forward's.
-        layout: Of mean and target; without them outer * inner and channels are all that is read.
+        shape: Of mean and target.
         call: Everything else.
         want: Of mean, target and alpha, whose gradients.
     """
@@ -103,12 +97,13 @@ def backward(
     if want[0] or want[1]:
         assert mean is not None, "gradients of the activations need the activations"
         assert target is not None, "gradients of the activations need the activations"
-        mean, target = as_walked(mean, target, layout)
+        mean, target, layout = as_walked(mean, target, call.channel, backend.walks)
         grad_mean = empty_dense(mean, layout.dense, mean.dtype) if want[0] else None
         # in mean's order of dimensions, so that one description serves all four tensors
         grad_target = empty_dense(mean, layout.dense, target.dtype) if want[1] else None
     else:
         mean = target = None
+        layout = layout_without(shape, call.channel)
     grad_alpha = torch.empty_like(alpha) if want[2] else None
     backend.backward(
         g,
@@ -159,10 +154,29 @@ def scale(
     return result, scaled_alpha
 
 
-def as_walked(mean: Tensor, target: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """mean and target, or detached copies of them, as `layout` describes them."""
+def as_walked(
+    mean: Tensor, target: Tensor, channel: int, walks: bool = True, inplace: bool = False
+) -> tuple[Tensor, Tensor, Layout]:
+    """mean and target as kernels walk them, themselves or detached copies, and how.
+
+    Args:
+        mean: Any shape with elements.
+        target: mean's shape.
+        channel: The dimension of the channels, not negative.
+        walks: Whether kernels walk them; otherwise they are handed back as they came.
+        inplace: mean is to be written over, and may not be copied.
+
+    Raises:
+        RuntimeError: It would have to be.
+    """
+    layout = layout_of(mean, target, channel, walks)
     if layout.copies_mean:
+        if inplace:
+            raise RuntimeError(
+                f"inplace=True needs a mean whose memory is dense, got shape {tuple(mean.shape)} with strides "
+                f"{mean.stride()}: pass inplace=False"
+            )
         mean = mean.detach().contiguous()
     if layout.copies_target:
         target = empty_dense(mean, layout.dense, target.dtype).copy_(target.detach())
-    return mean, target
+    return mean, target, layout

@@ -203,4 +203,5 @@ def _checked(x: Tensor, wanted: _Saved, device: torch.device) -> Tensor:
 
 
 def describe(x: Tensor) -> str:
+    """Type, shape, dtype and device of x, for an error."""
     return f"{type(x).__name__} {tuple(x.shape)} {x.dtype} on {x.device}"

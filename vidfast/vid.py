@@ -156,7 +156,9 @@ class VIDLoss(Weighted):
 
     if TYPE_CHECKING:  # nn.Module's own is Any
 
-        def __call__(self, input: Tensor, target: Tensor) -> Tensor: ...
+        def __call__(self, input: Tensor, target: Tensor) -> Tensor:
+            """The loss; see `forward`."""
+            ...
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar (fp64 if the teacher's feature or the regressor is, else fp32), detached from the teacher.
@@ -215,4 +217,5 @@ class VIDLoss(Weighted):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
+        """What `repr` shows in brackets."""
         return f"eps={self.eps}, weight={self.weight}, reduction={self.reduction!r}, backend={self.backend!r}"

@@ -101,30 +101,30 @@ void release_all(const std::vector<Stretch>& stretches) {
 Block::Block(int64_t bytes) : bytes_(bytes) {
   Store& s = store();
   const int64_t size = round_up(bytes);
-  Stretch mine{nullptr, 0};
+  Stretch stretch{nullptr, 0};
   bool found = false;
   {
     const std::lock_guard<std::mutex> lock(s.mutex);
-    found = s.find(size, &mine);
+    found = s.find(size, &stretch);
   }
   if (!found) {
     try {
-      mine = allocate(size);
+      stretch = allocate(size);
     } catch (const std::bad_alloc&) {
       release_idle_blocks();
-      mine = allocate(size);
+      stretch = allocate(size);
     }
   }
   std::vector<Stretch> gone;
   {
     const std::lock_guard<std::mutex> lock(s.mutex);
-    s.bytes.in_use += mine.size;
+    s.bytes.in_use += stretch.size;
     s.bytes.most = std::max(s.bytes.most, s.bytes.in_use);
     gone = s.trim(2 * s.bytes.most);
   }
   release_all(gone);
-  data_ = mine.data;
-  size_ = mine.size;
+  data_ = stretch.data;
+  size_ = stretch.size;
 }
 
 Block::~Block() {

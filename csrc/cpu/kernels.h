@@ -11,7 +11,7 @@ namespace vidfast::cpu {
 struct Runs {
   const void* mean;
   const void* target;
-  void* grad_mean;    // may lie over mean; nullptr where not wanted
+  void* grad_mean;    // may be mean; nullptr where not wanted
   void* grad_target;  // nullptr where not wanted
   int64_t n, channels;
   const double* scale;  // [channels] g k / v_c

@@ -1,5 +1,5 @@
 // The tile kernels, written once over the vector type of whichever simd_*.h was included before this file.
-// Everything lies in an unnamed namespace: each instruction set's translation unit keeps its own copy.
+// Everything is in an unnamed namespace: each instruction set's translation unit keeps its own copy.
 //
 // Order of summation: 4 vectors of running sums, or in a short run one, at most kRun values each in the compute type,
 // then fp64.

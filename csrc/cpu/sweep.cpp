@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kTask = 16384;
 // Below this many neighbouring elements of one channel, rows of several channels are walked instead of planes.
 constexpr int64_t kSmallPlane = 32;
-// Rows narrower than this are joined, where they lie back to back, so that vectors run full.
+// Rows narrower than this are joined, where they follow one another, so that vectors run full.
 constexpr int64_t kNarrowRow = 256;
 // Few rows are cut into this many blocks, so that there is work for several threads, but not into thinner ones.
 constexpr int64_t kFewestBlocks = 8, kFewestRows = 16;

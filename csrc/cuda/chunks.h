@@ -16,7 +16,7 @@ struct PlaneChunks {
   int64_t count;  // outer_blocks * channels * pieces; piece runs fastest, then the channel
 };
 
-// Rows: planes too small for that, and channel-fastest layouts (inner = 1). `join` rows that lie back to back are
+// Rows: planes too small for that, and channel-fastest layouts (inner = 1). `join` rows that follow one another are
 // one row of `columns`; column j belongs to run j / inner, run q to channel q % C. A thread keeps its columns and
 // goes down the rows, a block's warps stand `across` by `down`, and a chunk is `tile` columns of some rows.
 struct RowChunks {

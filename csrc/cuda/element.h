@@ -62,7 +62,7 @@ __device__ inline Acc load_as(const void* base, DType t, int64_t i) {
   }
   return 0;
 }
-// One number of a dtype known at run time as it lies in memory, not yet waited for.
+// One number of a dtype known at run time as it is in memory, not yet waited for.
 struct Raw {
   uint64_t bits;
   DType dtype;

@@ -89,7 +89,7 @@ struct Share {
       load(first);
       s += loaded(first);
     }
-    if (Cut && a.inner > a.rows.tile) {  // a run may lie in more than two tiles
+    if (Cut && a.inner > a.rows.tile) {  // a run may reach across more than two tiles
       for (int i = lane; i < depth; i += a.blocks.deep) {
         const Parts parts = Parts::number(a, c, i);
         for (int p = 2; p <= parts.more; ++p) s += parts.first[p];

@@ -16,7 +16,7 @@ std::string unavailable() {
   cudaError_t status = cudaDriverGetVersion(&driver);
   if (status == cudaSuccess && driver == 0) return "there is no NVIDIA driver on this machine";
   status = cudaGetDeviceCount(&devices);
-  cudaGetLastError();  // an error of this probe must not show up in somebody else's check
+  cudaGetLastError();  // an error of this probe must not show up in another check
   if (status == cudaErrorInsufficientDriver)
     return "the driver supports CUDA " + version(driver) + ", but vidfast was built with CUDA " +
            version(CUDART_VERSION) + ": update the driver, or build vidfast with an older toolkit";

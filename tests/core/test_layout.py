@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from problems import BY_NAME, FP32, Case
 from torch import Tensor
 
-from vidfast.layout import Layout, layout_of, rows_of
+from vidfast.layout import rows_of
 from vidfast.memory import empty_dense
-from vidfast.primitives import as_walked
+from vidfast.primitives import as_walked as prepare
 
 PROPERTY = settings(
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -31,12 +31,6 @@ def by_address(x: Tensor, outer: int, channels: int, inner: int, stride: int) ->
 
 def numbered(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
-
-
-def prepare(mean: Tensor, target: Tensor, channel: int) -> tuple[Tensor, Tensor, Layout]:
-    """mean and target as the kernels walk them, and how."""
-    layout = layout_of(mean, target, channel)
-    return *as_walked(mean, target, layout), layout
 
 
 def check_prepared(mean: Tensor, target: Tensor, channel: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ import vidfast
 from vidfast import backends, primitives
 from vidfast.arguments import Call
 from vidfast.backends.cuda import CudaBackend
-from vidfast.layout import layout_of
 
 # One shape for each mapping and each way to the sums: planes, pieces, rows, joined rows, one block of the finish or
 # several.
@@ -62,14 +61,14 @@ def test_the_grid_does_not_show(
 ) -> None:
     """Any number of processors, of resident blocks, and any order of blocks gives the same bits."""
     mean, target, alpha = problem(shape, dtype)
-    layout, call = layout_of(mean, target, 1), Call(1, 1e-5, k=0.5)
+    call = Call(1, 1e-5, k=0.5)
     machine = native.machine()
     losses, gradients, alphas = [], [], []
     for device, (processors, resident) in enumerate(((1, 1), (3, 2), (1000, 5)), start=1):
         machine.device, machine.processors, machine.resident = device, processors, resident
         machine.seed += 17
-        loss, grad_mean, grad_alpha = primitives.forward_grad(backend, mean, target, alpha, layout, call)
-        losses += [loss, primitives.forward(backend, mean, target, alpha, layout, call)[0]]
+        loss, grad_mean, grad_alpha = primitives.forward_grad(backend, mean, target, alpha, call)
+        losses += [loss, primitives.forward(backend, mean, target, alpha, call)[0]]
         gradients.append(grad_mean.view(torch.uint8))
         alphas.append(grad_alpha)
     for same in (losses, gradients, alphas):
@@ -81,13 +80,13 @@ def test_no_output_and_no_workspace_is_read_before_it_is_written(
     backend: CudaBackend, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mean, target, alpha = problem(shape)
-    layout, call = layout_of(mean, target, 1), Call(1, 1e-5, k=0.5)
-    want = primitives.forward_grad(backend, mean, target, alpha, layout, call)
+    call = Call(1, 1e-5, k=0.5)
+    want = primitives.forward_grad(backend, mean, target, alpha, call)
     empty, empty_like = torch.empty, torch.empty_like
     # 0xff in every byte is NaN in every floating-point type, and no zero for a counter
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(empty_like(*a, **k)))
-    got = primitives.forward_grad(backend, mean, target, alpha, layout, call)
+    got = primitives.forward_grad(backend, mean, target, alpha, call)
     for g, w in zip(got, want, strict=True):
         assert torch.equal(g, w)
     scaled = primitives.scale(backend, torch.tensor(1.0), got[1], 1, got[2], torch.float32, True)

@@ -67,11 +67,17 @@ def _writes_target(right: Primitive, backend: Backend, mean: Tensor, target: Ten
 
 def _dense(which: str) -> Fault:
     """The outer stride is taken for that of a dense tensor."""
+    layout_of = primitives.layout_of
 
-    def dense(layout: Layout) -> Layout:
+    def dense(*args: Any) -> Layout:
+        layout = layout_of(*args)
         return layout._replace(**{which: layout.channels * layout.inner})
 
-    return _with(4, dense)
+    def fault(right: Primitive, *args: Any) -> Any:
+        with mock.patch.object(primitives, "layout_of", dense):
+            return right(*args)
+
+    return fault
 
 
 def _with(index: int, value: Callable[[Any], Any]) -> Fault:
@@ -89,7 +95,12 @@ def _called(**changes: Callable[[Any], Any]) -> Fault:
     def changed(call: Call) -> Call:
         return call._replace(**{name: change(getattr(call, name)) for name, change in changes.items()})
 
-    return _with(5, changed)
+    return _with(4, changed)
+
+
+def _count(mean: Tensor, alpha: Tensor) -> int:
+    """M, the values of one channel."""
+    return mean.numel() // alpha.numel()
 
 
 def _no_logarithm(
@@ -98,13 +109,12 @@ def _no_logarithm(
     mean: Tensor,
     target: Tensor,
     alpha: Tensor,
-    layout: Layout,
     call: Call,
 ) -> Any:
-    loss, sum_sq = right(backend, mean, target, alpha, layout, call)
+    loss, sum_sq = right(backend, mean, target, alpha, call)
     wide = alpha.double()
     variance = torch.logaddexp(wide, torch.zeros_like(wide)) + call.eps
-    return loss - call.k / 2 * layout.outer * layout.inner * variance.log().sum().to(loss.dtype), sum_sq
+    return loss - call.k / 2 * _count(mean, alpha) * variance.log().sum().to(loss.dtype), sum_sq
 
 
 def _no_count(
@@ -113,13 +123,12 @@ def _no_count(
     mean: Tensor,
     target: Tensor,
     alpha: Tensor,
-    layout: Layout,
     call: Call,
 ) -> Any:
-    loss, grad, grad_alpha = right(backend, mean, target, alpha, layout, call)
+    loss, grad, grad_alpha = right(backend, mean, target, alpha, call)
     wide = alpha.double()
     variance = torch.logaddexp(wide, torch.zeros_like(wide)) + call.eps
-    return loss, grad, grad_alpha - call.k * layout.outer * layout.inner / (2 * variance) * wide.sigmoid()
+    return loss, grad, grad_alpha - call.k * _count(mean, alpha) / (2 * variance) * wide.sigmoid()
 
 
 def _sign_of_target(right: Primitive, *args: Any) -> Any:

@@ -22,7 +22,6 @@ from launches import TARGETS, Code, Launch, compiled, recorded  # noqa: E402
 from vidfast import primitives  # noqa: E402
 from vidfast.arguments import Call  # noqa: E402
 from vidfast.backends.triton import TritonBackend  # noqa: E402
-from vidfast.layout import layout_of  # noqa: E402
 
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
@@ -53,17 +52,16 @@ def launches(primitive: str, regime: str, dtypes: str, target: str = "sm_90") ->
     )
     alpha, sum_sq = (torch.empty(shape[1], dtype=d, device="meta") for d in (torch.float32, torch.float64))
     g = torch.empty((), device="meta")
-    layout = layout_of(mean, teacher, 1)
     asked = Call(1, 1e-5, full=primitive == "forward", k=1.0)
 
     def call(backend: TritonBackend) -> Any:
         if primitive == "forward":
-            return primitives.forward(backend, mean, teacher, alpha, layout, asked)
+            return primitives.forward(backend, mean, teacher, alpha, asked)
         if primitive == "forward_grad":
-            return primitives.forward_grad(backend, mean, teacher, alpha, layout, asked)
+            return primitives.forward_grad(backend, mean, teacher, alpha, asked)
         if primitive.startswith("backward"):
             want = (True, primitive == "backward", True)
-            return primitives.backward(backend, g, mean, teacher, alpha, sum_sq, layout, asked, want)
+            return primitives.backward(backend, g, mean, teacher, alpha, sum_sq, shape, asked, want)
         in_place = primitive == "scale_in_place"
         return primitives.scale(backend, g, mean, 1, sum_sq, torch.float32, in_place)
 
@@ -155,11 +153,11 @@ def test_eps_and_k_are_not_rounded_to_fp32() -> None:
 
     eps, k = 1e-5 + 2**-60, 1 / 3
     mean = torch.empty(4, 6, 5, 5, device="meta")
-    layout, asked = layout_of(mean, mean, 1), Call(1, eps, k=k)
+    asked = Call(1, eps, k=k)
     alpha = torch.empty(6, device="meta")
 
     def call(backend: TritonBackend) -> Any:
-        return primitives.forward_grad(backend, mean, mean, alpha, layout, asked)
+        return primitives.forward_grad(backend, mean, mean, alpha, asked)
 
     for launch in recorded(call):
         for name, value in (("eps_bits", eps), ("k_bits", k)):

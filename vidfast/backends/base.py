@@ -27,11 +27,14 @@ class Backend(Protocol):
 
     Attributes:
         name: By which a user asks for it.
+        walks: Whether it reads and writes by addresses, so that tensors have to be stored as `layout` says. One that
+            does not gets them as they came, and of a layout it may read the channels and outer * inner.
         in_parts: Whether a small call costs so little that a regressor and its loss are best computed a few samples
             at a time.
     """
 
     name: str
+    walks: bool
     in_parts: bool
 
     def unavailable(self) -> str | None:

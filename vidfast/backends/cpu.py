@@ -33,6 +33,7 @@ class CpuBackend:
     """The kernels of csrc/cpu; see :class:`vidfast.backends.base.Backend`."""
 
     name = "cpu"
+    walks = True
     in_parts = True
 
     def unavailable(self) -> str | None:

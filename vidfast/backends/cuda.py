@@ -30,6 +30,7 @@ class CudaBackend:
     """
 
     name = "cuda"
+    walks = True
     in_parts = False
 
     def __init__(

@@ -19,6 +19,7 @@ class PlainBackend:
     """The primitives out of torch's operations; see :class:`vidfast.backends.base.Backend`."""
 
     name = "reference"
+    walks = False
     in_parts = False
 
     def unavailable(self) -> str | None:

@@ -130,7 +130,7 @@ def _planes(
 )  # fmt: skip
 def sweep_planes(
     mean, target,            # [outer, C, inner]
-    grad_mean, grad_target,  # the same, or None: not wanted; grad_mean may lie over mean
+    grad_mean, grad_target,  # the same, or None: not wanted; grad_mean may be mean
     alpha,                   # [C]
     g,                       # scalar; None is 1
     sum_sq,                  # [C] fp64, forward's: with grad_alpha
@@ -239,7 +239,7 @@ def _rows(
 )  # fmt: skip
 def sweep_rows(
     mean, target,                 # [rows, columns], in memory order
-    grad_mean, grad_target,       # the same, or None: not wanted; grad_mean may lie over mean
+    grad_mean, grad_target,       # the same, or None: not wanted; grad_mean may be mean
     alpha,                        # [C]
     g,                            # scalar; None is 1
     sum_sq,                       # [C] fp64, forward's: with grad_alpha

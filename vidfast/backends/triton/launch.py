@@ -56,6 +56,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    walks = True
     in_parts = False
 
     def __init__(self) -> None:

@@ -60,6 +60,7 @@ def rounded(x, dtype: tl.constexpr):
 
 @device_function
 def float64_of(bits):
+    """The fp64 number of a bit pattern in int64."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
@@ -97,7 +98,7 @@ def alpha_derivative(alpha, v, sigmoid, sum_sq, m):
 
 @device_function
 def write_grad_alpha(alpha, sum_sq, g, out, channels, m, eps_bits, k_bits, block, BLOCK: tl.constexpr):
-    # d/d alpha of one block of channels, rounded to alpha's type.
+    """d/d alpha of one block of channels, rounded to alpha's type."""
     c = block * BLOCK + tl.arange(0, BLOCK)
     live = c < channels
     v, sigmoid = variance_of(

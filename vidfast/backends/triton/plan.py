@@ -135,6 +135,7 @@ NOTHING = Flat(
 
 
 def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 

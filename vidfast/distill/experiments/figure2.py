@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,54 +37,22 @@ from .arms import Rate
 from .base import Options
 from .compare import save_network
 from .figure2_outcome import Outcome
+from .figure2_plan import Plan
 from .figure2_report import page, pictures, printed
 from .folder import held, timed, took
 from .likelihood import MarginalMaps, Reading, VIDMaps, read
 from .progress import progress_bar, skip
-from .runs import DataSpec, Job, Term, execute, fresh, keep_network, restored, sound, stored
+from .runs import Job, Term, execute, fresh, keep_network, restored, sound, stored
 from .teacher import trained_teacher
 
 # Raise it when a change makes the same plan give another result.
 FORMAT = 1
 
-# Where the heat maps of (b, c, d) are taken, and the log-likelihoods, as parts of the steps.
-STAGES = (0.0, 0.2, 1.0)
+# Where the log-likelihoods are taken, as parts of the steps.
 CURVE = (0.0, 0.01, 0.03, 0.07, 0.13, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 # In these, strokes are bright on black, so that brightness tells foreground from background.
 BRIGHT_STROKES = ("digits", "digits32")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the figure is made of.
-
-    samples: M, the labelled images a class. layer: the teacher's layer of the heat maps; every pair is trained and
-    measured. shown: how many test images are drawn. vid: of VID training, and of q on the student without transfer.
-    alone: of that student.
-    """
-
-    data: DataSpec
-    teacher: str
-    student: str
-    samples: int
-    seeds: tuple[int, ...]
-    term: Term
-    teacher_training: TrainOptions
-    alone: TrainOptions
-    vid: TrainOptions
-    layer: str = "group2"
-    shown: int = 4
-    budget: str = "quick"
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """The steps of the heat maps."""
-        return self.at(STAGES)
-
-    def at(self, parts: Collection[float]) -> tuple[int, ...]:
-        """Parts of the training as steps."""
-        return tuple(sorted({round(part * self.vid.steps) for part in parts}))
 
 
 def plan(options: Options) -> Plan:

@@ -6,7 +6,6 @@ import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,11 +15,9 @@ from ..data import ImageData
 from ..data.base import as_pixels
 from ..report import as_markdown, as_text, mean_and_spread
 from .figure2_outcome import ALONE, LABELS, MARGINAL, VID, Outcome
+from .figure2_plan import Plan
 from .heatmaps import Column, Curve, heat_maps, likelihood_curves
 from .likelihood import BACKGROUND, FOREGROUND, Reading
-
-if TYPE_CHECKING:
-    from .figure2 import Plan
 
 # A difference in nats per position below which the text does not call one part of an image easier.
 CLEARLY = 0.1
