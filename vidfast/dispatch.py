@@ -7,13 +7,10 @@ import platform
 import torch
 from torch import Tensor
 
-from vidfast import autograd, ops, reference
+from vidfast import autograd, backends, ops, reference
 from vidfast._torch import has_tangent, in_forward_mode, in_functorch, in_transform
 from vidfast._version import __version__
 from vidfast.arguments import Call
-from vidfast.backends import NAMES as NAMES
-from vidfast.backends import PLAIN, check_name, choose
-from vidfast.backends import load as load
 from vidfast.raw import NO_FORWARD_MODE, PLAIN_TYPES, not_raw
 
 # The ways of a call.
@@ -37,8 +34,8 @@ def route(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
     if way == _OPERATOR:
         return ops.call_operator(mean, target, alpha, call)
     if way == _KERNELS:
-        backend = choose(call.backend, mean, target, alpha, not_raw(mean, target, alpha))
-        if backend is not PLAIN and mean.numel():
+        backend = backends.choose(call.backend, mean, target, alpha, not_raw(mean, target, alpha))
+        if backend is not backends.PLAIN and mean.numel():
             return autograd.run_strategy(mean, target, alpha, call, backend)
     return reference.gaussian_nll(
         mean,
@@ -84,7 +81,7 @@ def compiles_to_operator(wanted: str, *tensors: Tensor) -> bool:
         ValueError: There is no back end of that name.
         RuntimeError: A back end asked for by name has none of this.
     """
-    check_name(wanted)
+    backends.check_name(wanted)
     if wanted == "reference":
         return False
     obstacle = None
@@ -107,8 +104,8 @@ def info() -> dict[str, object]:
     otherwise than its mean, and a mean that is expanded or overlapping, are copied before the kernel runs.
     """
     found: dict[str, object] = {}
-    for name in NAMES:
-        backend = load(name)
+    for name in backends.NAMES:
+        backend = backends.load(name)
         reason = backend.unavailable()
         found[name] = {"available": reason is None, **({"reason": reason} if reason else backend.info())}
     return {

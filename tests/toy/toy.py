@@ -1,0 +1,119 @@
+"""A back end in one file: what CONTRIBUTING says of adding one, tried. In fp64, by torch on views of the memory.
+
+Importing it makes it one of vidfast's; test_toy_backend.py runs the suite on it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from vidfast import backends
+from vidfast.arguments import Call
+from vidfast.layout import Layout, RowLayout
+
+LARGE = 40.0  # from here on softplus(x) is x in fp64
+
+
+def _view(x: Tensor, layout: Layout, stride: int) -> Tensor:
+    """(outer, C, inner) of x's memory."""
+    shape = (layout.outer, layout.channels, layout.inner)
+    return x.detach().as_strided(shape, (stride, layout.inner, 1))
+
+
+def _store(x: Tensor, values: Tensor) -> None:
+    """Writes fp64 values; to 16 bits by way of fp32, as the other back ends do."""
+    x.copy_(values if x.dtype is torch.float64 else values.float())
+
+
+class ToyBackend:
+    """Sums in fp64 whatever the dtypes, one operation of torch after another."""
+
+    name = "toy"
+    walks = True
+    in_parts = False
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def supports(self, mean: Tensor, target: Tensor, alpha: Tensor) -> str | None:
+        return None if mean.is_cpu else f"it takes tensors on the CPU, not on {mean.device}"
+
+    def info(self) -> dict[str, object]:
+        return {"toy": True}
+
+    def _residual(self, mean: Tensor, target: Tensor, layout: Layout) -> Tensor:
+        x, y = _view(mean, layout, layout.mean_stride), _view(target, layout, layout.target_stride)
+        if torch.float64 in (x.dtype, y.dtype):
+            return x.double() - y.double()
+        return (x.float() - y.float()).double()
+
+    def _variance(self, alpha: Tensor, call: Call) -> Tensor:
+        return softplus(alpha.double(), threshold=LARGE) + call.eps
+
+    def _of_alpha(self, alpha: Tensor, sum_sq: Tensor, layout: Layout, call: Call) -> Tensor:
+        v, m = self._variance(alpha, call), layout.outer * layout.inner
+        return call.k / 2 * (m - sum_sq / v) / v * alpha.double().sigmoid()
+
+    def forward(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        layout: Layout,
+        call: Call,
+        *,
+        loss: Tensor,
+        sum_sq: Tensor,
+    ) -> None:
+        v, m = self._variance(alpha, call), layout.outer * layout.inner
+        sum_sq.copy_(self._residual(mean, target, layout).square().sum((0, 2)))
+        constant = m * layout.channels * math.log(2 * math.pi) if call.full else 0.0
+        _store(loss, call.k / 2 * ((m * v.log() + sum_sq / v).sum() + constant))
+
+    def forward_grad(
+        self, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, call: Call, *,
+        loss: Tensor, grad_mean: Tensor, grad_alpha: Tensor,
+    ) -> None:  # fmt: skip
+        self.forward(mean, target, alpha, layout, call, loss=loss, sum_sq=grad_alpha)
+        grad_alpha.copy_(self._of_alpha(alpha, grad_alpha, layout, call))
+        stride = layout.mean_stride if call.inplace else layout.channels * layout.inner
+        gradient = self._residual(mean, target, layout) * (call.k / self._variance(alpha, call)).view(
+            1, -1, 1
+        )
+        _store(_view(grad_mean, layout, stride), gradient)
+
+    def backward(
+        self, g: Tensor, mean: Tensor | None, target: Tensor | None, alpha: Tensor, sum_sq: Tensor, layout: Layout,
+        call: Call, *, grad_mean: Tensor | None, grad_target: Tensor | None, grad_alpha: Tensor | None,
+    ) -> None:  # fmt: skip
+        if mean is not None and target is not None:
+            scale = g.double() * call.k / self._variance(alpha, call)
+            gradient = self._residual(mean, target, layout) * scale.view(1, -1, 1)
+            for out, values in ((grad_mean, gradient), (grad_target, -gradient)):
+                if out is not None:
+                    _store(_view(out, layout, layout.channels * layout.inner), values)
+        if grad_alpha is not None:
+            _store(grad_alpha, g.double() * self._of_alpha(alpha, sum_sq, layout, call))
+
+    def scale(
+        self, g: Tensor, rows: RowLayout | None, source: Tensor | None, result: Tensor | None,
+        grad_alpha: Tensor | None, scaled_alpha: Tensor | None,
+    ) -> None:  # fmt: skip
+        if rows is not None and source is not None and result is not None:
+            stride = rows.stride if result is source else rows.row
+            values = source.detach().as_strided((rows.outer, rows.row), (rows.stride, 1))
+            _store(
+                result.detach().as_strided((rows.outer, rows.row), (stride, 1)), values.double() * g.double()
+            )
+        if grad_alpha is not None and scaled_alpha is not None:
+            _store(scaled_alpha, grad_alpha * g.double())
+
+
+BACKEND: Any = ToyBackend()
+backends.NAMES = (*backends.NAMES, BACKEND.name)
+backends._loaded[BACKEND.name] = BACKEND
