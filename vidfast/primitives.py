@@ -150,7 +150,7 @@ def scale(
     if grad_alpha is not None:
         grad_alpha = grad_alpha.contiguous()
         scaled_alpha = torch.empty_like(grad_alpha, dtype=alpha_dtype)
-    backend.scale(g, rows, grad_mean, result, grad_alpha, scaled_alpha)
+    backend.scale(g, rows, grad_mean, grad_alpha, result=result, scaled_alpha=scaled_alpha)
     return result, scaled_alpha
 
 

@@ -123,7 +123,7 @@ def test_a_device_that_cannot_run_it_is_named_and_passed_over(
     assert says in reason
     backend._missing = reason
     mean, target, alpha = problem((2, 3, 4, 4))
-    chosen = backends.choose("auto", mean, target, alpha)
+    chosen = backends.choose("auto", mean, target, alpha, None)
     assert chosen is None or chosen.name != "cuda"
     with pytest.raises(RuntimeError, match="backend='cuda' cannot run here"):
         vidfast.gaussian_nll(mean, target, alpha, backend="cuda")
@@ -138,7 +138,7 @@ def test_a_failed_launch_names_the_kernel_and_its_arguments(backend: CudaBackend
 
 def test_auto_takes_it_and_says_so(backend: CudaBackend, as_on_a_gpu: None) -> None:
     mean, target, alpha = problem((2, 3, 4, 5))
-    chosen = backends.choose("auto", mean, target, alpha)
+    chosen = backends.choose("auto", mean, target, alpha, None)
     assert chosen is backend
     facts = vidfast.info()["backends"]
     assert isinstance(facts, dict)

@@ -31,6 +31,7 @@ if "VIDFAST_EMULATED_CUDA" in os.environ:
     from bench.providers import CopyContender, StepContender, baselines, vidfast_providers
     from bench.record import measure
     from bench.suites import KernelSuite, StepSuite
+    from vidfast import primitives
 
     CASE = Case("test", (3, 4, 5, 5), device="cuda", gradients=(1.0, 0.37))
     LAST = replace(CASE, layout="channels_last")
@@ -142,7 +143,7 @@ def test_a_kernel_that_is_wrong_has_its_error_shown(monkeypatch: pytest.MonkeyPa
         def doubled(slot: Any) -> object:
             loss, gradients = call(slot)  # type: ignore[misc]
             if gradients is not None:
-                self.backend.scale(torch.tensor(2.0), gradients[0], 1, None, torch.float32, True)
+                primitives.scale(self.backend, torch.tensor(2.0), gradients[0], 1, None, torch.float32, True)
             return loss, gradients
 
         return doubled

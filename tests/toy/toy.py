@@ -101,8 +101,8 @@ class ToyBackend:
             _store(grad_alpha, g.double() * self._of_alpha(alpha, sum_sq, layout, call))
 
     def scale(
-        self, g: Tensor, rows: RowLayout | None, source: Tensor | None, result: Tensor | None,
-        grad_alpha: Tensor | None, scaled_alpha: Tensor | None,
+        self, g: Tensor, rows: RowLayout | None, source: Tensor | None, grad_alpha: Tensor | None, *,
+        result: Tensor | None, scaled_alpha: Tensor | None,
     ) -> None:  # fmt: skip
         if rows is not None and source is not None and result is not None:
             stride = rows.stride if result is source else rows.row

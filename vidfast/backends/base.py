@@ -101,8 +101,9 @@ class Backend(Protocol):
         g: Tensor,
         rows: RowLayout | None,
         source: Tensor | None,
-        result: Tensor | None,
         grad_alpha: Tensor | None,
+        *,
+        result: Tensor | None,
         scaled_alpha: Tensor | None,
     ) -> None:
         """Fills result = g source and scaled_alpha = g grad_alpha, of which either may be absent.

@@ -133,8 +133,9 @@ class CpuBackend:
         g: Tensor,
         rows: RowLayout | None,
         source: Tensor | None,
-        result: Tensor | None,
         grad_alpha: Tensor | None,
+        *,
+        result: Tensor | None,
         scaled_alpha: Tensor | None,
     ) -> None:
         """As the protocol says."""

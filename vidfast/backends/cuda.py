@@ -189,8 +189,9 @@ class CudaBackend:
         g: Tensor,
         rows: RowLayout | None,
         source: Tensor | None,
-        result: Tensor | None,
         grad_alpha: Tensor | None,
+        *,
+        result: Tensor | None,
         scaled_alpha: Tensor | None,
     ) -> None:
         """As the protocol says."""

@@ -96,8 +96,9 @@ class PlainBackend:
         g: Tensor,
         rows: RowLayout | None,
         source: Tensor | None,
-        result: Tensor | None,
         grad_alpha: Tensor | None,
+        *,
+        result: Tensor | None,
         scaled_alpha: Tensor | None,
     ) -> None:
         """As the protocol says."""

@@ -54,8 +54,11 @@ class Graph:
                 if old.data_ptr() != new.data_ptr():
                     old.detach().copy_(new.detach())
 
-    def record(self, call: Callable[[], Any], arguments: Any) -> Any:
-        """What `call` returns, of the right shapes and at the right addresses, but not yet computed."""
+    def record(self, call: Callable[[], Any], arguments: Any, outputs: Any = ()) -> Any:
+        """What `call` returns, of the right shapes and at the right addresses, but not yet computed.
+
+        `outputs` is memory that it fills and that is given too.
+        """
         given = tensors_in(arguments)
         before = [x.detach().clone() for x in given]
         Graph.capturing = None
@@ -64,7 +67,7 @@ class Graph:
             for x, old in zip(given, before, strict=True):
                 x.detach().copy_(old)
             own = {x.data_ptr() for x in given}
-            for x in tensors_in(results):
+            for x in tensors_in([results, outputs]):
                 if x.data_ptr() not in own:
                     x.detach().fill_(torch.nan)
         finally:
@@ -154,33 +157,34 @@ class Captured:
         if numbers:
             self._inner._workspace_bytes.cache_clear()
 
-    def _run(self, primitive: str, arguments: tuple[Any, ...]) -> Any:
+    def _run(self, primitive: str, inputs: tuple[Any, ...], **outputs: Any) -> None:
         run = getattr(self._inner, primitive)
         if Graph.capturing is None:
-            return run(*arguments)
+            run(*inputs, **outputs)
+            return
         numbers = self._numbers()
 
-        def launch() -> Any:
+        def launch() -> None:
             others = self._numbers()
             self._set(numbers)
             try:
-                return run(*arguments)
+                run(*inputs, **outputs)
             finally:
                 self._set(others)
 
-        return Graph.capturing.record(launch, arguments)
+        Graph.capturing.record(launch, inputs, list(outputs.values()))
 
-    def forward(self, *arguments: Any) -> Any:
-        return self._run("forward", arguments)
+    def forward(self, *inputs: Any, **outputs: Any) -> None:
+        self._run("forward", inputs, **outputs)
 
-    def forward_grad(self, *arguments: Any) -> Any:
-        return self._run("forward_grad", arguments)
+    def forward_grad(self, *inputs: Any, **outputs: Any) -> None:
+        self._run("forward_grad", inputs, **outputs)
 
-    def backward(self, *arguments: Any) -> Any:
-        return self._run("backward", arguments)
+    def backward(self, *inputs: Any, **outputs: Any) -> None:
+        self._run("backward", inputs, **outputs)
 
-    def scale(self, *arguments: Any) -> Any:
-        return self._run("scale", arguments)
+    def scale(self, *inputs: Any, **outputs: Any) -> None:
+        self._run("scale", inputs, **outputs)
 
 
 class Profile:
