@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,21 @@ def test_readme_names_the_gpu_instead_of_calling_it_pending(store: Store) -> Non
     run = load(store("gpu", step(), gpu={"name": "GPU Y", "memory_bytes": 1 << 34, "capability": "9.0"}))
     assert "**GPU Y**" in readme.block([run])
     assert "pending" not in readme.block([run])
+
+
+def test_readme_has_the_latest_steps_of_a_gpu_and_no_older_ones(store: Store) -> None:
+    gpu = {"name": "GPU Y", "memory_bytes": 1 << 34, "capability": "9.0"}
+    older, newer, other = (
+        replace(load(store(name, step(), gpu={**gpu, "name": device})), date=f"2026-01-01T{hour}:00:00")
+        for name, device, hour in (("older", "GPU Y", 10), ("newer", "GPU Y", 11), ("other", "GPU Z", 12))
+    )
+    for runs in ([older, newer, other], [other, newer, older]):
+        block = readme.block(runs)
+        assert block.count("**GPU Y**") == block.count("**GPU Z**") == 1
+    assert readme.superseded(older, [older, newer, other])
+    assert not readme.superseded(newer, [older, newer, other])
+    tuned = replace(newer, rows=[])
+    assert not readme.superseded(older, [older, tuned]), "a run without steps stands for none"
 
 
 def test_readme_says_what_sleeping_threads_cost_instead_of_a_second_table(store: Store) -> None:

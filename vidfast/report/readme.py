@@ -75,7 +75,7 @@ def block(runs: Sequence[Run]) -> str:
     parts: list[str] = []
     spinning = [run for run in runs if not sleeping(run)]
     for run in runs:
-        if run.gpu and device.only_tuned(run):
+        if run.gpu and (device.only_tuned(run) or superseded(run, runs)):
             continue  # for the kernel notes
         if run.gpu:
             parts.append(device.summary(run))
@@ -91,6 +91,12 @@ def block(runs: Sequence[Run]) -> str:
     if not any(run.gpu for run in runs):
         parts.append("GPU figures are pending: no stored run was made on a GPU.")
     return "\n\n".join(parts)
+
+
+def superseded(run: Run, runs: Sequence[Run]) -> bool:
+    """Whether a later run on the same GPU measured steps too."""
+    later = (other for other in runs if other.gpu and other.device == run.device and other.date > run.date)
+    return any(other.of(STEP) for other in later)
 
 
 def insert(text: str, runs: Sequence[Run]) -> str:
