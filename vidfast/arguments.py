@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin as _Lazy  # type: ignore[attr-defined]
 
 from vidfast._torch import is_jit_tracing
-from vidfast.raw import DTYPES as DTYPES
+from vidfast.raw import DTYPES
 
 ScalarReduction: TypeAlias = Literal["mean", "sum", "batchmean"]
 Reduction: TypeAlias = Literal["mean", "sum", "batchmean", "none"]
@@ -39,8 +39,9 @@ class Call(NamedTuple):
         inplace: Whether d/d mean may be written over mean.
         strategy: One of STRATEGIES.
         backend: "auto", "reference" or the name of a back end.
-        k: By which the sum over all elements is multiplied: the weight over the number of what the reduction averages
-            over. 0 where there is no element, whose gradients are 0; where torch.compile traces; and for "none".
+        k: The factor of the sum over all elements: weight / N for "mean", weight for "sum", weight / B for "batchmean"
+            (0 where that divisor is 0). 0 for "none", and while torch.compile or torch.jit.trace records, where the
+            operator makes its own.
     """
 
     channel: int

@@ -23,6 +23,7 @@ from vidfast._torch import (
 )
 from vidfast.arguments import Call
 from vidfast.backends.base import Backend
+from vidfast.backends.plain import reference_nll
 from vidfast.raw import NO_FORWARD_MODE, restored, savable, save
 
 
@@ -58,7 +59,7 @@ def run_strategy(mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backen
 
 
 def _check_inplace(mean: Tensor, target: Tensor, alpha: Tensor) -> None:
-    """Sees to it that d/d mean may be written over mean.
+    """Checks that d/d mean may be written over mean.
 
     Raises:
         RuntimeError: Writing it would destroy what other code still uses.
@@ -101,7 +102,8 @@ def incoming(g: Tensor) -> Tensor:
         )
     if type(g) is not Tensor and isinstance(g, fake_tensor()):
         raise RuntimeError(
-            "vidfast.gaussian_nll ran on real tensors, but the incoming gradient is a FakeTensor"
+            "vidfast.gaussian_nll ran on real tensors, but the incoming gradient is a FakeTensor: call backward in the "
+            "mode in which the loss was computed"
         )
     return g.clone() if is_zero_tensor(g) else g.resolve_neg()
 
@@ -231,20 +233,10 @@ def _differentiable(
     if activations:
         mean, target = (x.view_as(x) for x in activations)
         inputs = (mean, target, alpha)
-        loss = reference.gaussian_nll(
-            mean,
-            target,
-            alpha,
-            channel_dim=call.channel,
-            eps=call.eps,
-            reduction=call.reduction,
-            full=call.full,
-            weight=call.weight,
-        )
+        loss = reference_nll(mean, target, alpha, call)
     else:
         inputs = (alpha, alpha, alpha)  # only the last is wanted
-        wide = alpha.double()
-        variance = torch.logaddexp(wide, torch.zeros_like(wide)) + call.eps
+        variance = reference.variance(alpha, call.eps, torch.float64)
         count = shape.numel() // shape[call.channel]
         loss = (call.k * 0.5 * (count * torch.log(variance) + sum_sq / variance).sum()).to(g.dtype)
     wanted = [x for x, w in zip(inputs, wants, strict=True) if w]

@@ -7,10 +7,11 @@ import platform
 import torch
 from torch import Tensor
 
-from vidfast import autograd, backends, ops, reference
+from vidfast import autograd, backends, ops
 from vidfast._torch import has_tangent, in_forward_mode, in_functorch, in_transform
 from vidfast._version import __version__
 from vidfast.arguments import Call
+from vidfast.backends.plain import reference_nll
 from vidfast.raw import NO_FORWARD_MODE, PLAIN_TYPES, not_raw
 
 # The ways of a call.
@@ -37,20 +38,11 @@ def route(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
         backend = backends.choose(call.backend, mean, target, alpha, not_raw(mean, target, alpha))
         if backend is not backends.PLAIN and mean.numel():
             return autograd.run_strategy(mean, target, alpha, call, backend)
-    return reference.gaussian_nll(
-        mean,
-        target,
-        alpha,
-        channel_dim=call.channel,
-        eps=call.eps,
-        reduction=call.reduction,
-        full=call.full,
-        weight=call.weight,
-    )
+    return reference_nll(mean, target, alpha, call)
 
 
 def _way(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> str:
-    """_REFERENCE, _OPERATOR, or _KERNELS if a back end takes the tensors."""
+    """_REFERENCE, _OPERATOR, or _KERNELS: those of the back end that is chosen then, if one is."""
     if call.reduction == "none":
         if call.backend not in ("auto", "reference"):
             raise ValueError(
@@ -79,7 +71,7 @@ def compiles_to_operator(wanted: str, *tensors: Tensor) -> bool:
 
     Raises:
         ValueError: There is no back end of that name.
-        RuntimeError: A back end asked for by name has none of this.
+        RuntimeError: A back end was named, and its operator cannot run under a transform or on a subclass.
     """
     backends.check_name(wanted)
     if wanted == "reference":
@@ -99,8 +91,9 @@ def compiles_to_operator(wanted: str, *tensors: Tensor) -> bool:
 def info() -> dict[str, object]:
     """What vidfast is on this machine: versions, and for each back end whether it runs, what it uses, or why not.
 
-    `auto` takes the first of `backends` that is available and supports the tensors, else the reference. What
-    was picked is logged once per device at level DEBUG by the logger "vidfast". A target laid out in memory
+    `auto` takes the first of `backends` that is available and supports the tensors, for those on the CPU "cpu" before
+    the others, else the reference. What was picked is logged once for each kind of device, at level DEBUG by the logger
+    "vidfast". A target laid out in memory
     otherwise than its mean, and a mean that is expanded or overlapping, are copied before the kernel runs.
     """
     found: dict[str, object] = {}

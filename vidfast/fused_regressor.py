@@ -24,13 +24,13 @@ from vidfast._torch import (
     in_functorch,
     products_differ_from_convolutions,
 )
-from vidfast.arguments import DTYPES, Call, loss_factor
+from vidfast.arguments import Call, loss_factor
 from vidfast.autograd import incoming, not_twice
 from vidfast.backends.base import Backend
 from vidfast.layers import is_as_defined
 from vidfast.layout import rows_of
 from vidfast.memory import empty_dense, empty_fp32
-from vidfast.raw import NO_FORWARD_MODE, not_raw, restored, save
+from vidfast.raw import DTYPES, NO_FORWARD_MODE, not_raw, restored, save
 
 # The widest activation of a part of the batch: it stays in the cache, and a product over it is worth starting.
 _PART_BYTES, _PART_BYTES_IN_ROWS = 4 << 20, 8 << 20

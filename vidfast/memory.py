@@ -54,7 +54,7 @@ _SCALAR_F32 = torch.empty((), dtype=torch.float32, device="cpu")
 
 
 def empty_loss(mean: Tensor, target: Tensor) -> Tensor:
-    """A scalar on their device, fp64 if one of them is, else fp32. Its value is anything."""
+    """An uninitialised scalar on their device, fp64 if one of them is, else fp32."""
     wide = mean.dtype is torch.float64 or target.dtype is torch.float64
     if mean.is_cpu:
         return torch.empty_like(_SCALAR_F64 if wide else _SCALAR_F32)
@@ -62,19 +62,15 @@ def empty_loss(mean: Tensor, target: Tensor) -> Tensor:
 
 
 def empty_dense(like: Tensor, strides: tuple[int, ...] | None, dtype: torch.dtype) -> Tensor:
-    """Memory without gaps. Its values are anything.
+    """Uninitialised memory without gaps.
 
     Args:
         like: Whose shape and device it takes.
-        strides: Of the memory, as :class:`vidfast.layout.Layout` has them; None: contiguous.
+        strides: Of the memory, as :class:`vidfast.layout.Layout` has them; None: those of `torch.empty_like(like)`,
+            contiguous where `like` is.
         dtype: Of the memory.
     """
-    if (
-        like.is_cpu
-        and like.numel() * like.element_size() >= KEPT_FROM
-        and _C is not None
-        and type(like) in PLAIN_TYPES
-    ):
+    if like.is_cpu and like.numel() * like.element_size() >= KEPT_FROM and _is_kept(like, strides):
         kept = _from_block(like.numel(), dtype)
         return kept.view(like.shape) if strides is None else kept.as_strided_(like.shape, strides)
     if strides is None:
@@ -82,13 +78,17 @@ def empty_dense(like: Tensor, strides: tuple[int, ...] | None, dtype: torch.dtyp
     return torch.empty_strided(like.shape, strides, dtype=dtype, device=like.device)
 
 
+def _is_kept(like: Tensor, strides: tuple[int, ...] | None) -> bool:
+    return _C is not None and type(like) in PLAIN_TYPES and (strides is not None or like.is_contiguous())
+
+
 def workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(count,) for one call of a kernel, on the current stream of the device. Its values are anything."""
+    """(count,), uninitialised, for one call of a kernel on the current stream of the device."""
     return torch.empty(count, dtype=dtype, device=device)
 
 
 def empty_fp32(*shape: int) -> Tensor:
-    """Memory on the CPU in fp32, for what is as large as such gradients and as short-lived."""
+    """Uninitialised memory on the CPU in fp32, for what is as large as such gradients and as short-lived."""
     count = math.prod(shape)
     if _C is None or 4 * count < KEPT_FROM:
         return torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -105,7 +105,7 @@ def kept_memory() -> KeptMemory:
 
 
 def empty_cache() -> None:
-    """Give back to the system what the CPU back end keeps for the next large gradients.
+    """Gives back to the system what the CPU back end keeps for the next large gradients.
 
     What tensors hold stays theirs. What is kept from now on is bound by what is in use at once from now on: the call to
     make after a step much larger than those to come. `VIDFAST_KEEP_MEMORY=0` in the environment keeps nothing.

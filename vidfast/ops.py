@@ -15,12 +15,23 @@ from torch import Tensor
 
 from vidfast import backends, primitives
 from vidfast._torch import has_tangent
-from vidfast.arguments import Call, check_options, check_tensors, loss_factor
+from vidfast.arguments import SCALAR_REDUCTIONS, Call, check_options, check_tensors, loss_factor
 from vidfast.backends import PLAIN
 from vidfast.raw import NO_FORWARD_MODE, not_raw, vector
-from vidfast.tracing import savable
+from vidfast.tracing import savable_in_graph
 
 _OPTIONS = "int channel_dim, float eps, str reduction, bool full, float weight, str backend"
+
+
+def _check_options(eps: float, reduction: str, weight: float) -> None:
+    """Checks what is given by hand.
+
+    Raises:
+        ValueError: eps or weight is out of range, or the reduction is none to a scalar.
+    """
+    check_options(eps, reduction, weight)
+    if reduction not in SCALAR_REDUCTIONS:
+        raise ValueError(f"reduction must be one of {SCALAR_REDUCTIONS} in an operator, got {reduction!r}")
 
 
 @torch.library.custom_op(
@@ -44,7 +55,7 @@ def forward(
     Arguments are those of :func:`vidfast.gaussian_nll`; channel_dim is not negative. Only loss is differentiable.
     """
     channel_dim, alpha = check_tensors(mean, target, alpha, channel_dim)  # by hand nothing was checked
-    check_options(eps, reduction, weight)
+    _check_options(eps, reduction, weight)
     if has_tangent(mean) or has_tangent(target) or has_tangent(alpha):  # a compiled graph would drop it
         raise RuntimeError(NO_FORWARD_MODE)
     chosen = backends.choose(backend, mean, target, alpha, not_raw(mean, target, alpha))
@@ -89,6 +100,7 @@ def backward(
 
     mean and target may be None where alpha's gradient alone is wanted; `shape` is theirs.
     """
+    _check_options(eps, reduction, weight)
     channel_dim %= len(shape)
     channels = shape[channel_dim]
     g, alpha = vector("g", g, 1, alpha.device), vector("alpha", alpha, channels, alpha.device)
@@ -196,7 +208,7 @@ def call_operator(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Te
         alpha: (C,).
         call: Everything else.
     """
-    kept = (savable(x) for x in (mean, target, alpha))
+    kept = (savable_in_graph(x) for x in (mean, target, alpha))
     options = (call.channel, call.eps, call.reduction, call.full, 1.0, call.backend)
     loss: Tensor = forward(*kept, *options)[0]
     # Without a case for 1: dynamo makes every value a graph of its own once a float was not needed in one.

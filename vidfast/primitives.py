@@ -1,8 +1,8 @@
 """The four primitives on torch's tensors: inputs are copied where need be, outputs allocated, a back end fills them.
 
 forward, forward_grad, backward and scale are those of :class:`vidfast.backends.base.Backend`, which says what each
-computes. What a saved-tensor hook gave back was checked by :func:`vidfast.raw.restored`, what an operator was given by
-:func:`vidfast.raw.vector`: shapes, dtypes and devices are right, and strides may be any.
+computes. Shapes, dtypes and devices are right when a tensor comes here, and strides may be any: what a saved-tensor
+hook gave back was checked by :func:`vidfast.raw.restored`, what an operator was given by :mod:`vidfast.ops`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,11 @@ def backward(
         sum_sq: (C,) in fp64, forward's.
         shape: Of mean and target.
         call: Everything else.
-        want: Of mean, target and alpha, whose gradients.
+        want: Whether the gradients of mean, of target and of alpha are wanted.
+
+    Returns:
+        The gradients in the dtypes of mean, target and alpha, without gaps in mean's order of dimensions; None where
+        one is not wanted.
     """
     alpha, sum_sq = alpha.contiguous(), sum_sq.contiguous()
     grad_mean = grad_target = None
@@ -139,6 +143,9 @@ def scale(
         grad_alpha: d/d alpha, (C,) in fp64; None where it is not wanted.
         alpha_dtype: Of d/d alpha as it is returned.
         in_place: Whether grad_mean is scaled where it is stored.
+
+    Returns:
+        grad_mean and grad_alpha times g, the latter in `alpha_dtype`; None where one was.
     """
     rows: RowLayout | None = None
     result = scaled_alpha = None
@@ -163,13 +170,13 @@ def as_walked(
         mean: Any shape with elements.
         target: mean's shape.
         channel: The dimension of the channels, not negative.
-        walks: Whether kernels walk them; otherwise they are handed back as they came.
-        inplace: mean is to be written over, and may not be copied.
+        walks: Whether kernels walk them; otherwise they are handed back as they came, but in place.
+        inplace: Whether mean is to be written over, and may not be copied.
 
     Raises:
         RuntimeError: It would have to be.
     """
-    layout = layout_of(mean, target, channel, walks)
+    layout = layout_of(mean, target, channel, walks or inplace)
     if layout.copies_mean:
         if inplace:
             raise RuntimeError(

@@ -23,7 +23,7 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def savable(x: Tensor) -> Tensor:
+def savable_in_graph(x: Tensor) -> Tensor:
     """x, or a copy of it in the graph where it was made under torch.inference_mode and comes in from outside.
 
     Autograd saves no such tensor for backward, and a compiled graph saves its inputs.
@@ -38,7 +38,7 @@ def savable(x: Tensor) -> Tensor:
 
 
 def _look_at_x(trace: Any) -> None:
-    """Called by the tracer in `savable`: whether x comes from such a tensor. Anything unexpected is a no.
+    """Called by the tracer in `savable_in_graph`: whether x comes from such a tensor. Anything unexpected is a no.
 
     What comes from one by a view is one too, and what comes by arithmetic is not: it is copied without need.
     """

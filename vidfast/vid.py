@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from vidfast import backends, reference
 from vidfast.arguments import (
-    DTYPES,
     SCALAR_REDUCTIONS,
     BackendName,
     ScalarReduction,
@@ -22,6 +21,7 @@ from vidfast.arguments import (
 )
 from vidfast.layers import weight_dtype
 from vidfast.nll import Weighted, adopt_variances
+from vidfast.raw import DTYPES
 from vidfast.regressor import regressed_nll
 
 _POOL: dict[int, Callable[..., Tensor]] = {

@@ -1,4 +1,4 @@
-"""Every bit of a set of calls, for a change that must not alter one: recorded before it, compared after it.
+"""Digests of the results of many calls, recorded before a change that must alter no bit, compared after it.
 
     python tests/core/bits.py FILE             writes FILE, or, where it exists, says what differs from it
     python tests/core/bits.py FILE --modules   VIDLoss too
@@ -140,7 +140,7 @@ def _named(title: str, results: Iterator[Result]) -> Iterator[tuple[str, str]]:
 
 
 def everything(with_modules: bool, every: int) -> Iterator[tuple[str, str]]:
-    """(what, digest) of all calls; those not on a back end at last."""
+    """(what, digest) of all calls; those of the reference and the modules last."""
     places, _ = chosen_places()
     reference = Place("reference", torch.device("cpu"), 4096)
     for place in (*places, reference):

@@ -4,7 +4,7 @@ By default every back end that `vidfast.backends.NAMES` knows and that runs on t
 suite otherwise, in a process of its own:
 
 VIDFAST_TEST_BACKEND  names, separated by commas; one that cannot run is then an error
-VIDFAST_TEST_DEVICE   where their tensors lie ("cpu" for an interpreted or emulated GPU back end)
+VIDFAST_TEST_DEVICE   the device of their tensors ("cpu" for an interpreted or emulated GPU back end)
 VIDFAST_TEST_SMALL    1, or a number of elements: bigger problems are skipped (an interpreter is slow)
 
 `pytest tests/core -m backend` runs only the tests that take a back end.

@@ -67,6 +67,10 @@ def chosen_places() -> tuple[list[Place], dict[str, str]]:
     asked = [n for n in os.environ.get("VIDFAST_TEST_BACKEND", "").split(",") if n]
     places, missing = [], {}
     for name in asked or backends.NAMES:
+        try:
+            backends.check_name(name)
+        except ValueError as error:
+            raise RuntimeError(f"VIDFAST_TEST_BACKEND: {error}") from None
         place = Place(name, torch.device(_device(name)), _limit())
         reason = obstacle(place)
         if reason is None:

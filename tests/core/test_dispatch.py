@@ -6,6 +6,8 @@ import logging
 import subprocess
 import sys
 import warnings
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +15,10 @@ from places import Place, chosen_places
 
 import vidfast
 from vidfast import backends
+from vidfast.arguments import BackendName
+
+# Those that are files of the package; a test may register others.
+SHIPPED = {path.stem for path in Path(backends.__file__).parent.iterdir()} - {"__init__", "base", "plain"}
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +137,20 @@ def test_info() -> None:
     torch.set_num_threads(1)
     assert vidfast.info()["backends"]["cpu"]["threads"] == 1  # type: ignore[index]
     assert vidfast.info()["backends"]["cpu"]["isa"] in ("baseline", "avx2", "avx512")  # type: ignore[index]
+
+
+def test_the_names_of_the_type_are_those_that_there_are() -> None:
+    assert {*get_args(BackendName)} == {
+        "auto",
+        "reference",
+        *(name for name in backends.NAMES if name in SHIPPED),
+    }
+
+
+def test_on_the_cpu_the_cpus_comes_first_whatever_is_added() -> None:
+    """An interpreted or emulated kernel that takes tensors there is never what `auto` means."""
+    assert backends._CPU_FIRST[0] == "cpu"
+    assert set(backends._CPU_FIRST) <= set(backends.NAMES)
 
 
 def test_backends_follow_the_protocol() -> None:

@@ -1,4 +1,4 @@
-"""Adding a back end is adding a file: the toy's goes through the shared suite's small shapes, and no test knows it."""
+"""Adding a back end is adding a file: the toy's goes through the shared suite's small shapes, and no test names it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Of the plain one, whose sums are torch's and whose tensors need not be copied: what both say of gradients.
-OF_GRADIENTS = ("test_backward.py", "test_derivatives.py", "test_saved_tensors.py", "test_random_problems.py")
+OF_GRADIENTS = (
+    "test_inplace.py",
+    "test_backward.py",
+    "test_derivatives.py",
+    "test_saved_tensors.py",
+    "test_random_problems.py",
+)
 
 
 @pytest.mark.parametrize(("name", "files", "least"), [("toy", ("",), 1000), ("plain", OF_GRADIENTS, 100)])

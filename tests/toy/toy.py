@@ -1,6 +1,6 @@
-"""A back end in one file: what CONTRIBUTING says of adding one, tried. In fp64, by torch on views of the memory.
+"""A back end in one file: its sums in fp64, by torch on views of the memory.
 
-Importing it makes it one of vidfast's; test_toy_backend.py runs the suite on it.
+Importing it registers it from outside; test_toy_backend.py runs the suite on it.
 """
 
 from __future__ import annotations

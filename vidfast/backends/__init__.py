@@ -19,7 +19,8 @@ log = logging.getLogger("vidfast")
 # The order of preference. Why CUDA before Triton: docs/kernel-notes.md, "Defaults, and what decided them".
 NAMES = ("cuda", "triton", "cpu")
 
-_CPU_FIRST = NAMES[::-1]  # for tensors there: an interpreted GPU kernel is never what `auto` means
+# For tensors on the CPU: an interpreted GPU kernel is never what `auto` means.
+_CPU_FIRST = ("cpu", *(name for name in NAMES if name != "cpu"))
 
 _loaded: dict[str, Backend] = {}
 _picked: set[tuple[str, str]] = set()
@@ -33,7 +34,7 @@ def load(name: str) -> Backend:
 
 
 def check_name(backend: str) -> None:
-    """Sees to it that a user may ask for the back end of that name.
+    """Checks that a user may ask for the back end of that name.
 
     Raises:
         ValueError: There is none.

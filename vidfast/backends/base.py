@@ -22,13 +22,21 @@ class Backend(Protocol):
 
     mean, target and their gradients are walked as `layout` says: element (o, c, i) of mean is stored at
     `o * mean_stride + c * inner + i`, of target at `o * target_stride + ...`, and of outputs without gaps at
-    `o * C * inner + ...`. Vectors over the channels are contiguous. k, eps and full are the call's. Each dtype is fp16,
-    bf16, fp32 or fp64; loss is fp64 if mean or target is, else fp32. Nothing overlaps but what is named below.
+    `o * C * inner + ...`. Vectors over the channels are contiguous. Each dtype is fp16, bf16, fp32 or fp64; loss is
+    fp64 if mean or target is, else fp32, and g any of the four. Tensors may require grad. Nothing overlaps but what is
+    named below: grad_mean may be mean, and result source.
+
+    Of a call it reads `k`, `eps`, `full`, `inplace` and `channel`: `k` holds the weight and the reduction, and may be
+    that of a whole of which the tensors are a part. (The plain back end, which is never given a part, reads those two
+    instead.) Sums are added in a fixed order, so that results are bitwise repeatable; r is formed in the widest of
+    mean's type, target's and fp32, and what belongs to a channel in fp64. No value of a tensor is asked for in Python
+    (`item`, `float`, `numpy`, `==`). Workspaces come from :func:`vidfast.memory.workspace`, and everything is launched
+    on the current stream of the tensors' device. Offsets of elements have 64 bits.
 
     Attributes:
         name: By which a user asks for it.
         walks: Whether it reads and writes by addresses, so that tensors have to be stored as `layout` says. One that
-            does not gets them as they came, and of a layout it may read the channels and outer * inner.
+            does not gets them as they came, except in place; of a layout it may read channels and outer * inner.
         in_parts: Whether a small call costs so little that a regressor and its loss are best computed a few samples
             at a time.
     """
@@ -41,10 +49,14 @@ class Backend(Protocol):
         """None if this back end can run on this machine at all, or the reason why not."""
 
     def supports(self, mean: Tensor, target: Tensor, alpha: Tensor) -> str | None:
-        """None if it takes these tensors, or the reason why not."""
+        """None if it takes these tensors, or the reason why not, which may be that it is unavailable.
+
+        Asked at every call. Where alpha's gradient alone is wanted in a compiled graph, the scalar g stands for mean
+        and target; where a regressor is computed with its loss, its input for mean.
+        """
 
     def info(self) -> dict[str, object]:
-        """What a person wants to know of it: versions, devices, architectures."""
+        """Facts for :func:`vidfast.info`: versions, devices, architectures."""
 
     def forward(
         self,
@@ -92,7 +104,7 @@ class Backend(Protocol):
     ) -> None:
         """Fills the gradients that are there, times the scalar g: 3 N (4 for both activations').
 
-        g is read where it is stored, never on the host of a device. For grad_alpha, (C,) in alpha's dtype, sum_sq is
+        g is read where it is stored. For grad_alpha, (C,) in alpha's dtype, sum_sq is
         all it takes: alone, mean and target are None.
         """
 
@@ -108,6 +120,7 @@ class Backend(Protocol):
     ) -> None:
         """Fills result = g source and scaled_alpha = g grad_alpha, of which either may be absent.
 
-        `rows` describes source; result is source itself, and untouched where g is 1 (0 or 2 N), or has no gaps.
+        `rows` describes source, which a back end that does not walk gets as it came; result is source itself, and
+        untouched where g is 1 (0 or 2 N), or has no gaps.
         grad_alpha is (C,) in fp64, scaled_alpha in alpha's dtype.
         """
