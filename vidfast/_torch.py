@@ -217,16 +217,10 @@ _HAS_HOOK_LISTS = all(
 # What a call of a layer goes through. A torch without one of them goes through the others.
 CALLED_METHODS = ("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward", "forward", "_conv_forward")
 # The classes of all convolutions and batch normalisations. Without: those that have a public name.
-CONVOLUTION: Any = _private(
-    nn.modules.conv,
-    "_ConvNd",
-    (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
-BATCH_NORM: Any = _private(
-    nn.modules.batchnorm,
-    "_BatchNorm",
-    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CONVOLUTION: Any = _private(nn.modules.conv, "_ConvNd", CONVOLUTIONS)
+BATCH_NORM: Any = _private(nn.modules.batchnorm, "_BatchNorm", BATCH_NORMS)
 
 
 def any_global_hook() -> bool:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin as _Lazy  # type: ignore[attr-defined]
 
-from vidfast._torch import is_jit_tracing
 from vidfast.raw import DTYPES
 
 ScalarReduction: TypeAlias = Literal["mean", "sum", "batchmean"]
@@ -40,8 +39,7 @@ class Call(NamedTuple):
         strategy: One of STRATEGIES.
         backend: "auto", "reference" or the name of a back end.
         k: The factor of the sum over all elements: weight / N for "mean", weight for "sum", weight / B for "batchmean"
-            (0 where that divisor is 0). 0 for "none", and while torch.compile or torch.jit.trace records, where the
-            operator makes its own.
+            (0 where that divisor is 0). 0 for "none", and where a shape is traced: an operator makes its own.
     """
 
     channel: int
@@ -83,9 +81,9 @@ def check_call(
         raise ValueError(
             "strategy='one_pass' has no gradient for target, which requires grad: use 'two_pass' or detach it"
         )
-    # A Python number made from a shape would be another graph for every batch size: the operator makes its own.
-    traced = torch.compiler.is_compiling() or is_jit_tracing()
-    k = 0.0 if traced else loss_factor(mean.shape, reduction, weight)
+    # A Python number made from a traced shape would be another graph for every batch size: an operator makes its own.
+    counted = reduction != "none" and type(mean.numel()) is int and not torch.compiler.is_compiling()
+    k = loss_factor(mean.shape, reduction, weight) if counted else 0.0
     return alpha, Call(channel, eps, reduction, full, weight, inplace, strategy, backend, k)
 
 
@@ -94,14 +92,20 @@ def loss_factor(shape: Sequence[int], reduction: str, weight: float) -> float:
 
     Args:
         shape: Of mean and target.
-        reduction: One of REDUCTIONS.
+        reduction: One of SCALAR_REDUCTIONS.
         weight: The factor of the loss.
+
+    Raises:
+        ValueError: It is none of those.
     """
     if reduction == "sum":
         return weight
-    if reduction == "none":
-        return 0.0
-    count = math.prod(shape) if reduction == "mean" else shape[0]
+    if reduction == "mean":
+        count = math.prod(shape)
+    elif reduction == "batchmean":
+        count = shape[0]
+    else:
+        raise ValueError(f"reduction must be one of {SCALAR_REDUCTIONS}, got {reduction!r}")
     return weight / count if count else 0.0
 
 

@@ -54,6 +54,8 @@ def _way(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> str:
         return _OPERATOR if compiles else _REFERENCE
     if call.backend == "reference":
         return _REFERENCE
+    if call.backend != "auto":
+        backends.check_name(call.backend)
     if in_functorch(mean, target, alpha):
         raise RuntimeError(
             "vidfast.gaussian_nll cannot run inside torch.func transforms on its kernels: use backend='reference'"

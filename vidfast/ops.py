@@ -15,23 +15,12 @@ from torch import Tensor
 
 from vidfast import backends, primitives
 from vidfast._torch import has_tangent
-from vidfast.arguments import SCALAR_REDUCTIONS, Call, check_options, check_tensors, loss_factor
+from vidfast.arguments import Call, check_options, check_tensors, loss_factor
 from vidfast.backends import PLAIN
 from vidfast.raw import NO_FORWARD_MODE, not_raw, vector
 from vidfast.tracing import savable_in_graph
 
 _OPTIONS = "int channel_dim, float eps, str reduction, bool full, float weight, str backend"
-
-
-def _check_options(eps: float, reduction: str, weight: float) -> None:
-    """Checks what is given by hand.
-
-    Raises:
-        ValueError: eps or weight is out of range, or the reduction is none to a scalar.
-    """
-    check_options(eps, reduction, weight)
-    if reduction not in SCALAR_REDUCTIONS:
-        raise ValueError(f"reduction must be one of {SCALAR_REDUCTIONS} in an operator, got {reduction!r}")
 
 
 @torch.library.custom_op(
@@ -55,13 +44,13 @@ def forward(
     Arguments are those of :func:`vidfast.gaussian_nll`; channel_dim is not negative. Only loss is differentiable.
     """
     channel_dim, alpha = check_tensors(mean, target, alpha, channel_dim)  # by hand nothing was checked
-    _check_options(eps, reduction, weight)
+    check_options(eps, reduction, weight)
     if has_tangent(mean) or has_tangent(target) or has_tangent(alpha):  # a compiled graph would drop it
         raise RuntimeError(NO_FORWARD_MODE)
+    k = loss_factor(mean.shape, reduction, weight)
     chosen = backends.choose(backend, mean, target, alpha, not_raw(mean, target, alpha))
     if mean.numel() == 0:
         chosen = PLAIN
-    k = loss_factor(mean.shape, reduction, weight)
     call = Call(channel_dim, eps, reduction, full, weight, backend=backend, k=k)
     return primitives.forward(chosen, mean, target, alpha, call)
 
@@ -100,19 +89,23 @@ def backward(
 
     mean and target may be None where alpha's gradient alone is wanted; `shape` is theirs.
     """
-    _check_options(eps, reduction, weight)
+    check_options(eps, reduction, weight)
+    k = loss_factor(shape, reduction, weight)
     channel_dim %= len(shape)
     channels = shape[channel_dim]
     g, alpha = vector("g", g, 1, alpha.device), vector("alpha", alpha, channels, alpha.device)
     sum_sq = vector("sum_sq", sum_sq, channels, alpha.device, torch.float64)
     if mean is None or target is None:
+        if mean_wanted or target_wanted:
+            raise ValueError("mean and target must be given where a gradient of theirs is wanted, got None")
         chosen = backends.choose(backend, g, g, alpha, not_raw(g, alpha))
     else:
         check_tensors(mean, target, alpha, channel_dim)
+        if list(mean.shape) != list(shape):
+            raise ValueError(f"shape must be that of mean, {tuple(mean.shape)}, got {tuple(shape)}")
         chosen = backends.choose(backend, mean, target, alpha, not_raw(mean, target, alpha))
     if math.prod(shape) == 0:
         chosen = PLAIN
-    k = loss_factor(shape, reduction, weight)
     call = Call(channel_dim, eps, reduction, full, weight, backend=backend, k=k)
     want = (mean_wanted, target_wanted, alpha_wanted)
     grads = primitives.backward(chosen, g.resolve_neg(), mean, target, alpha, sum_sq, shape, call, want)

@@ -176,8 +176,9 @@ def _unshared() -> int:
 
     # A thread of its own has none of this one's hooks, modes and default devices.
     thread = Thread(target=count)
-    thread.start()
-    thread.join()
+    with contextlib.suppress(RuntimeError):  # there can be no more threads
+        thread.start()
+        thread.join()
     return counted[0] if counted else 0
 
 

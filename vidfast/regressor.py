@@ -27,7 +27,7 @@ def regressed_nll(
     regressor: nn.Module,
     student: Tensor,
     target: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | None,
     *,
     channel_dim: int = 1,
     eps: float = 1e-5,
@@ -47,7 +47,7 @@ def regressed_nll(
         regressor: From `student` to target's shape.
         student: What it takes.
         target: The teacher's feature, without gradient.
-        alpha: (C,), of :func:`vidfast.gaussian_nll`, as are the next five.
+        alpha: (C,), as in :func:`vidfast.gaussian_nll`; None where there is a likelihood, which has its own.
         channel_dim: Where target's channels are.
         eps: The smallest variance.
         reduction: Of the loss.
@@ -56,8 +56,8 @@ def regressed_nll(
             by its ReLUs. What something else could see is left alone.
         backend: For the loss.
         as_maps: Whether a regressor of 1x1 nn.Conv2d gets features of other than two spatial axes as maps.
-        likelihood: The module to call for the loss, with its hooks and its other options; the arguments above are
-            its own. None: the loss is computed from the arguments alone.
+        likelihood: The module to call for the loss, with its hooks and its other options, of which the caller gives
+            channel_dim, eps, reduction and backend here too. None: the loss is computed from the arguments alone.
 
     Returns:
         A scalar, fp64 if the mean or the target is, else fp32.
@@ -72,7 +72,7 @@ def regressed_nll(
             regressor,
             student,
             target,
-            alpha,
+            _alpha(alpha, likelihood),
             eps=eps,
             reduction=reduction,
             weight=weight,
@@ -90,7 +90,7 @@ def regressed_nll(
     return gaussian_nll(
         mean,
         target,
-        alpha,
+        _alpha(alpha, likelihood),
         channel_dim=channel_dim,
         eps=eps,
         reduction=reduction,
@@ -100,16 +100,26 @@ def regressed_nll(
     )
 
 
+def _alpha(alpha: Tensor | None, likelihood: GaussianNLL | None) -> Tensor:
+    """The one that is there. That of a likelihood is read where it is used alone: reading it may compute it."""
+    if alpha is not None:
+        return alpha
+    assert likelihood is not None, "either alpha or a likelihood must be given"
+    return likelihood.alpha
+
+
 def _as_map(x: Tensor) -> Tensor:
     """(B, C, *spatial) as (B, C, positions, 1)."""
     return x.flatten(2).unsqueeze(-1) if x.dim() > 2 else x[:, :, None, None]
 
 
 def _is_plain(likelihood: nn.Module) -> bool:
-    """Whether the module computes what its class does, and no hook waits for it to be called."""
+    """Whether the module computes what :func:`regressed_nll` was asked for, and no hook waits for it to be called."""
     return (
         type(likelihood) is GaussianNLL
         and "forward" not in likelihood.__dict__
+        and not likelihood.full
+        and likelihood.strategy != "two_pass"
         and not is_watched(likelihood)
     )
 

@@ -1,4 +1,4 @@
-"""Why there is no native extension, and what to do. Imported only where `vidfast._C` is not beside this."""
+"""Why there is no native extension, or none that is used, and what to do. Imported only then."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def warn_of_hidden_package() -> None:
     hidden = hidden_package()
     if hidden is None:
         return
-    _warn(
+    warn_at_caller(
         f"vidfast was imported from {FOLDER}, where its extension is not built, which hides "
         f"the vidfast that is installed in {hidden}: everything runs on the slow reference. {_advice()}"
     )
@@ -67,7 +67,7 @@ def warn_of_hidden_package() -> None:
 def warn_of_foreign_extension(extension: str) -> None:
     """Says that the extension is another folder's, as the finder of an editable installation gives it."""
     if Path(extension).resolve().parent != FOLDER:
-        _warn(
+        warn_at_caller(
             f"vidfast was imported from {FOLDER}, where its extension is not built, and took the extension "
             f"{extension}, which may be of other sources. {_advice()}"
         )
@@ -79,7 +79,7 @@ def _advice() -> str:
     return f"Start Python in another folder, or {build}"
 
 
-def _warn(message: str) -> None:
+def warn_at_caller(message: str) -> None:
     """A RuntimeWarning at the caller's line: that of the first frame that is not the package's own."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _is_own(frame.f_code.co_filename):

@@ -106,9 +106,9 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Args 
   const int lane = static_cast<int>(threadIdx.x) >> blocks.across_bits;
   const int64_t c = static_cast<int64_t>(blockIdx.x) * blocks.across + (threadIdx.x & (blocks.across - 1));
   const bool owner = lane == 0 && c < a.channels;
-  const int64_t known = c < a.channels ? c : 0;  // threads without a channel take part in the sums, with nothing
-  const Raw alpha(a.alpha, a.alpha_dtype, known);
-  Share<Cut> share(a, known, lane);
+  const int64_t channel = c < a.channels ? c : 0;  // threads without a channel take part in the sums, with nothing
+  const Raw alpha(a.alpha, a.alpha_dtype, channel);
+  Share<Cut> share(a, channel, lane);
   Channel ch{};
   if (a.overlap) {
     if (owner) ch = channel_of(alpha.value(), a.eps);

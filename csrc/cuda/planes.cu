@@ -36,8 +36,8 @@ struct Run {
     if (grad_mean != nullptr) grad_mean += a.grad_mean.step_bytes;
     if (!Sum && grad_target != nullptr) grad_target += a.grad_target.step_bytes;
   }
-  __device__ unsigned char* element(unsigned char* base, const Tensor& t, int i, int known) const {
-    return base + i * (P::any ? t.bytes : known);
+  __device__ unsigned char* element(unsigned char* base, const Tensor& t, int i, int bytes) const {
+    return base + i * (P::any ? t.bytes : bytes);
   }
   static constexpr int mean_bytes = is_any<M> ? 0 : sizeof(M);
   static constexpr int target_bytes = is_any<T> ? 0 : sizeof(T);

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import vidfast
 from vidfast import backends, ops
@@ -155,6 +156,60 @@ def test_numbers_are_checked_when_the_operator_runs(option: str, value: float) -
     }
     with pytest.raises(ValueError, match=option):
         FORWARD(*problem((3, 6, 5, 4)), *(given | {option: value}).values())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto", "reference"])
+@pytest.mark.parametrize("reduction", ["none", "median"])
+def test_a_reduction_to_no_scalar_is_refused(reduction: str, backend: str) -> None:
+    mean, target, alpha = problem((3, 6, 5, 4))
+    given = (1, 1e-5, reduction, False, 1.0, backend)
+    with pytest.raises(ValueError, match=f"reduction must be one of .*, got '{reduction}'"):
+        FORWARD(mean, target, alpha, *given)
+    sum_sq = torch.zeros(6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"reduction must be one of .*, got '{reduction}'"):
+        BACKWARD(torch.tensor(1.0), mean, target, alpha, sum_sq, mean.shape, *given, True, True, True)
+
+
+def test_what_backward_is_given_by_hand_has_to_fit() -> None:
+    mean, target, alpha = problem((3, 6, 5, 4))
+    g, sum_sq = torch.tensor(1.0), torch.zeros(6, dtype=torch.float64)
+    with pytest.raises(
+        ValueError, match="mean and target must be given where a gradient of theirs is wanted"
+    ):
+        BACKWARD(g, None, None, alpha, sum_sq, mean.shape, *options(), True, False, True)
+    with pytest.raises(ValueError, match=r"shape must be that of mean, \(3, 6, 5, 4\), got \(4, 6, 5, 4\)"):
+        BACKWARD(g, mean, target, alpha, sum_sq, (4, 6, 5, 4), *options(), True, False, True)
+    wrong = (1, -1.0, "mean", False, 1.0, "auto")
+    with pytest.raises(ValueError, match="eps must be positive"):
+        BACKWARD(g, mean, target, alpha, sum_sq, mean.shape, *wrong, True, False, True)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (4, 0, 3), (0, 3, 4)])
+@pytest.mark.parametrize("backend", ["cpu", "auto", "reference"])
+def test_nothing_to_score(backend: str, shape: tuple[int, ...]) -> None:
+    mean, target, alpha = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape[1])
+    given = (1, 1e-5, "mean", False, 2.0, backend)
+    loss, sum_sq = FORWARD(mean, target, alpha, *given)
+    assert loss.isnan()
+    assert torch.equal(sum_sq, torch.zeros(shape[1], dtype=torch.float64))
+    grads = BACKWARD(torch.tensor(1.0), mean, target, alpha, sum_sq, shape, *given, True, True, True)
+    for found, wanted in zip(grads, (mean, target, alpha), strict=True):
+        assert torch.equal(found, torch.zeros_like(wanted))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])
+def test_shapes_that_depend_on_data_are_traced(reduction: str) -> None:
+    """No number is made of such a shape while torch traces it."""
+
+    def positive(mean: Tensor, sign: Tensor, alpha: Tensor) -> Tensor:
+        kept = mean[sign > 0]
+        return vidfast.gaussian_nll(kept, 2 * kept, alpha, reduction=reduction, backend="reference")
+
+    mean, alpha = torch.randn(4, 6), torch.zeros(6)
+    some, others = torch.tensor([1, 0, 1, 1]), torch.tensor([0, 0, 1, 1])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        traced = make_fx(positive, tracing_mode="symbolic")(mean, some, alpha)
+    torch.testing.assert_close(traced(mean, others, alpha), positive(mean, others, alpha))
 
 
 def test_eager_calls_do_not_come_here(monkeypatch: pytest.MonkeyPatch) -> None:

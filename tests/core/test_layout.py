@@ -168,3 +168,31 @@ def test_copies_are_detached() -> None:
     m, t, _ = prepare(mean.requires_grad_(), target.requires_grad_(), 1)
     assert not m.requires_grad
     assert not t.requires_grad
+
+
+@pytest.mark.parametrize("name", ["expanded_mean", "target_channels_last", "strange"])
+def test_what_is_not_walked_comes_back_as_it_is(name: str) -> None:
+    case = BY_NAME[name]
+    mean, target, _ = case.tensors()
+    m, t, layout = prepare(mean, target, 1, walks=False)
+    assert m is mean
+    assert t is target
+    assert (layout.channels, layout.outer * layout.inner) == (case.channels, case.numel // case.channels)
+
+
+@pytest.mark.parametrize("walks", [True, False])
+def test_in_place_nothing_is_copied(walks: bool) -> None:
+    mean, target, _ = BY_NAME["expanded_mean"].tensors()
+    with pytest.raises(RuntimeError, match="needs a mean whose memory is dense"):
+        prepare(mean, target, 1, walks, inplace=True)
+
+
+@pytest.mark.parametrize("name", ["plane_49", "channels_last", "channel_slice", "reversed_memory"])
+def test_new_memory_has_the_strides_that_the_layout_tells(name: str) -> None:
+    mean, target, _ = BY_NAME[name].tensors()
+    m, _, layout = prepare(mean, target, 1)
+    made = empty_dense(m, layout.dense, m.dtype)
+    assert made.stride() == (layout.dense or made.contiguous().stride())
+    if layout.dense is not None:
+        turned = empty_dense(m, tuple(made.contiguous().stride()), m.dtype)
+        assert turned.is_contiguous(), "the strides decide, and not what the memory is like"

@@ -16,6 +16,7 @@ from torch import nn
 
 import vidfast
 from vidfast import _torch
+from vidfast._torch import BATCH_NORMS, CONVOLUTIONS
 
 REGISTER = {
     "forward": nn.modules.module.register_module_forward_hook,
@@ -41,6 +42,24 @@ def test_a_hook_for_all_modules_is_noticed(
     finally:
         handle.remove()
     assert _torch.any_global_hook() is False
+
+
+def test_a_module_without_lists_of_hooks_may_have_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _torch.has_hook(nn.ReLU())
+    monkeypatch.setattr(_torch, "_HAS_HOOK_LISTS", False)
+    assert _torch.has_hook(nn.ReLU())
+
+
+def test_the_classes_that_stand_in_are_all_that_have_a_public_name() -> None:
+    for base, stand_in in (
+        (nn.modules.conv._ConvNd, CONVOLUTIONS),
+        (nn.modules.batchnorm._BatchNorm, BATCH_NORMS),
+    ):
+        kinds = {
+            kind for name in dir(nn) if isinstance(kind := getattr(nn, name), type) and issubclass(kind, base)
+        }
+        for kind in kinds:
+            assert issubclass(kind, stand_in) or kind.__name__.startswith("Lazy"), kind
 
 
 # Every private name that vidfast can do without, and the module of torch that may have it.
@@ -101,51 +120,73 @@ OTHERS = {"_replace", "_asdict", "_fields", "_getframe", "_exit"}
 OVERRIDDEN = {"_load_from_state_dict", "_apply"}
 # accelerate's, without which its state outlives a run.
 ACCELERATES = {"_shared_state", "_reset_state"}
+PRIVATE = re.compile(r"_[A-Za-z]\w*")
+
+
+def rooted_at(node: ast.expr) -> str:
+    """The name that a chain of attributes begins with."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def is_torchs(name: str) -> bool:
+    """Whether tensors, modules or autograd's contexts have it."""
+    return any(hasattr(kind, name) for kind in (torch.Tensor, nn.Identity(), torch.autograd.Function))
 
 
 def private_names_in(source: str) -> set[str]:
-    """Names with an underscore in front that are asked of something, or imported."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute):
-            found.add(node.attr)
-        elif isinstance(node, ast.ImportFrom):
-            found |= {part for part in (node.module or "").split(".") if part.startswith("_")}
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
-            found |= {str(x.value) for x in node.args[1:2] if isinstance(x, ast.Constant)}
-    return {name for name in found if re.fullmatch(r"_[A-Za-z]\w*", name)}
-
-
-def names_made_in(source: str) -> set[str]:
-    """What a file defines or assigns: of a module, of a class, of `self` or `ctx`."""
-    found = set()
+    """Private names that a file asks of something, or imports, and has not made itself."""
+    own, asked = set[str](), set[str]()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            found.add(node.attr)
+            own.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-    return found
+            own.add(node.id)
+        elif isinstance(node, ast.Attribute) and rooted_at(node) not in ("self", "cls"):
+            asked.add(node.attr)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            own.add(node.attr)
+        elif (
+            isinstance(node, ast.ImportFrom) and not node.level and not f"{node.module}".startswith("vidfast")
+        ):
+            asked |= {*f"{node.module}".split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names = (alias.name for alias in node.names if not alias.name.startswith("vidfast"))
+            asked |= {part for name in names for part in name.split(".")}
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
+            asked |= {str(x.value) for x in node.args[1:2] if isinstance(x, ast.Constant)}
+    private = {name for name in asked if PRIVATE.fullmatch(name)} - OTHERS - OVERRIDDEN - ACCELERATES
+    return {name for name in private if name not in own or is_torchs(name)}
+
+
+SOURCES = {path: path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "_torch.py"}
 
 
 def test_only_one_file_uses_private_names_of_torch() -> None:
-    sources = {path: path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "_torch.py"}
-    own = set().union(*map(names_made_in, sources.values())) | {"_C", "_torch", "_version"}
-    allowed = own | OTHERS | OVERRIDDEN | ACCELERATES
-    found = {
-        f"{path.relative_to(PACKAGE)}: {name}"
-        for path, source in sources.items()
-        for name in private_names_in(source) - allowed
-    }
+    found = {path.name: names for path, source in SOURCES.items() if (names := private_names_in(source))}
     assert not found
 
 
-def test_a_private_name_would_be_seen() -> None:
-    """The counterpart: what is asserted above can fail."""
-    for line in ("x._base", "torch._C", "from torch._dynamo import config", "getattr(x, '_version', 0)"):
-        assert private_names_in(line), line
+@pytest.mark.parametrize("path", ["raw.py", "autograd.py", "backends/cuda.py", "distill/taps.py"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x._base",
+        "x._version",
+        "torch._C.DispatchKey",
+        "torch._C._is_tracing()",
+        "import torch._dynamo as d",
+        "from torch._dynamo import config",
+        "from torch._subclasses.fake_tensor import FakeTensor",
+        "getattr(x, '_version', 0)",
+        "x._is_zerotensor()",
+        "module._forward_hooks",
+    ],
+)
+def test_a_private_name_would_be_seen(path: str, line: str) -> None:
+    """The counterpart: what is asserted above can fail, in files as they are."""
+    assert private_names_in(f"{SOURCES[PACKAGE / path]}\n{line}\n"), line
 
 
 # ---- all of them at once

@@ -59,6 +59,24 @@ REPACKED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def test_where_no_thread_starts_nothing_is_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    x, t, a = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6), torch.zeros(6)
+    raw._unshared.cache_clear()
+    monkeypatch.setattr("threading.Thread.start", refuses)
+    try:
+        assert raw._unshared() == 0
+        vidfast.gaussian_nll(x, t, a, weight=3.0).backward()
+        (wanted,) = torch.autograd.grad(vidfast.gaussian_nll(x, t, a, weight=3.0, backend="reference"), x)
+        torch.testing.assert_close(x.grad, wanted)
+    finally:
+        raw._unshared.cache_clear()
+    monkeypatch.undo()
+    assert raw._unshared() > 1
+
+
 @pytest.mark.parametrize("repacked", REPACKED)
 @pytest.mark.parametrize("g", [1.0, -2.5])
 @pytest.mark.parametrize("strategy", ["one_pass", "two_pass"])

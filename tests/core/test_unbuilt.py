@@ -112,9 +112,10 @@ def test_with_no_other_package_the_reasons_name_the_source_folder(checkout: Path
 import torch, vidfast
 print(vidfast.info()["backends"]["cpu"]["reason"])
 print(vidfast.info()["backends"]["cuda"]["reason"])
-vidfast.gaussian_nll(torch.ones(2, 3), torch.ones(2, 3), torch.zeros(3))
+vidfast.gaussian_nll(torch.ones(2, 3), torch.ones(2, 3), torch.zeros(3))  # here
 """
     done = run(code, checkout)
+    assert "  # here" in done.stderr, "the warning is at the caller's line"
     for said in done.stdout.splitlines():
         assert "the extension vidfast._C is not built (" in said
         assert (

@@ -233,6 +233,40 @@ def test_runs_in_place_without_touching_the_features(
     )
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+def test_what_may_be_written_over_is_told_to_both(
+    module: VIDLoss, monkeypatch: pytest.MonkeyPatch, inplace: bool
+) -> None:
+    told: list[bool] = []
+    regress = vidfast.regressor.regress
+
+    def regressed(*args: Any, **options: Any) -> Tensor:
+        told.append(options["inplace"])
+        return regress(*args, **options)
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        told.append(options["inplace"])
+        return vidfast.gaussian_nll(*args, **options)
+
+    monkeypatch.setattr(vidfast.regressor, "regress", regressed)
+    monkeypatch.setattr(vidfast.regressor, "gaussian_nll", spy)
+    monkeypatch.setattr(vidfast.regressor, "fused_nll", lambda *_, **__: None)
+    module.inplace = inplace
+    module(torch.randn(4, 5, 3, 3), torch.randn(4, 6, 3, 3))
+    assert told == [inplace, inplace]
+
+
+@pytest.mark.parametrize("axes", [(), (7,), (2, 3, 2)])
+def test_other_axes_than_two_where_both_are_apart(
+    module: VIDLoss, monkeypatch: pytest.MonkeyPatch, axes: tuple[int, ...]
+) -> None:
+    """What every GPU does: features of any number of axes come to the convolutions as maps."""
+    s, t = torch.randn(4, 5, *axes), torch.randn(4, 6, *axes)
+    together = module(s, t)
+    monkeypatch.setattr(vidfast.regressor, "fused_nll", lambda *_, **__: None)
+    torch.testing.assert_close(module(s, t), together)
+
+
 @pytest.mark.parametrize("where", ["regressor", "regressor.4", "inplace=False"])
 def test_an_output_that_somebody_keeps_stays(module: VIDLoss, where: str) -> None:
     s, t = torch.randn(4, 5, 3, 3, requires_grad=True), torch.randn(4, 6, 3, 3)

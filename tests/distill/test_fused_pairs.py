@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vidfast import fused_regressor
+from vidfast import GaussianNLL, fused_regressor
 from vidfast import regressor as regressor_policy
 from vidfast.distill import VID, Distiller, Infomax
 
@@ -123,3 +124,71 @@ def test_whoever_watches_sees_both_apart(fused: list[bool], where: str) -> None:
     step(module, images)
     assert not any(fused)
     assert seen == [() if where == "likelihood" else (6, 7, 5, 6)]
+
+
+class _Counted(nn.Module):
+    """A parametrization that counts how often it is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, alpha: Tensor) -> Tensor:
+        self.calls += 1
+        return 2 * alpha
+
+
+def test_a_computed_alpha_is_computed_once_a_step() -> None:
+    module, images = distiller(VID(pairs={"second": "second"}, regressor="conv2"))
+    term = module.terms["vid"]
+    assert isinstance(term, VID)
+    counted = _Counted()
+    nn.utils.parametrize.register_parametrization(term.likelihoods[0], "alpha", counted)
+    before = counted.calls
+    module(images, torch.arange(6) % 4)
+    assert counted.calls == before + 1
+
+
+def test_a_step_leaves_what_is_set_on_a_likelihood() -> None:
+    """Called as a module, it has the factor and the permission of that call, and then its own again."""
+    module, images = distiller(VID(pairs={"second": "second"}, regressor="conv2", weight=0.5))
+    term = module.terms["vid"]
+    assert isinstance(term, VID)
+    likelihood = term.likelihoods[0]
+    assert isinstance(likelihood, GaussianNLL)
+    seen: list[tuple[float, bool]] = []
+    likelihood.register_forward_pre_hook(lambda m, _: seen.append((m.weight, m.inplace)))
+    step(module, images)
+    assert seen == [(0.5, True)]
+    assert (likelihood.weight, likelihood.inplace) == (1.0, False)
+    likelihood.weight = 3.0
+    likelihood.eps = -1.0
+    with pytest.raises(ValueError, match="eps must be positive"):
+        step(module, images)
+    assert (likelihood.weight, likelihood.inplace) == (3.0, False)
+
+
+class _Doubled(GaussianNLL):
+    def forward(self, mean: Tensor, target: Tensor) -> Tensor:
+        return 2 * super().forward(mean, target)
+
+
+@pytest.mark.parametrize("what", ["full", "two_pass", "subclass"])
+def test_what_else_a_likelihood_computes_is_computed(fused: list[bool], what: str) -> None:
+    module, images = distiller(VID(pairs={"second": "second"}, regressor="conv2"))
+    term = module.terms["vid"]
+    assert isinstance(term, VID)
+    likelihood = term.likelihoods[0]
+    assert isinstance(likelihood, GaussianNLL)
+    (plain,) = module(images, torch.arange(6) % 4).terms["vid"].reshape(1).tolist()
+    assert fused == [True]
+    if what == "full":
+        likelihood.full = True
+    elif what == "two_pass":
+        likelihood.strategy = "two_pass"
+    else:
+        likelihood.__class__ = _Doubled
+    (found,) = module(images, torch.arange(6) % 4).terms["vid"].reshape(1).tolist()
+    assert fused == [True]
+    wanted = {"full": plain + 0.5 * math.log(2 * math.pi), "two_pass": plain, "subclass": 2 * plain}
+    assert found == pytest.approx(wanted[what], rel=1e-5)

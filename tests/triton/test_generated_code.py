@@ -162,3 +162,17 @@ def test_eps_and_k_are_not_rounded_to_fp32() -> None:
     for launch in recorded(call):
         for name, value in (("eps_bits", eps), ("k_bits", k)):
             assert struct.unpack("<d", struct.pack("<q", launch.arguments[name]))[0] == value
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_alphas_gradient_alone_is_one_launch_that_reads_no_activation(target: str) -> None:
+    alpha, sum_sq = torch.empty(257, device="meta"), torch.empty(257, dtype=torch.float64, device="meta")
+    g, want = torch.empty((), device="meta"), (False, False, True)
+
+    def call(backend: TritonBackend) -> Any:
+        shape = torch.Size((4, 257, 5, 5))
+        return primitives.backward(backend, g, None, None, alpha, sum_sq, shape, Call(1, 1e-5, k=1.0), want)
+
+    (launch,) = recorded(call, TARGETS[target].warp_size)
+    assert (launch.name, launch.grid) == ("alpha_gradient", (3,))
+    assert not any(compiled(launch, target).local_bytes().values())

@@ -6,7 +6,6 @@ A back end is one module `vidfast.backends.<name>` with a BACKEND that follows t
 from __future__ import annotations
 
 import logging
-import warnings
 from importlib import import_module
 
 from torch import Tensor
@@ -85,4 +84,6 @@ def _note(kind: str, name: str, reason: str = "") -> None:
     _picked.add((kind, name))
     log.debug("backend %s for tensors on %s%s", name, kind, f" ({reason})" if reason else "")
     if name == PLAIN.name and kind == "cpu" and load("cpu").unavailable() is not None:
-        warnings.warn(f"vidfast runs its slow reference: {reason}", RuntimeWarning, stacklevel=5)
+        from vidfast.unbuilt import warn_at_caller
+
+        warn_at_caller(f"vidfast runs its slow reference: {reason}")

@@ -74,7 +74,7 @@ def block(runs: Sequence[Run]) -> str:
     """What stands between the markers: a table a run, and a sentence on runs with sleeping threads."""
     parts: list[str] = []
     spinning = [run for run in runs if not sleeping(run)]
-    for run in runs:
+    for run in sorted(runs, key=sleeping):  # what sleeping costs, behind the table that it speaks of
         if run.gpu and (device.only_tuned(run) or superseded(run, runs)):
             continue  # for the kernel notes
         if run.gpu:

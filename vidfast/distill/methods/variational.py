@@ -120,7 +120,7 @@ class GaussianMethod(VariationalMethod):
             regressor,
             student,
             target,
-            likelihood.alpha,
+            None,
             channel_dim=self.channel_dim,
             eps=likelihood.eps,
             reduction=likelihood.reduction,
