@@ -118,8 +118,8 @@ def has_tangent(x: Tensor) -> bool:
 interpreter_stack: Callable[[], Any] = _private(_functorch, "peek_interpreter_stack", _none)
 # Whether torch.jit.trace records. Without: it records a loss that is a constant.
 is_jit_tracing: Callable[[], bool] = _private(_C, "_is_tracing", _no)
-# Modes that see operators, and modes that see functions. Without: not noticed.
-_dispatch_modes: Callable[[], int] = _private(_C, "_len_torch_dispatch_stack", _zero)
+# How many modes see operators, and how many see functions. Without: not noticed.
+dispatch_modes: Callable[[], int] = _private(_C, "_len_torch_dispatch_stack", _zero)
 _function_mode_count: Callable[[], int] = _private(_C, "_len_torch_function_stack", _zero)
 _function_modes: Callable[[], list[Any]] = _private(torch.overrides, "_get_current_function_mode_stack", list)
 # torch 2.7 and later. Without: a gradient is scaled in place under hooks too, where nothing else refers to it.
@@ -145,11 +145,6 @@ def in_functorch(*tensors: Tensor) -> bool:
 def in_transform() -> bool:
     """Whether a transform of torch.func is around this code, or a level of forward-mode derivatives."""
     return in_forward_mode() or interpreter_stack() is not None
-
-
-def dispatch_modes() -> bool:
-    """Whether a TorchDispatchMode is active."""
-    return _dispatch_modes() > 0
 
 
 def function_mode() -> bool:
