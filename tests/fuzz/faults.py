@@ -67,15 +67,10 @@ def _writes_target(right: Primitive, backend: Backend, mean: Tensor, target: Ten
 
 def _dense(which: str) -> Fault:
     """The outer stride is taken for that of a dense tensor."""
-    layout_of = primitives.layout_of
 
-    def dense(*args: Any) -> Layout:
-        layout = layout_of(*args)
+    def fault(right: Callable[..., Layout], *args: Any) -> Layout:
+        layout = right(*args)
         return layout._replace(**{which: layout.channels * layout.inner})
-
-    def fault(right: Primitive, *args: Any) -> Any:
-        with mock.patch.object(primitives, "layout_of", dense):
-            return right(*args)
 
     return fault
 
@@ -159,6 +154,7 @@ def _fp32_alpha(right: Primitive, *args: Any) -> Any:
 
 
 FORWARD, GRAD, BACKWARD, SCALE = "forward", "forward_grad", "backward", "scale"
+LAYOUT = "layout_of"  # what the primitives ask
 FAULTS: dict[str, Callable[[], dict[str, Fault]]] = {
     "the last element of d/d mean is left out": lambda: {GRAD: _last_is_zero},
     "d/d mean is one element off": lambda: {GRAD: _one_off},
@@ -172,8 +168,8 @@ FAULTS: dict[str, Callable[[], dict[str, Fault]]] = {
     "the element behind mean is written": lambda: {GRAD: _beside_argument(1, 1)},
     "the element before alpha is written": lambda: {FORWARD: _beside_argument(3, -1)},
     "target is written": lambda: {GRAD: _writes_target},
-    "mean's stride is taken for dense": lambda: {GRAD: _dense("mean_stride")},
-    "target's stride is taken for dense": lambda: {FORWARD: _dense("target_stride")},
+    "mean's stride is taken for dense": lambda: {LAYOUT: _dense("mean_stride")},
+    "target's stride is taken for dense": lambda: {LAYOUT: _dense("target_stride")},
     "the loss lacks its logarithm": lambda: {FORWARD: _no_logarithm},
     "the loss lacks its constant": lambda: {GRAD: _called(full=lambda _: False)},
     "d/d alpha lacks the count": lambda: {GRAD: _no_count},
@@ -194,18 +190,18 @@ FAULTS: dict[str, Callable[[], dict[str, Fault]]] = {
 def broken(name: str, faults: dict[str, Fault]) -> Iterator[None]:
     """Within it, the back end of that name has these faults."""
     with ExitStack() as patches:
-        for primitive, fault in faults.items():
-            patches.enter_context(mock.patch.object(primitives, primitive, _broken(name, primitive, fault)))
+        for asked, fault in faults.items():
+            patches.enter_context(mock.patch.object(primitives, asked, _broken(name, asked, fault)))
         yield
 
 
-def _broken(name: str, primitive: str, fault: Fault) -> Primitive:
-    right = getattr(primitives, primitive)
+def _broken(name: str, asked: str, fault: Fault) -> Callable[..., Any]:
+    right = getattr(primitives, asked)
 
     def run(backend: Backend, *args: Any) -> Any:
         return fault(right, backend, *args) if backend.name == name else right(backend, *args)
 
-    return run
+    return run if asked != LAYOUT else lambda *args: fault(right, *args)
 
 
 def _without_last_part(right: Primitive) -> Primitive:
