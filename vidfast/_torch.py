@@ -97,12 +97,16 @@ def fake_tensor() -> type:
     return FakeTensor
 
 
-def has_tangent(x: Tensor) -> bool:
-    """Whether x carries a forward-mode derivative. Nothing is known of functorch's wrappers.
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether one of them carries a forward-mode derivative. Nothing is known of functorch's wrappers.
 
     Level 0 is the only one that there is, and is read here whether or not Python entered it: a compiled graph does not.
     Where torch has no such names, it is read inside `forward_ad.dual_level()` alone, and not in an operator's own code.
     """
+    return any(_has_tangent(x) for x in tensors)
+
+
+def _has_tangent(x: Tensor) -> bool:
     if torch.is_inference_mode_enabled() or x.is_inference():
         return False
     if _unpack_dual is None or _without_key is None or _BELOW_AUTOGRAD is None:

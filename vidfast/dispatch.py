@@ -60,7 +60,7 @@ def _way(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> str:
         raise RuntimeError(
             "vidfast.gaussian_nll cannot run inside torch.func transforms on its kernels: use backend='reference'"
         )
-    if in_forward_mode() and (has_tangent(mean) or has_tangent(target) or has_tangent(alpha)):
+    if in_forward_mode() and has_tangent(mean, target, alpha):
         raise RuntimeError(NO_FORWARD_MODE)
     return _KERNELS
 

@@ -45,7 +45,7 @@ def forward(
     """
     channel_dim, alpha = check_tensors(mean, target, alpha, channel_dim)  # by hand nothing was checked
     check_options(eps, reduction, weight)
-    if has_tangent(mean) or has_tangent(target) or has_tangent(alpha):  # a compiled graph would drop it
+    if has_tangent(mean, target, alpha):  # a compiled graph would drop it
         raise RuntimeError(NO_FORWARD_MODE)
     k = loss_factor(mean.shape, reduction, weight)
     chosen = backends.choose(backend, mean, target, alpha, not_raw(mean, target, alpha))

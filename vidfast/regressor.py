@@ -56,8 +56,8 @@ def regressed_nll(
             by its ReLUs. What something else could see is left alone.
         backend: For the loss.
         as_maps: Whether a regressor of 1x1 nn.Conv2d gets features of other than two spatial axes as maps.
-        likelihood: The module to call for the loss, with its hooks and its other options, of which the caller gives
-            channel_dim, eps, reduction and backend here too. None: the loss is computed from the arguments alone.
+        likelihood: The module to call for the loss, with its hooks; its eps, reduction and backend stand for those
+            above. None: the loss is computed from the arguments alone.
 
     Returns:
         A scalar, fp64 if the mean or the target is, else fp32.
@@ -66,6 +66,8 @@ def regressed_nll(
         TypeError: The regressor gives no tensor.
         ValueError: It gives another shape than target's.
     """
+    if likelihood is not None:
+        eps, reduction, backend = likelihood.eps, likelihood.reduction, likelihood.backend
     together = inplace and channel_dim == 1 and not is_watched(regressor)
     if together and (likelihood is None or _is_plain(likelihood)):
         fused = fused_nll(

@@ -7,6 +7,7 @@ on the host, so calls can be captured in a CUDA graph once their kernels are com
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import struct
@@ -255,13 +256,12 @@ class TritonBackend:
             )  # fmt: skip
 
     def _plan(self, mean: Tensor, target: Tensor, layout: Layout) -> Planes | Rows:
-        if not autotunes():
-            return self._planned(mean, target, layout, self.rule)
-
-        def seconds(tuning: Tuning) -> float:
-            return self._seconds(mean, target, layout, tuning)
-
-        return self._planned(mean, target, layout, tuned(mean, target, layout, self.rule, seconds))
+        tuning = self.rule
+        if autotunes():
+            tuning = tuned(
+                mean, target, layout, tuning, functools.partial(self._seconds, mean, target, layout)
+            )
+        return self._planned(mean, target, layout, tuning)
 
     def _planned(self, mean: Tensor, target: Tensor, layout: Layout, tuning: Tuning) -> Planes | Rows:
         return plan(*layout[:5], mean.element_size(), target.element_size(), tuning)

@@ -122,10 +122,7 @@ class GaussianMethod(VariationalMethod):
             target,
             None,
             channel_dim=self.channel_dim,
-            eps=likelihood.eps,
-            reduction=likelihood.reduction,
             weight=factor,
-            backend=likelihood.backend,
             likelihood=likelihood,
         )
 
