@@ -52,6 +52,18 @@ void cpu_scale(Address g, int g_dtype, int64_t outer, int64_t row, Address src, 
                       static_cast<DType>(alpha_dtype), threads);
 }
 
+void cpu_rectify(Address x, int dtype, int rounded, bool positive, int64_t n, int threads) {
+  py::gil_scoped_release release;
+  vidfast::cpu::rectify(pointer(x), static_cast<DType>(dtype), static_cast<DType>(rounded), positive, n, threads);
+}
+
+void cpu_rectify_backward(Address gradient, Address activation, Address out, int dtype, int rounded, int64_t n,
+                          int threads) {
+  py::gil_scoped_release release;
+  vidfast::cpu::rectify_backward(pointer(gradient), pointer(activation), pointer(out), static_cast<DType>(dtype),
+                                 static_cast<DType>(rounded), n, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -60,6 +72,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_forward_grad", &cpu_forward_grad);
   m.def("cpu_backward", &cpu_backward);
   m.def("cpu_scale", &cpu_scale);
+  m.def("cpu_rectify", &cpu_rectify);
+  m.def("cpu_rectify_backward", &cpu_rectify_backward);
   using vidfast::cpu::Block;
   py::class_<Block>(m, "CpuBlock", py::buffer_protocol(), py::module_local(),
                     "Memory of `nbytes` bytes, kept for the next when freed.")

@@ -49,6 +49,14 @@ void backward(const Problem& p, const void* g, DType g_dtype, const double* sum_
 void scale(const void* g, DType g_dtype, int64_t outer, int64_t row, const View& src, const View& dst, int64_t channels,
            const double* grad_alpha, void* grad_alpha_out, DType alpha_dtype, int threads);
 
+// What lies between a regressor's products, over n neighbouring elements of one dtype. Values are rounded to `rounded`,
+// another of the floating types, and kept in `dtype`; the two are the same where nothing is rounded.
+// x = max(x, 0) where `positive`, else x; NaN stays NaN, as in torch.relu.
+void rectify(void* x, DType dtype, DType rounded, bool positive, int64_t n, int threads);
+// out = gradient where activation, what a ReLU gave, is not 0, else 0. out may be either of the others.
+void rectify_backward(const void* gradient, const void* activation, void* out, DType dtype, DType rounded, int64_t n,
+                      int threads);
+
 // The instruction set in use ("baseline", "avx2", "avx512"); select() returns false for one this processor lacks.
 const char* isa();
 bool select_isa(const char* name);

@@ -30,6 +30,10 @@ def cpu_scale(
     src: int, src_stride: int, dst: int, dst_stride: int, dtype: int,
     channels: int, grad_alpha: int, grad_alpha_out: int, alpha_dtype: int, threads: int, /,
 ) -> None: ...  # fmt: skip
+def cpu_rectify(x: int, dtype: int, rounded: int, positive: bool, n: int, threads: int, /) -> None: ...
+def cpu_rectify_backward(
+    gradient: int, activation: int, out: int, dtype: int, rounded: int, n: int, threads: int, /,
+) -> None: ...  # fmt: skip
 
 class CpuBlock:
     def __init__(self, nbytes: int) -> None: ...

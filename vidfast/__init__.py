@@ -3,6 +3,7 @@
 from vidfast import functional
 from vidfast._version import __version__
 from vidfast.dispatch import info
+from vidfast.head.call import vid_head
 from vidfast.memory import empty_cache
 from vidfast.nll import GaussianNLL, gaussian_nll, log_likelihood_map
 from vidfast.vid import VIDLoss
@@ -16,4 +17,5 @@ __all__ = [
     "gaussian_nll",
     "info",
     "log_likelihood_map",
+    "vid_head",
 ]

@@ -7,6 +7,7 @@ the cautious one; the comment at each says what is then not noticed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -185,6 +186,39 @@ def products_differ_from_convolutions() -> bool:
         tf32 = bool(getattr(torch.backends.mkldnn, "allow_tf32", False))
         return tf32 or torch.get_float32_matmul_precision() != "highest"
     return any(_fp32_precision("mkldnn", kind) not in _FULL_PRECISION for kind in ("conv", "matmul"))
+
+
+# Whether torch's library for products on the CPU has those dtypes at all. Without: it does not.
+_mkldnn: Any = _private(torch.ops, "mkldnn", None)
+_HAS_PRODUCTS = {
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+# The instructions that make 16-bit products fast, as `torch.cpu.get_capabilities` calls them, and before there was one
+# what said so. Without any: they are not there.
+_capabilities: Callable[[], dict[str, Any]] | None = getattr(torch.cpu, "get_capabilities", None)
+_FAST_PRODUCTS = {
+    torch.bfloat16: {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"},
+    torch.float16: {"avx512_fp16": "_is_avx512_fp16_supported", "amx_fp16": "_is_amx_fp16_supported"},
+}
+
+
+@lru_cache(maxsize=4)
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of that 16-bit type faster than those of fp32, and torch has it do so.
+
+    Where torch does not say: no. oneDNN emulates what a processor lacks, 20 to 50 times as slowly as it computes fp32.
+    """
+    supported = _private(_mkldnn, _HAS_PRODUCTS[dtype], _no)
+    names = _FAST_PRODUCTS[dtype]
+    if _capabilities is not None:
+        fast = any(_capabilities().get(name, False) for name in names)
+    else:
+        fast = any(_private(torch.cpu, name, _no)() for name in names.values())
+    try:
+        return fast and bool(torch.backends.mkldnn.is_available() and supported())  # type: ignore[no-untyped-call]
+    except (RuntimeError, AttributeError):  # an operator that this build does not have
+        return False
 
 
 # torch's own name for it, which its compilers use too; absent in builds without CUDA.

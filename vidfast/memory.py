@@ -10,7 +10,6 @@ Such a tensor is like any other but for one thing: its storage cannot be resized
 
 from __future__ import annotations
 
-import math
 from os.path import dirname
 from typing import NamedTuple
 
@@ -87,12 +86,11 @@ def workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(count, dtype=dtype, device=device)
 
 
-def empty_fp32(*shape: int) -> Tensor:
-    """Uninitialised memory on the CPU in fp32, for what is as large as such gradients and as short-lived."""
-    count = math.prod(shape)
-    if _C is None or 4 * count < KEPT_FROM:
-        return torch.empty(shape, dtype=torch.float32, device="cpu")
-    return _from_block(count, torch.float32).view(shape)
+def empty_scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """(count,), uninitialised on the CPU, for what is as large as such gradients and as short-lived."""
+    if _C is None or count * dtype.itemsize < KEPT_FROM:
+        return torch.empty(count, dtype=dtype, device="cpu")
+    return _from_block(count, dtype)
 
 
 def _from_block(count: int, dtype: torch.dtype) -> Tensor:

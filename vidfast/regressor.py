@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vidfast.arguments import BackendName, Reduction
-from vidfast.fused_regressor import fused_nll
+from vidfast.arguments import BackendName, Call, Reduction
+from vidfast.head.stack import stack_of
+from vidfast.head.way import head_nll
 from vidfast.layers import is_pointwise, is_watched, own_rectifiers, owns_its_output
 from vidfast.nll import GaussianNLL, gaussian_nll
 from vidfast.raw import PLAIN_TYPES
@@ -41,7 +42,7 @@ def regressed_nll(
     """-log q(target | student) of equation 5 (Ahn et al., CVPR 2019), whose mean the regressor predicts.
 
     Regressor and loss are computed together where that is faster and nothing sees them apart
-    (:mod:`vidfast.fused_regressor`), else one after the other.
+    (:mod:`vidfast.head`), else one after the other.
 
     Args:
         regressor: From `student` to target's shape.
@@ -68,20 +69,15 @@ def regressed_nll(
     """
     if likelihood is not None:
         eps, reduction, backend = likelihood.eps, likelihood.reduction, likelihood.backend
-    together = inplace and channel_dim == 1 and not is_watched(regressor)
-    if together and (likelihood is None or _is_plain(likelihood)):
-        fused = fused_nll(
-            regressor,
-            student,
-            target,
-            _alpha(alpha, likelihood),
-            eps=eps,
-            reduction=reduction,
-            weight=weight,
-            backend=backend,
-        )
-        if fused is not None:
-            return fused
+    if inplace and not is_watched(regressor) and (likelihood is None or _is_plain(likelihood)):
+        stack = stack_of(regressor, student.dim(), channel_dim % max(student.dim(), 1), as_maps)
+        if stack is not None:
+            call = Call(
+                channel_dim % student.dim(), eps, reduction, weight=weight, inplace=True, backend=backend
+            )
+            loss = head_nll(stack, student, target, _alpha(alpha, likelihood), call)
+            if loss is not None:
+                return loss
     if as_maps and student.dim() != 4 and is_pointwise(regressor):
         student, target = _as_map(student), _as_map(target)
     mean = regress(regressor, lay_out_for(regressor, student), target.shape, inplace=inplace)

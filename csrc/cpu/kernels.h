@@ -50,6 +50,9 @@ struct InstructionSet {
   const char* name;
   Kernels pair[4][4];                                                 // [mean dtype][target dtype]
   void (*scale[4])(const void* src, void* dst, int64_t n, double g);  // [dtype]
+  void (*positive[4])(void* x, int64_t n);                            // [dtype] max(x, 0), and NaN
+  void (*where_positive[4])(const void* gradient, const void* activation, void* out, int64_t n);  // [dtype]
+  void (*round[4])(float* x, int64_t n);  // [dtype] to the values of that dtype, in place
 };
 
 const InstructionSet& baseline_kernels();

@@ -12,6 +12,14 @@
 namespace vidfast::cpu {
 namespace {
 
+#if defined(__clang__)
+#define VIDFAST_NO_CARRY _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define VIDFAST_NO_CARRY _Pragma("GCC ivdep")
+#else
+#define VIDFAST_NO_CARRY
+#endif
+
 constexpr int64_t kLine = 64;
 // A run of fewer elements adds at most kRun values in each place of a vector.
 template <class V>
@@ -177,6 +185,53 @@ void scale_row(const void* src, void* dst, int64_t n, double g) {
   for (; i < n; ++i) V::put(d + i, V::get(s + i) * static_cast<S>(g));
 }
 
+// On bits, which compilers make vectors of: a half precision is never widened.
+template <class P>
+void positive_row(void* x, int64_t n) {
+  if constexpr (std::is_floating_point_v<P>) {
+    P* v = static_cast<P*>(x);
+    for (int64_t i = 0; i < n; ++i) v[i] = v[i] < P(0) ? P(0) : v[i];  // NaN is not below 0
+  } else {
+    constexpr int16_t kInfinity = std::is_same_v<P, bf16> ? 0x7f80 : 0x7c00;
+    int16_t* v = static_cast<int16_t*>(x);
+    for (int64_t i = 0; i < n; ++i) {
+      const int16_t size = v[i] & int16_t(0x7fff);
+      const int16_t keep = int16_t(v[i] >= 0) | int16_t(size > kInfinity);  // NaN stays
+      v[i] = keep ? v[i] : int16_t(0);
+    }
+  }
+}
+
+// `out` may be either of the others: no element depends on another.
+template <class P>
+void where_positive_row(const void* gradient, const void* activation, void* out, int64_t n) {
+  using Bits = std::conditional_t<sizeof(P) == 8, uint64_t, std::conditional_t<sizeof(P) == 4, uint32_t, uint16_t>>;
+  const Bits* g = static_cast<const Bits*>(gradient);
+  const Bits* a = static_cast<const Bits*>(activation);
+  Bits* d = static_cast<Bits*>(out);
+  VIDFAST_NO_CARRY
+  for (int64_t i = 0; i < n; ++i) {
+    const Bits zero = Bits(a[i] << 1) == 0;  // without its sign
+    d[i] = g[i] & Bits(zero - 1);
+  }
+}
+
+template <class P>
+void round_row(float* x, int64_t n) {
+  if constexpr (sizeof(P) < sizeof(float)) {
+    P half[VF::W];
+    int64_t i = 0;
+    for (; n - i >= VF::W; i += VF::W) {
+      VF::store(half, VF::load(x + i));
+      VF::store(x + i, VF::load(half));
+    }
+    for (; i < n; ++i) {
+      VF::put(half, x[i]);
+      x[i] = VF::get(half);
+    }
+  }
+}
+
 constexpr InstructionSet instruction_set(const char* name) {
   return {
       name,
@@ -186,7 +241,10 @@ constexpr InstructionSet instruction_set(const char* name) {
         Pair<double, f16>::table()},
        {Pair<bf16, float>::table(), Pair<bf16, double>::table(), Pair<bf16, bf16>::table(), Pair<bf16, f16>::table()},
        {Pair<f16, float>::table(), Pair<f16, double>::table(), Pair<f16, bf16>::table(), Pair<f16, f16>::table()}},
-      {scale_row<float>, scale_row<double>, scale_row<bf16>, scale_row<f16>}};
+      {scale_row<float>, scale_row<double>, scale_row<bf16>, scale_row<f16>},
+      {positive_row<float>, positive_row<double>, positive_row<bf16>, positive_row<f16>},
+      {where_positive_row<float>, where_positive_row<double>, where_positive_row<bf16>, where_positive_row<f16>},
+      {round_row<float>, round_row<double>, round_row<bf16>, round_row<f16>}};
 }
 
 }  // namespace

@@ -78,9 +78,9 @@ SELECTED = (
     "test_backward.py::test_gradients_one_at_a_time",
     "test_backward.py::test_activation_checkpointing",
     "test_inplace.py",
-    "test_fused_regressor.py::test_any_set_of_gradients",
-    "test_fused_regressor.py::test_backward_again_and_by_another_factor",
-    "test_fused_regressor.py::test_anything_else_goes_module_by_module",
+    "test_head_parts.py::test_any_set_of_gradients",
+    "test_head_parts.py::test_backward_again_and_by_another_factor",
+    "test_head_parts.py::test_anything_else_goes_module_by_module",
 )
 WITHOUT = """
 import importlib, sys

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import vidfast
-from vidfast import fused_regressor
 from vidfast.distill import VID, Distiller
+from vidfast.head.function import InParts
 from vidfast.regressor import owns_its_output
 
 Context = Callable[[vidfast.VIDLoss], contextlib.AbstractContextManager[object]]
@@ -218,13 +218,13 @@ CONTEXTS: dict[str, Context] = {
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every call that is computed in parts."""
     calls: list[int] = []
-    forward = fused_regressor.FusedVID.forward
+    forward = InParts.forward
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return forward(*args)
 
-    monkeypatch.setattr(fused_regressor.FusedVID, "forward", staticmethod(counted))
+    monkeypatch.setattr(InParts, "forward", staticmethod(counted))
     return calls
 
 

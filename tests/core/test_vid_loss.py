@@ -222,7 +222,7 @@ def test_runs_in_place_without_touching_the_features(
 
     # neither a hook nor another method of a layer: those turn inplace off
     monkeypatch.setattr(vidfast.regressor, "gaussian_nll", spy)
-    monkeypatch.setattr(vidfast.regressor, "fused_nll", lambda *_, **__: None)
+    monkeypatch.setattr(vidfast.regressor, "head_nll", lambda *_, **__: None)
     module(s, t).backward()
     assert torch.equal(s.detach(), before[0])
     assert torch.equal(t, before[1])
@@ -250,7 +250,7 @@ def test_what_may_be_written_over_is_told_to_both(
 
     monkeypatch.setattr(vidfast.regressor, "regress", regressed)
     monkeypatch.setattr(vidfast.regressor, "gaussian_nll", spy)
-    monkeypatch.setattr(vidfast.regressor, "fused_nll", lambda *_, **__: None)
+    monkeypatch.setattr(vidfast.regressor, "head_nll", lambda *_, **__: None)
     module.inplace = inplace
     module(torch.randn(4, 5, 3, 3), torch.randn(4, 6, 3, 3))
     assert told == [inplace, inplace]
@@ -263,7 +263,7 @@ def test_other_axes_than_two_where_both_are_apart(
     """What every GPU does: features of any number of axes come to the convolutions as maps."""
     s, t = torch.randn(4, 5, *axes), torch.randn(4, 6, *axes)
     together = module(s, t)
-    monkeypatch.setattr(vidfast.regressor, "fused_nll", lambda *_, **__: None)
+    monkeypatch.setattr(vidfast.regressor, "head_nll", lambda *_, **__: None)
     torch.testing.assert_close(module(s, t), together)
 
 

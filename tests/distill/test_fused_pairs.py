@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vidfast import GaussianNLL, fused_regressor
+from vidfast import GaussianNLL
 from vidfast import regressor as regressor_policy
 from vidfast.distill import VID, Distiller, Infomax
+from vidfast.head.way import head_nll
 
 
 class Network(nn.Module):
@@ -33,11 +34,11 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
 
     def counted(*args: Any, **options: Any) -> Tensor | None:
-        loss = fused_regressor.fused_nll(*args, **options)
+        loss = head_nll(*args, **options)
         seen.append(loss is not None)
         return loss
 
-    monkeypatch.setattr(regressor_policy, "fused_nll", counted)
+    monkeypatch.setattr(regressor_policy, "head_nll", counted)
     return seen
 
 
@@ -65,7 +66,7 @@ def test_the_same_numbers(
     module, images = distiller(VID(pairs=PAIRS, regressor=regressor, reduction=reduction, weight=0.3))
     ours = step(module, images)
     assert fused == [True, True]
-    monkeypatch.setattr(regressor_policy, "fused_nll", lambda *_, **__: None)
+    monkeypatch.setattr(regressor_policy, "head_nll", lambda *_, **__: None)
     apart = step(module, images)
     assert len(ours) == len(apart) > 8
     for x, y in zip(ours, apart, strict=True):
@@ -75,30 +76,38 @@ def test_the_same_numbers(
 def test_infomax_too(fused: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where maps differ its regressor ends in an interpolation, which has to see the whole of its input."""
     step(*distiller(Infomax("second")))
-    assert fused == [False]
+    assert fused == []
     module, images = distiller(Infomax("first"))
     ours = step(module, images)
-    assert fused == [False, True]
-    monkeypatch.setattr(regressor_policy, "fused_nll", lambda *_, **__: None)
+    assert fused == [True]
+    monkeypatch.setattr(regressor_policy, "head_nll", lambda *_, **__: None)
     for x, y in zip(ours, step(module, images), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
 
 
-@pytest.mark.parametrize("where", ["regressor", "likelihood", "own forward", "transposed", "channel_dim"])
+def test_tokens_too(fused: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features with the channels last have linear layers."""
+    student, teacher = torch.randn(4, 9, 5), torch.randn(4, 9, 7)
+    term = VID(pairs={"a": "a"}, channel_dim=-1)
+    term.regressors, term.likelihoods = nn.ModuleList(), nn.ModuleList()
+    term.build_pair(student, teacher)
+    student.requires_grad_()
+    inputs = [student, *term.parameters()]
+    ours = torch.autograd.grad(term.pair_loss(0, student, teacher, 1.0), inputs)
+    assert fused == [True]
+    monkeypatch.setattr(regressor_policy, "head_nll", lambda *_, **__: None)
+    apart = torch.autograd.grad(term.pair_loss(0, student, teacher, 1.0), inputs)
+    for x, y in zip(ours, apart, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("where", ["regressor", "likelihood", "own forward", "transposed"])
 def test_whoever_watches_sees_both_apart(fused: list[bool], where: str) -> None:
     seen: list[tuple[int, ...]] = []
 
     def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
         seen.append(tuple(output.shape))
 
-    if where == "channel_dim":
-        student, teacher = torch.randn(4, 9, 5, requires_grad=True), torch.randn(4, 9, 7)
-        term = VID(pairs={"a": "a"}, channel_dim=-1)
-        term.regressors, term.likelihoods = nn.ModuleList(), nn.ModuleList()
-        term.build_pair(student.detach(), teacher)
-        term.pair_loss(0, student, teacher, 1.0).backward()
-        assert fused == []
-        return
     module, images = distiller(VID(pairs={"second": "second"}, regressor="conv2"))
     term = module.terms["vid"]
     assert isinstance(term, VID)
@@ -108,7 +117,7 @@ def test_whoever_watches_sees_both_apart(fused: list[bool], where: str) -> None:
         term.regressors, term.likelihoods = nn.ModuleList(), nn.ModuleList()
         term.build_pair(student.detach(), teacher)
         term.pair_loss(0, student, teacher, 1.0).backward()
-        assert fused == [False]
+        assert fused == []
         return
     if where == "own forward":
         plain = term.likelihoods[0].forward

@@ -10,9 +10,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from vidfast import fused_regressor, primitives
+from vidfast import primitives
 from vidfast.arguments import Call
 from vidfast.backends import Backend
+from vidfast.backends.cpu import CpuBackend
+from vidfast.head import function, parts, way
 from vidfast.layout import Layout
 
 Primitive = Callable[..., Any]
@@ -205,37 +207,40 @@ def _broken(name: str, asked: str, fault: Fault) -> Callable[..., Any]:
 
 
 def _without_last_part(right: Primitive) -> Primitive:
-    def parts(stack: Any, *args: Any) -> Iterator[Any]:
-        found = list(right(stack, *args))
+    def some(layers: Any, *args: Any) -> Iterator[Any]:
+        found = list(right(layers, *args))
         yield from found[:-1] if len(found) > 1 else found
 
-    return parts
+    return some
 
 
 def _stale_activations(right: Primitive) -> Primitive:
     """All parts are computed before the first is used: each finds the last one's activations."""
 
-    def parts(stack: Any, *args: Any) -> Iterator[Any]:
-        yield from list(right(stack, *args))
+    def some(layers: Any, *args: Any) -> Iterator[Any]:
+        yield from list(right(layers, *args))
 
-    return parts
+    return some
 
 
-_PARTS = fused_regressor._Stack.parts
-# Of the fused regressor: (object, name, what stands there instead).
+_PARTS = parts._Layers.parts
+
+
+def _without_relu(_: Any, gradient: Tensor, activation: Tensor, out: Tensor, rounded: torch.dtype) -> None:
+    del activation, rounded
+    out.copy_(gradient)
+
+
+# Of the head in parts: (object, name, what stands there instead).
 VID_FAULTS: dict[str, tuple[Any, str, Any]] = {
-    "the last part is left out": (fused_regressor._Stack, "parts", _without_last_part(_PARTS)),
-    "parts find the last one's activations": (fused_regressor._Stack, "parts", _stale_activations(_PARTS)),
-    "ReLU has no backward": (
-        fused_regressor,
-        "_relu_backward_into",
-        lambda g, x, threshold, grad_input: grad_input.copy_(g),
-    ),
-    "the weight and the reduction are ignored": (fused_regressor, "loss_factor", lambda *_: 1.0),
-    "a retained gradient is scaled where it is": (fused_regressor, "graph_is_retained", lambda: False),
+    "the last part is left out": (parts._Layers, "parts", _without_last_part(_PARTS)),
+    "parts find the last one's activations": (parts._Layers, "parts", _stale_activations(_PARTS)),
+    "ReLU has no backward": (CpuBackend, "rectify_backward", _without_relu),
+    "the weight and the reduction are ignored": (way, "loss_factor", lambda *_: 1.0),
+    "a retained gradient is scaled where it is": (function, "graph_is_retained", lambda: False),
     "weights' gradients ignore their strides": (
-        fused_regressor,
-        "_laid_out",
-        lambda matrix, shape, strides: matrix.t().reshape(shape),
+        function,
+        "laid_out",
+        lambda matrix, shape, strides: (matrix.t() if matrix.dim() > 1 else matrix).reshape(shape),
     ),
 }

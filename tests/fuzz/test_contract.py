@@ -15,7 +15,7 @@ BLOCK = 1000  # cases of one process
 @pytest.mark.parametrize("what", ["gaussian_nll", "VIDLoss"])
 def test_hooks_that_break_the_contract(backend: Place, what: str, seeds: range) -> None:
     if what == "VIDLoss" and not backend.is_cpu:
-        pytest.skip("the fused regressor is the CPU's")
+        pytest.skip("a head in parts is the CPU's")
     failed = run_apart(what, backend, seeds)
     text = [
         f"seed {seed}: {Violation(what, backend, seed)}\n  {found}\n  alone: pytest "

@@ -23,8 +23,8 @@ from saved_hooks import HOOKS
 from vid_cases import VidCase
 from vid_execute import run_vid_case
 
-from vidfast import fused_regressor
-from vidfast.fused_regressor import FusedVID
+from vidfast.head import parts
+from vidfast.head.function import InParts
 
 DRAWN = [make_case(seed) for seed in range(400)]
 VID_DRAWN = [vid_cases.make_case(seed) for seed in range(400)]
@@ -86,7 +86,7 @@ def test_everything_is_drawn_for_the_regressor() -> None:
     assert drawn("module") == {"fp32", "fp64"}
     assert drawn("hook") == {"none", *HOOKS}
     assert drawn("path") == set(PATHS) - {"create_graph"}
-    assert drawn("rows") == {None, True, False}
+    assert drawn("arrangement") == {None, *vid_cases.ARRANGEMENTS}
     assert drawn("part") == set(vid_cases.PARTS)
     assert {len(case.student_size) for case in VID_DRAWN} == {0, 1, 2, 3}
     assert any(case.student_size != case.teacher_size for case in VID_DRAWN)
@@ -97,8 +97,8 @@ def test_most_regressors_are_fused() -> None:
     chosen = [case for case in VID_DRAWN[:120] if case.may_be_fused and case.hook == "none"]
     for case in chosen:
         with (
-            mock.patch.object(FusedVID, "apply", wraps=FusedVID.apply) as learning,
-            mock.patch.object(fused_regressor, "_loss_alone", wraps=fused_regressor._loss_alone) as alone,
+            mock.patch.object(InParts, "apply", wraps=InParts.apply) as learning,
+            mock.patch.object(parts, "loss_alone", wraps=parts.loss_alone) as alone,
         ):
             run_vid_case(case)
             assert learning.called or alone.called, case

@@ -10,6 +10,7 @@ from guarded import LAYOUTS, SENTINELS
 from saved_hooks import HOOKS, ONE_FUNCTION
 
 PARTS = (None, 1, 2, 3)  # samples that are computed at once; None: as many as the library likes
+ARRANGEMENTS = ("planes", "rows", "columns")
 INPUTS = "sa012"  # student, alpha, and the three weights
 
 
@@ -36,7 +37,7 @@ class VidCase:
     g: float
     incoming: str
     inplace: bool
-    rows: bool | None  # whether channels or positions are fastest; None: as the library likes
+    arrangement: str | None  # how a part's activations are stored; None: as the library likes
     part: int | None
     wanted: str
     asked: str
@@ -83,7 +84,7 @@ def make_case(seed: int) -> VidCase:
         sentinel=rng.choice(SENTINELS), eps=rng.choice(EPS),
         reduction=rng.choice(("mean", "sum", "batchmean")),
         weight=rng.choice((1.0, 1.0, -2.25, 0.01)), g=rng.choice((1.0, 1.0, -1.0, 3.5, 0.125, 1024.0, 0.0)),
-        incoming=rng.choice(INCOMING), inplace=rng.random() < 0.85, rows=rng.choice((None, True, False)),
+        incoming=rng.choice(INCOMING), inplace=rng.random() < 0.85, arrangement=rng.choice((None, *ARRANGEMENTS)),
         part=rng.choice(PARTS), wanted=wanted, asked=wanted if everything else part_of(rng, wanted),
         path=path, hook=hook, outputs=rng.choice(OUTPUTS), threads=rng.choice((1, 2, 2, 3)),
     )  # fmt: skip

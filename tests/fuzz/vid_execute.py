@@ -20,7 +20,8 @@ from paths import Leaves, RandomCall, run_call
 from torch import Tensor
 from vid_cases import INPUTS, VidCase, make_case
 
-from vidfast import VIDLoss, fused_regressor
+from vidfast import VIDLoss
+from vidfast.head import plan as head_plan
 from vidfast.vid import match_spatial
 
 CLOSE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 2e-5}
@@ -100,7 +101,10 @@ class VidCall(RandomCall):
 
     def others(self) -> list[RandomCall]:
         seeds = [self.case.seed + n * 10**9 for n in (1, 2)]
-        cut = {"rows": self.case.rows, "part": self.case.part}  # which is patched for the whole process
+        cut = {
+            "arrangement": self.case.arrangement,
+            "part": self.case.part,
+        }  # which is patched for the whole process
         return [
             VidCall(replace(make_case(s), path="grad", hook="none", outputs="plain", **cut)) for s in seeds
         ]
@@ -163,17 +167,16 @@ def _finite_max(x: Tensor) -> float:
 
 @contextmanager
 def _cut_as(case: VidCase) -> Iterator[None]:
-    """Within it, the fused regressor takes as many samples at once, stored in the order, as the case says."""
-    values = {}
-    if case.rows is not None:
-        values["_FEWEST_POSITIONS"] = 10**9 if case.rows else 0
-        values["_MOST_CHANNELS"] = 10**9
+    """Within it, a head takes as many samples at once, stored, as the case says."""
+    values: dict[str, object] = {}
+    if case.arrangement is not None:
+        values["FEWEST_POSITIONS"] = 10**9 if case.arrangement == "rows" else 0
+        values["MOST_CHANNELS"] = 0 if case.arrangement == "columns" else 10**9
     if case.part is not None:
         positions = int(np.prod([min(n) for n in zip(case.student_size, case.teacher_size, strict=True)]))
-        values["_PART_BYTES"] = values["_PART_BYTES_IN_ROWS"] = (
-            4 * case.part * max(case.channels) * max(positions, 1)
-        )
-    with mock.patch.multiple(fused_regressor, **values) if values else mock.patch.dict({}):
+        most = 4 * case.part * max(case.channels) * max(positions, 1)
+        values["PART_BYTES"] = dict.fromkeys(head_plan.PART_BYTES, most)
+    with mock.patch.multiple(head_plan, **values) if values else mock.patch.dict({}):
         yield
 
 

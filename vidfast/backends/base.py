@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from vidfast.arguments import Call
@@ -38,7 +39,7 @@ class Backend(Protocol):
         walks: Whether it reads and writes by addresses, so that tensors have to be stored as `layout` says. One that
             does not gets them as they came, except in place; of a layout it may read channels and outer * inner.
         in_parts: Whether a small call costs so little that a regressor and its loss are best computed a few samples
-            at a time.
+            at a time. Such a one is a :class:`PartsBackend`.
     """
 
     name: str
@@ -123,4 +124,22 @@ class Backend(Protocol):
         `rows` describes source, which a back end that does not walk gets as it came; result is source itself, and
         untouched where g is 1 (0 or 2 N), or has no gaps.
         grad_alpha is (C,) in fp64, scaled_alpha in alpha's dtype.
+        """
+
+
+class PartsBackend(Backend, Protocol):
+    """What a back end whose `in_parts` is True offers besides: what lies between the products of a regressor.
+
+    Tensors have no gaps, and are fp32, bf16 or fp16.
+    """
+
+    def rectify(self, x: Tensor, rounded: torch.dtype, positive: bool) -> None:
+        """In place max(x, 0), if `positive`, and NaN where x is; then rounded to the values of `rounded`."""
+
+    def rectify_backward(
+        self, gradient: Tensor, activation: Tensor, out: Tensor, rounded: torch.dtype
+    ) -> None:
+        """`out` = gradient where activation, what :meth:`rectify` gave, is not 0, else 0; then rounded likewise.
+
+        out may be either of the others.
         """

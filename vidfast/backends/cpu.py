@@ -152,5 +152,20 @@ class CpuBackend:
             0 if scaled_alpha is None else NATIVE_DTYPE[scaled_alpha.dtype], _num_threads(),
         )  # fmt: skip
 
+    def rectify(self, x: Tensor, rounded: torch.dtype, positive: bool) -> None:
+        """As the protocol says."""
+        _C.cpu_rectify(
+            x.data_ptr(), NATIVE_DTYPE[x.dtype], NATIVE_DTYPE[rounded], positive, x.numel(), _num_threads()
+        )
+
+    def rectify_backward(
+        self, gradient: Tensor, activation: Tensor, out: Tensor, rounded: torch.dtype
+    ) -> None:
+        """As the protocol says."""
+        _C.cpu_rectify_backward(
+            gradient.data_ptr(), activation.data_ptr(), out.data_ptr(),
+            NATIVE_DTYPE[out.dtype], NATIVE_DTYPE[rounded], out.numel(), _num_threads(),
+        )  # fmt: skip
+
 
 BACKEND = CpuBackend()

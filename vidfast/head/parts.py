@@ -1,0 +1,327 @@
+"""A head on the CPU, a few samples at a time: the loss and every gradient for an incoming gradient of 1.
+
+The loss is a sum over the batch, so nothing has to wait for the whole of it: of each few samples the activations, the
+loss, and all gradients are made while the hidden activations are in the cache. They are never stored for the whole
+batch, which is where a step's memory and its page faults are otherwise (docs/kernel-notes.md, "Regressors").
+
+Numbers. A layer gives values of the module's dtype, fp32 or one of 16 bits. Where the processor has fast products of
+that type (:func:`vidfast._torch.cpu_multiplies`), activations are stored in it, and what torch has no fp32 result for,
+a part's share of a weight's gradient, is rounded to it and added in fp32. Elsewhere products are computed in fp32, and
+their results rounded where a layer would. Gradients of fp16 activations go without the loss's factor k, which is about
+1/N and vanishes there: they carry a power of two that keeps them in range, and `Gradients.factor` is what is left of k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vidfast import primitives
+from vidfast.arguments import Call
+from vidfast.backends.base import PartsBackend
+from vidfast.head.arrangement import Rows
+from vidfast.head.plan import Plan
+from vidfast.head.stack import Stack
+from vidfast.layout import rows_of
+from vidfast.memory import empty_dense, empty_scratch
+
+# The most that 1 / v_c becomes in fp16, whose largest value is 65504; and what is taken off where that was too much.
+_MOST_IN_FP16, _LESS_IN_FP16, _SMALLEST_INSIDE = 16.0, 2.0**-12, 2.0**-40
+
+
+class Gradients(NamedTuple):
+    """What a head gives: the loss and its gradients for an incoming gradient of 1.
+
+    Attributes:
+        loss: A scalar in fp32.
+        factor: What the student's gradient has to be multiplied with yet. 1 but for 16-bit modules in fp16.
+        student: In the student's dtype and order of dimensions; None where it is not wanted.
+        alpha: (C,) in fp64.
+        weights: (out, in) each in fp32, or None.
+        biases: (out,) each in fp32, or None.
+    """
+
+    loss: Tensor
+    factor: float
+    student: Tensor | None
+    alpha: Tensor
+    weights: list[Tensor | None]
+    biases: list[Tensor | None]
+
+
+class Wanted(NamedTuple):
+    """Which gradients are wanted."""
+
+    student: bool
+    weights: Sequence[bool]
+    biases: Sequence[bool]
+
+
+class _Layers:
+    """The products of a stack of layers over parts of the batch, and the memory of one part.
+
+    Args:
+        stack: That fits the student.
+        student: (B, C_s, positions), dense.
+        plan: How.
+        backend: For what lies between the products.
+    """
+
+    def __init__(self, stack: Stack, student: Tensor, plan: Plan, backend: PartsBackend) -> None:
+        self.student, self.plan, self.backend = student, plan, backend
+        self.weights = [self._as_products(weight.detach().flatten(1)) for weight in stack.weights]
+        self.biases = [None if bias is None else self._as_products(bias.detach()) for bias in stack.biases]
+        self.channels = [student.shape[1], *(weight.shape[0] for weight in self.weights)]
+        self.rounds = plan.module is not plan.products
+        # The student's memory is used as it is where it can be.
+        first = student[: plan.samples]
+        self.borrows = student.dtype is plan.products and plan.arrangement.native(first) is not None
+        self.blocks = [
+            self.block(0 if self.borrows and layer == 0 else channels)
+            for layer, channels in enumerate(self.channels)
+        ]
+
+    def _as_products(self, weight: Tensor) -> Tensor:
+        """Rounded as the module would have it, and without gaps."""
+        return weight.to(self.plan.module).to(self.plan.products).contiguous()
+
+    def block(self, channels: int) -> Tensor:
+        """Memory for so many channels of a part."""
+        return empty_scratch(self.plan.samples * self.plan.positions * channels, self.plan.products)
+
+    def matrix(self, block: Tensor, n: int, layer: int) -> Tensor:
+        """The block as the matrix of what goes into a layer, of `n` samples."""
+        return self.plan.arrangement.matrix(block, n, self.channels[layer], self.plan.positions)
+
+    def part(self, matrix: Tensor, n: int) -> Tensor:
+        """A matrix as (n, channels, positions)."""
+        return self.plan.arrangement.part(matrix, n, self.plan.positions)
+
+    def forward(self, begin: int, n: int) -> list[Tensor]:
+        """[the student, hidden activations..., mean] of `n` samples as matrices, until the next part."""
+        found = [self._student(self.student[begin : begin + n])]
+        last = len(self.weights)
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True), 1):
+            out = self.matrix(self.blocks[layer], n, layer)
+            self.plan.arrangement.product(weight, found[-1], bias, out)
+            if layer < last or self.rounds:
+                self.backend.rectify(out, self.plan.module, layer < last)
+            found.append(out)
+        return found
+
+    def parts(self, target: Tensor) -> Iterator[tuple[int, int, list[Tensor], Tensor]]:
+        """Of each part its first sample, how many there are, its activations, and its target."""
+        batch, most = self.student.shape[0], self.plan.samples
+        for begin in range(0, batch, most):
+            n = min(most, batch - begin)
+            yield begin, n, self.forward(begin, n), target[begin : begin + n]
+
+    def _student(self, part: Tensor) -> Tensor:
+        """A part of the student as a matrix, rounded as the module's first layer would."""
+        if self.borrows:
+            native = self.plan.arrangement.native(part)
+            assert native is not None, "every part of the student is stored as its first one is"
+            return native
+        matrix = self.matrix(self.blocks[0], part.shape[0], 0)
+        self.part(matrix, part.shape[0]).copy_(part)
+        if self.rounds and part.dtype is not self.plan.module:
+            self.backend.rectify(matrix, self.plan.module, False)
+        return matrix
+
+
+class _Sums:
+    """The weights' and biases' gradients over the parts, and the student's gradient."""
+
+    def __init__(self, layers: _Layers, wanted: Wanted) -> None:
+        self.layers, self.kind = layers, layers.plan.arrangement
+        student, plan = layers.student, layers.plan
+        self.student = (
+            empty_dense(student, rows_of(student, 1).dense, student.dtype) if wanted.student else None
+        )
+        shapes = [self.kind.outer_shape(plan.samples, *weight.shape) for weight in layers.weights]
+        narrow = plan.products is not torch.float32
+        self.products = [
+            torch.empty(shape, dtype=plan.products, device="cpu") if narrow and want else None
+            for shape, want in zip(shapes, wanted.weights, strict=True)
+        ]
+        self.weights = [
+            _zeros(*(weight.shape if narrow else shape)) if want else None
+            for weight, shape, want in zip(layers.weights, shapes, wanted.weights, strict=True)
+        ]
+        self.biases = [
+            _zeros(weight.shape[0]) if want else None
+            for weight, want in zip(layers.weights, wanted.biases, strict=True)
+        ]
+        # The gradient goes down no further than one is wanted: below that layer nothing is learned.
+        learned = [w or b for w, b in zip(wanted.weights, wanted.biases, strict=True)]
+        self.lowest = 0 if wanted.student else (learned.index(True) + 1 if any(learned) else len(learned) + 1)
+        # A product with a transposed weight is the slower one where the weight comes first.
+        self.down = [
+            weight.t() if self.kind is Rows else weight.t().contiguous() for weight in layers.weights
+        ]
+        crossed = layers.channels[max(self.lowest, 0 if self._is_copied() else 1) : -1]
+        self.spare = layers.block(max(crossed, default=0))
+
+    def _is_copied(self) -> bool:
+        """Whether the student's gradient is made in memory of its own before it is stored."""
+        if self.student is None:
+            return False
+        first = self.student[: self.layers.plan.samples]
+        return self.student.dtype is not self.layers.plan.products or self.kind.native(first) is None
+
+    def add(self, activations: list[Tensor], begin: int, n: int) -> None:
+        """Of `n` samples from `begin` on, with d loss / d mean in the place of the mean.
+
+        A gradient of a hidden activation is written over it: nothing reads it afterwards.
+        """
+        layers, g = self.layers, activations[-1]
+        for layer in reversed(range(len(self.weights))):
+            below, total, of_bias = activations[layer], self.weights[layer], self.biases[layer]
+            if total is not None:
+                self.kind.add_outer(total, g, below, self.products[layer])
+            if of_bias is not None:
+                of_bias.add_(self.kind.over_channels(g))
+            if self.lowest > layer:
+                return
+            if layer == 0:
+                self._add_student(g, begin, n)
+                return
+            spare = layers.matrix(self.spare, n, layer)
+            self.kind.product(self.down[layer], g, None, spare)
+            layers.backend.rectify_backward(spare, below, below, layers.plan.module)
+            g = below
+
+    def _add_student(self, g: Tensor, begin: int, n: int) -> None:
+        assert self.student is not None
+        out = self.student[begin : begin + n]
+        native = self.kind.native(out) if out.dtype is g.dtype else None
+        if native is not None:
+            self.kind.product(self.down[0], g, None, native)
+        else:
+            spare = self.layers.matrix(self.spare, n, 0)
+            self.kind.product(self.down[0], g, None, spare)
+            out.copy_(self.layers.part(spare, n))
+
+    def of_weights(self) -> list[Tensor | None]:
+        """(out, in) each."""
+        return [
+            None if total is None else total.sum(0) if total.dim() == 3 else total for total in self.weights
+        ]
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+
+def gradients(
+    stack: Stack,
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    call: Call,
+    backend: PartsBackend,
+    plan: Plan,
+    wanted: Wanted,
+) -> Gradients:
+    """The loss of a head and its gradients.
+
+    Args:
+        stack: The layers, that fit the student and the target.
+        student: (B, C_s, positions), dense.
+        target: (B, C, positions), any strides; not fp64.
+        alpha: (C,).
+        call: Of the whole batch, with channel 1, in place.
+        backend: For the loss and what lies between the products.
+        plan: Of :func:`plan_for`.
+        wanted: Which gradients.
+    """
+    inside, factor = _divided(call.k, alpha, call.eps) if plan.module is torch.float16 else (call.k, 1.0)
+    while True:
+        found = _in_parts(
+            stack, student, target, alpha, call._replace(k=inside), backend, plan, wanted, factor
+        )
+        if plan.module is not torch.float16 or not _overflowed(found) or abs(inside) < _SMALLEST_INSIDE:
+            return found
+        inside, factor = inside * _LESS_IN_FP16, factor / _LESS_IN_FP16
+
+
+def _in_parts(
+    stack: Stack,
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    call: Call,
+    backend: PartsBackend,
+    plan: Plan,
+    wanted: Wanted,
+    factor: float,
+) -> Gradients:
+    """As :func:`gradients`, with call.k inside of what is stored and `factor` outside."""
+    layers = _Layers(stack, student, plan, backend)
+    sums = _Sums(layers, wanted)
+    alpha = alpha.contiguous()
+    losses, of_alpha = [], torch.zeros_like(alpha, dtype=torch.float64)
+    for begin, n, activations, goal in layers.parts(target):
+        mean = layers.part(activations[-1], n)
+        loss, _, part_of_alpha = primitives.forward_grad(backend, mean, goal, alpha, call)
+        losses.append(loss.item())
+        of_alpha += part_of_alpha
+        if layers.rounds:
+            backend.rectify(activations[-1], plan.module, False)
+        sums.add(activations, begin, n)
+    weights, biases = sums.of_weights(), sums.biases
+    if factor != 1.0:
+        of_alpha *= factor
+        weights, biases = (
+            [None if x is None else x.mul_(factor) for x in found] for found in (weights, biases)
+        )
+    return Gradients(_scalar(factor * math.fsum(losses)), factor, sums.student, of_alpha, weights, biases)
+
+
+def loss_alone(
+    stack: Stack,
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    call: Call,
+    backend: PartsBackend,
+    plan: Plan,
+) -> Tensor:
+    """The loss, a scalar in fp32, where no gradient is wanted. The arguments are those of :func:`gradients`."""
+    layers = _Layers(stack, student, plan, backend)
+    alpha = alpha.contiguous()
+    losses = []
+    for _, n, activations, goal in layers.parts(target):
+        mean = layers.part(activations[-1], n)
+        losses.append(primitives.forward(backend, mean, goal, alpha, call)[0].item())
+    return _scalar(math.fsum(losses))
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
+def _divided(k: float, alpha: Tensor, eps: float) -> tuple[float, float]:
+    """(what of k goes into fp16 gradients, the power of two that is left of it).
+
+    1 / v_c times the first is at most about _MOST_IN_FP16 in every channel.
+    """
+    mantissa, exponent = math.frexp(k)
+    smallest = float(F.softplus(alpha.detach().double()).min()) + eps
+    down = 0
+    if math.isfinite(smallest):
+        down = max(0, math.ceil(-math.log2(_MOST_IN_FP16 * smallest)))
+    return math.ldexp(mantissa, -down), math.ldexp(1.0, exponent + down)
+
+
+def _overflowed(found: Gradients) -> bool:
+    """Whether a gradient is not finite though the loss is: an fp16 value became too large on the way."""
+    if not math.isfinite(found.loss.item()):
+        return False
+    tensors = (x for x in (found.student, *found.weights, *found.biases) if x is not None)
+    return not all(bool(torch.isfinite(x).all()) for x in tensors)

@@ -1,0 +1,121 @@
+"""The layers of a head: a stack of 1x1 convolutions or linear layers with ReLU between, as its weights and biases.
+
+A 1x1 convolution is a matrix over the channels, applied at every position, and so is a linear layer over the last
+dimension. What such a stack computes follows from its weights alone, so that it may be computed otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vidfast.layers import is_as_defined
+
+# By the number of spatial axes that they take.
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class Stack(NamedTuple):
+    """Its layers from the student to the teacher.
+
+    Attributes:
+        weights: (out, in) each, or (out, in, 1, ...).
+        biases: (out,) each, or None.
+        convolutions: Whether torch computes them as convolutions, whose precision has switches of its own.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    convolutions: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weights, and the biases that there are."""
+        return (*self.weights, *(bias for bias in self.biases if bias is not None))
+
+    def fits(self, students: int, targets: int) -> bool:
+        """Whether it leads from so many channels to so many, each layer from what the one before it gives."""
+        widths = [students, *(weight.shape[0] for weight in self.weights)]
+        return (
+            [weight.shape[1] for weight in self.weights] == widths[:-1]
+            and widths[-1] == targets
+            and all(
+                b is None or b.shape == w.shape[:1] for w, b in zip(self.weights, self.biases, strict=True)
+            )
+        )
+
+
+def stack_of(regressor: nn.Module, dims: int, channel_dim: int, as_maps: bool = False) -> Stack | None:
+    """The stack that a module is, or None where it is anything else.
+
+    Args:
+        regressor: One layer, or an nn.Sequential of layers and ReLUs in turn, by torch's own code.
+        dims: The number of the student's dimensions.
+        channel_dim: The dimension of its channels, not negative.
+        as_maps: Whether nn.Conv2d are to be applied to features of any number of spatial axes.
+    """
+    parts = [*regressor] if type(regressor) is nn.Sequential else [regressor]
+    if len(parts) % 2 == 0 or not is_as_defined(regressor):
+        return None
+    if any(type(part) is not nn.ReLU for part in parts[1::2]):
+        return None
+    layers: list[nn.Module] = parts[::2]
+    if all(type(layer) is nn.Linear for layer in layers):
+        if channel_dim != dims - 1:
+            return None
+    else:
+        wanted = nn.Conv2d if as_maps else _CONVOLUTIONS.get(dims - 2)
+        if channel_dim != 1 or not all(type(layer) is wanted and _is_pointwise(layer) for layer in layers):
+            return None
+    weights, biases = (tuple(getattr(layer, name) for layer in layers) for name in ("weight", "bias"))
+    return Stack(weights, biases, not isinstance(layers[0], nn.Linear))
+
+
+def _is_pointwise(layer: nn.Module) -> bool:
+    """Whether a convolution mixes channels alone, and gives as many positions as it takes."""
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return (
+        set(layer.kernel_size) == {1}
+        and set(layer.stride) == {1}
+        and layer.groups == 1
+        and (layer.padding in ("valid", "same") or set(layer.padding) == {0})
+        and set(layer.weight.shape[2:]) == {1}
+    )
+
+
+def apply(stack: Stack, student: Tensor, channel_dim: int) -> Tensor:
+    """mu(s), layer by layer: what the stack is when nothing is computed together.
+
+    Args:
+        stack: That fits the student.
+        student: Any shape.
+        channel_dim: The dimension of its channels, not negative.
+    """
+    may_write = not torch.compiler.is_compiling()
+    x = student.movedim(channel_dim, -1) if not stack.convolutions else student.movedim(channel_dim, 1)
+    shape = x.shape
+    if stack.convolutions:
+        x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    for index, (weight, bias) in enumerate(zip(stack.weights, stack.biases, strict=True)):
+        if index:
+            x = torch.relu_(x) if may_write else torch.relu(x)
+        matrix = weight.flatten(1)
+        x = F.conv1d(x, matrix.unsqueeze(2), bias) if stack.convolutions else F.linear(x, matrix, bias)
+    if not stack.convolutions:
+        return x.movedim(-1, channel_dim)
+    return x.reshape(shape[0], x.shape[1], *shape[2:]).movedim(1, channel_dim)
+
+
+def flat_positions(x: Tensor, channel_dim: int) -> Tensor:
+    """x as (B, C, positions): any number of axes is positions, and a vector is one position."""
+    x = x.movedim(channel_dim, 1)
+    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+
+
+def widths_of(weights: Sequence[Tensor]) -> list[int]:
+    """What each layer gives."""
+    return [weight.shape[0] for weight in weights]

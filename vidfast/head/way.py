@@ -1,0 +1,139 @@
+"""Which way a head takes: in parts, as an operator of a compiled graph, or not at all, layer by layer."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from vidfast import backends
+from vidfast._torch import in_forward_mode, in_functorch, products_differ_from_convolutions
+from vidfast.arguments import Call, loss_factor
+from vidfast.backends.base import Backend, PartsBackend
+from vidfast.head import parts
+from vidfast.head.function import InParts
+from vidfast.head.plan import plan_for
+from vidfast.head.stack import Stack, flat_positions, widths_of
+from vidfast.layout import rows_of
+from vidfast.raw import DTYPES, not_raw
+
+log = logging.getLogger("vidfast")
+_logged: set[str] = set()
+
+
+def head_nll(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor | None:
+    """The loss of a stack of layers and its Gaussian in one pass, or None where it has to be layer by layer.
+
+    Args:
+        stack: The layers.
+        student: (B, ..., C_s, ...), with the channels in `call.channel`.
+        target: Of the student's shape but for its C channels, without gradient.
+        alpha: (C,).
+        call: Everything else; its `k` is not read.
+
+    Returns:
+        A scalar in fp32. With None the reason is logged once, at level DEBUG by the logger "vidfast".
+    """
+    if torch.compiler.is_compiling():
+        return None
+    module = module_dtype(stack, student)
+    reason = obstacle(stack, student, target, alpha, call, module)
+    if reason is None:
+        chosen = backends.choose(call.backend, student, target, alpha, None)
+        if not chosen.in_parts:
+            reason = f"the back end {chosen.name} computes the loss alone"
+        else:
+            return _in_parts(stack, student, target, alpha, call, chosen, module)
+    note(reason)
+    return None
+
+
+def note(reason: str) -> None:
+    """Says once why a head is computed layer by layer."""
+    if reason not in _logged:
+        _logged.add(reason)
+        log.debug("a regressor is computed layer by layer: %s", reason)
+
+
+def module_dtype(stack: Stack, student: Tensor) -> torch.dtype | None:
+    """What the layers give: autocast's dtype, or that of the student and all weights; None where these differ."""
+    dtypes = {student.dtype, *(x.dtype for x in stack.tensors)}
+    if torch.is_autocast_enabled(student.device.type) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(student.device.type)
+    return student.dtype if len(dtypes) == 1 else None
+
+
+def obstacle(
+    stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call: Call, module: torch.dtype | None
+) -> str | None:
+    """Why a head cannot be computed in one pass, or None."""
+    tensors = (student, target, alpha, *stack.tensors)
+    if call.backend == "reference" or call.strategy == "two_pass" or call.reduction == "none" or call.full:
+        return "the loss is asked for by another way"
+    if not all(x.is_cpu for x in tensors):
+        return "it is not on the CPU"
+    if module not in (torch.float32, torch.bfloat16, torch.float16) or target.dtype is torch.float64:
+        return "it is computed in fp64, or in several types"
+    if alpha.dtype not in DTYPES:
+        return f"alpha is {alpha.dtype}"
+    if not _fits(stack, student, target, alpha, call.channel):
+        return "its shapes do not fit"
+    if target.requires_grad:
+        return "the target requires grad"
+    if module is torch.float32 and stack.convolutions and products_differ_from_convolutions():
+        return "convolutions and products of matrices have different precisions"
+    grad = torch.is_grad_enabled()
+    if grad and alpha.requires_grad and not any(x.requires_grad for x in (student, *stack.tensors)):
+        return "only alpha's gradient is wanted"  # for which the sums of squares are enough
+    if torch.compiler.is_compiling():
+        return None
+    if (reason := not_raw(*tensors)) is not None:
+        return reason
+    if in_functorch(*tensors) or in_forward_mode():
+        return "a transform of torch.func or a forward-mode derivative is around it"
+    return None
+
+
+def _fits(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, channel: int) -> bool:
+    if student.dim() < 2 or student.dim() != target.dim() or target.numel() == 0 or student.numel() == 0:
+        return False
+    others = [
+        (s, t) for d, (s, t) in enumerate(zip(student.shape, target.shape, strict=True)) if d != channel
+    ]
+    return (
+        all(s == t for s, t in others)
+        and alpha.shape == target.shape[channel : channel + 1]
+        and stack.fits(student.shape[channel], target.shape[channel])
+    )
+
+
+def _in_parts(
+    stack: Stack,
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    call: Call,
+    backend: Backend,
+    module: torch.dtype | None,
+) -> Tensor:
+    assert module is not None
+    in_parts: PartsBackend = backend  # type: ignore[assignment]
+    call = in_flat_parts(call, target)
+    student, target = (flat_positions(x, call.channel) for x in (student, target))
+    call = call._replace(channel=1)
+    if rows_of(student, 1).copies:  # expanded, overlapping or a slice of its positions
+        student = student.contiguous()
+    plan = plan_for(student, widths_of(stack.weights), module)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (student, *stack.tensors)):
+        loss: Tensor = InParts.apply(  # type: ignore[no-untyped-call]
+            student, target, alpha, call, in_parts, plan, stack.convolutions, *stack.weights, *stack.biases
+        )[0]
+        return loss
+    return parts.loss_alone(stack, student, target, alpha, call, in_parts, plan)
+
+
+def in_flat_parts(call: Call, target: Tensor) -> Call:
+    """The call for each part of it: with the factor of the whole, and written over the mean."""
+    k = loss_factor(target.shape, call.reduction, call.weight)
+    return call._replace(inplace=True, strategy="one_pass", k=k)
