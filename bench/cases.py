@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,10 +16,6 @@ SCALER_FACTOR = 65536.0
 WEIGHTED = 0.37
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-# Whole modules differ by a few percent: with seven rounds the chance of a difference where there is none is 1.6%.
-FEWEST_OF_MODULES = 7
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,8 @@ class Case:
     # Starts the profiler once for each contender: seconds, so only where the launches are what is asked for.
     count_launches: bool = False
     note: str = ""
+    # Of a whole module: its forward runs under torch.autocast of this dtype; `dtype` is then that of what it is given.
+    autocast: torch.dtype | None = None
     extra: dict[str, object] = field(default_factory=dict, hash=False, compare=False)
 
     @property
@@ -70,11 +69,19 @@ class Case:
             parts.append(f"threads={self.threads}")
         if self.note:
             parts.append(self.note)
+        if self.autocast is not None:
+            parts.append(f"autocast {DTYPE_NAMES[self.autocast]}")
         return " ".join(parts)
 
     @property
     def key(self) -> str:
         return f"{self.suite}: {self.title}"
+
+    def precision(self) -> AbstractContextManager[object]:
+        """What a module's forward is called in: autocast, or nothing. Backward belongs outside of it."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, self.autocast)
 
     def per_channel(self, values: torch.Tensor) -> torch.Tensor:
         """Shape `values` (C,) so that it broadcasts over this case's tensors."""
@@ -271,79 +278,3 @@ def kernel_cases(suite: str, full: bool, device: str) -> list[Case]:
 def overhead_cases(suite: str, full: bool, device: str) -> list[Case]:
     """Thirty-two elements, always in the cache: what is left is the host."""
     return [Case(suite, TINY, device=device, cold=False, count_launches=True)]
-
-
-def vid_loss_cases(suite: str, full: bool, device: str) -> list[Case]:
-    """The teacher's feature, and the student's channels beside it: WRN-40-2 -> WRN-16-1, ResNet-34 -> ResNet-18."""
-    pairs = (
-        ((128, 64, 16, 16), 32),
-        ((128, 32, 32, 32), 16),
-        ((128, 128, 8, 8), 64),
-        ((32, 256, 14, 14), 256),
-    )
-    return [
-        Case(
-            suite,
-            shape,
-            device=device,
-            fewest=FEWEST_OF_MODULES,
-            note=f"from {student}",
-            extra={"student_channels": student},
-        )
-        for shape, student in (pairs if full else pairs[:1])
-    ]
-
-
-def small_module_cases(suite: str, full: bool, device: str) -> list[Case]:
-    """A pair and a distillation step of a size for an emulated device."""
-    del full
-    case = Case(suite, (2, 16, 8, 8), device=device, gradients=(1.0,))
-    return [
-        replace(case, note="from 8", extra={"student_channels": 8})
-        if suite == "VIDLoss"
-        else replace(
-            case,
-            note="WRN-10-1 to WRN-10-1",
-            extra={
-                "teacher": "wrn-10-1",
-                "student": "wrn-10-1",
-                "regressor": "conv3",
-                "side": 8,
-                "classes": 4,
-            },
-        )
-    ]
-
-
-def training_cases(suite: str, full: bool, device: str) -> list[Case]:
-    """The papers' two settings; the case's tensor is the widest tapped map. Two cores get 8 of ImageNet's images."""
-    cifar = Case(
-        suite,
-        (128, 32, 32, 32),
-        device=device,
-        fewest=FEWEST_OF_MODULES,
-        note="WRN-40-2 to WRN-16-1",
-        extra={
-            "teacher": "wrn-40-2",
-            "student": "wrn-16-1",
-            "regressor": "conv3",
-            "side": 32,
-            "classes": 100,
-        },
-    )
-    images = 8 if torch.device(device).type == "cpu" else 64
-    imagenet = Case(
-        suite,
-        (images, 256, 14, 14),
-        device=device,
-        fewest=FEWEST_OF_MODULES,
-        note="ResNet-34 to ResNet-18 at 224",
-        extra={
-            "teacher": "resnet-34-imagenet",
-            "student": "resnet-18-imagenet",
-            "regressor": "conv2",
-            "side": 224,
-            "classes": 1000,
-        },
-    )
-    return [cifar, imagenet] if full else [replace(cifar, gradients=(1.0,))]

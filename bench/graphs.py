@@ -34,7 +34,7 @@ class Capturable(Contender, Protocol):
     def undo(self) -> None:
         """Put back everything that calls wrote over, in every slot."""
 
-    def traffic(self) -> traffic.Traffic: ...
+    def traffic(self) -> traffic.Traffic | None: ...
 
 
 class GraphContender:
@@ -99,7 +99,7 @@ class GraphContender:
     def finish(self) -> None:
         self.inner.undo()
 
-    def traffic(self) -> traffic.Traffic:
+    def traffic(self) -> traffic.Traffic | None:
         return self.inner.traffic()
 
     def differing(self) -> int:

@@ -1,4 +1,4 @@
-"""Whole modules on the clock: VIDLoss with its regressor, and full distillation training steps.
+"""Whole modules on the clock: VIDLoss, the head of a pair of layers, with its regressor. bench/training.py has steps.
 
 The loss is a part of what a user waits for. These suites keep everything else the same and exchange only the loss, so
 that their differences are what vidfast saves end to end.
@@ -7,7 +7,6 @@ that their differences are what vidfast saves end to end.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from bench.accuracy import Errors
 from bench.buffers import EPS, INIT_VARIANCE, Pool
 from bench.cases import Case
 from bench.clock import Call
+from bench.graphs import GraphContender
 from bench.providers import (
     COMPILE,
     DEFAULT,
@@ -30,16 +30,17 @@ from bench.providers import (
     row_name,
 )
 from bench.record import Measurable
-from vidfast.distill import VID, Distiller
-from vidfast.distill.models import build as network
+from vidfast.report.results import COMPILED_DEFAULT, GRAPH
 
-COMPILED_DEFAULT = "vidfast compiled"
 FAMILIES = {EAGER: "eager", COMPILE: "compile", DEFAULT: "vidfast", COMPILED_DEFAULT: "vidfast"}
 Exact = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class EagerVIDLoss(nn.Module):
-    """The VIDLoss of the public repositories: three 1x1 convolutions with ReLU between, and then the eager formula."""
+    """The VIDLoss of the public repositories: three 1x1 convolutions with ReLU between, and then the eager formula.
+
+    Of rows of a matrix the layers are linear.
+    """
 
     def __init__(self, case: Case, student_channels: int) -> None:
         super().__init__()
@@ -48,18 +49,77 @@ class EagerVIDLoss(nn.Module):
         whole = vidfast.VIDLoss(
             student_channels, 2 * case.channels, case.channels, INIT_VARIANCE, EPS, inplace=False
         )
-        self.regressor, self.log_scale = whole.regressor, whole.log_scale
+        self.log_scale = whole.log_scale
+        self.regressor = linear_stack(whole.regressor) if case.channel_dim == -1 else whole.regressor
         self.formula = eager_formula(case)
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return self.formula(self.regressor(student), teacher, self.log_scale)
 
 
+class LinearHead(EagerVIDLoss):
+    """The same by `vidfast.vid_head`, which takes the layers' weights; RuntimeError where vidfast has none."""
+
+    def __init__(self, case: Case, student_channels: int) -> None:
+        super().__init__(case, student_channels)
+        self.head = vid_head()
+        if self.head is None:
+            raise RuntimeError("a head of linear layers needs vidfast.vid_head, which this vidfast lacks")
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        assert self.head is not None
+        weights = [layer.weight for layer in self.regressor.children() if isinstance(layer, nn.Linear)]
+        loss: torch.Tensor = self.head(student, teacher, self.log_scale, weights, channel_dim=-1, eps=EPS)
+        return loss
+
+
+def vid_head() -> Callable[..., torch.Tensor] | None:
+    """`vidfast.vid_head`, if there is one."""
+    import vidfast
+
+    found: Callable[..., torch.Tensor] | None = getattr(vidfast, "vid_head", None)
+    return found
+
+
+def linear_stack(convolutions: nn.Module) -> nn.Sequential:
+    """nn.Linear layers with the weights of the 1x1 convolutions."""
+    layers: list[nn.Module] = []
+    for layer in convolutions.children():
+        if isinstance(layer, nn.Conv2d):
+            linear = nn.Linear(layer.in_channels, layer.out_channels, bias=False)
+            linear.weight = nn.Parameter(layer.weight.detach().flatten(1))
+            layers.append(linear)
+        else:
+            layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+class Watch(Protocol):
+    """Marks of a step's pairs, and what they come to in seconds."""
+
+    @property
+    def intervals(self) -> list[tuple[Any, Any]]: ...
+
+    def seconds_of(self, intervals: Sequence[tuple[Any, Any]]) -> float: ...
+
+
 class ModuleContender:
     """A module's forward and backward to all of its parameters. `step` is made ready by whoever builds it.
 
-    `outputs`, where given, are what a step left behind beside its loss: d student and d alpha, for the comparison with
-    `exact`, the same numbers from fp64.
+    A call returns the loss and, where `outputs` are given, what the step left behind beside it: d student and d alpha,
+    for the comparison with `exact`, the same numbers from fp64.
+
+    Args:
+        name: Of the row, without the incoming gradient.
+        module: Whose gradients are cleared before every call.
+        step: The forward, under the case's precision.
+        incoming: The gradient that backward is called with.
+        case: What is measured.
+        pool: Its buffers: a graph holds a call for each slot.
+        inputs: Leaves beside the parameters, whose gradients are cleared too.
+        outputs: d student and d alpha after a step.
+        exact: Loss, d student and d alpha in fp64 at g = 1.
+        watch: The clock of a training step's pairs.
     """
 
     calls, replayed = 1, False
@@ -70,32 +130,46 @@ class ModuleContender:
         module: nn.Module,
         step: Callable[[], torch.Tensor],
         incoming: float,
+        case: Case,
+        pool: Pool,
+        *,
+        inputs: Sequence[torch.Tensor] = (),
         outputs: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
         exact: Callable[[], Exact] | None = None,
-        watch: TermWatch | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.watch, self.steps = watch, list[list[tuple[Any, Any]]]()
         self.module, self.step, self.incoming = module, step, incoming
+        self.case, self.pool, self.inputs = case, pool, inputs
         self.outputs, self.exact = outputs, exact
         self.provider = Provider(name, FAMILIES.get(name, "floor"), eager_formula, compared=False)
         self.name = row_name(self.provider, incoming)
 
     def prepare(self) -> Call:
         self.module.zero_grad(set_to_none=True)
+        self._clear_inputs()  # an earlier step's gradient would be freed on the clock of the memory
         step, incoming = self.step, self.incoming
 
         def run() -> object:
+            self._clear_inputs()  # of the call before, in the same sample
             loss = step()
             gradient = None if incoming == 1.0 else torch.full_like(loss, incoming)
             loss.backward(gradient)  # type: ignore[no-untyped-call]
             if self.watch is not None:
                 self.steps.append(self.watch.intervals)
-            return loss.detach()
+            return loss.detach(), None if self.outputs is None else self.outputs()
 
         return run
 
+    def _clear_inputs(self) -> None:
+        for leaf in self.inputs:
+            leaf.grad = None
+
     def finish(self) -> None:
         """Parameters get no update, so there is nothing to undo."""
+
+    def undo(self) -> None:
+        """Nor is any buffer written over."""
 
     def part_seconds(self, samples: int) -> float | None:
         """The median of what the pairs took in the last `samples` steps."""
@@ -108,21 +182,28 @@ class ModuleContender:
         return None
 
     def errors(self) -> Errors | None:
-        """Of the loss, of d student (as grad_mean) and d alpha, each over the largest of its exact values."""
-        if self.outputs is None or self.exact is None:
+        """Those of one call; None where there is nothing to compare with."""
+        return None if self.exact is None else self.errors_of(self.prepare()())
+
+    def errors_of(self, result: Any) -> Errors | None:
+        """Of the loss and d alpha over the largest exact value; of d student (as grad_mean) in the norm, over the norm.
+
+        A ReLU whose input another precision rounds to the other side of 0 makes an error of some elements' own size:
+        a largest error would be that of the rounding before it, whoever computes the rest.
+        """
+        loss, left = result
+        if left is None or self.exact is None:
             return None
-        loss = self.prepare()()
-        assert isinstance(loss, torch.Tensor)
 
         def against(found: torch.Tensor, exact: torch.Tensor, factor: float) -> float:
             wanted = factor * exact
             return float((found.double() - wanted).abs().max() / wanted.abs().max())
 
-        student, alpha = self.outputs()
+        student, alpha = left
         exact_loss, exact_student, exact_alpha = self.exact()
         return Errors(
             against(loss, exact_loss, 1.0),
-            against(student, exact_student, self.incoming),
+            float((student.double() / self.incoming - exact_student).norm() / exact_student.norm()),
             against(alpha, exact_alpha, self.incoming),
         )
 
@@ -135,45 +216,66 @@ class Built(Protocol):
 
 @dataclass(frozen=True)
 class ModuleSuite:
-    """A suite of whole modules: `builders` by the name of their row."""
+    """A suite of whole modules: `builders` by the name of their row.
+
+    graphs: on a GPU every row is also captured in a CUDA graph, at the first incoming gradient: the device's time.
+    """
 
     name: str
     cases: Callable[[str, bool, str], list[Case]]
     full: bool
     device: str
     builders: dict[str, Built]
+    graphs: bool = False
 
     def list_cases(self) -> list[Case]:
         return self.cases(self.name, self.full, self.device)
 
     def names(self, case: Case) -> list[str]:
-        rows = (name for name in self.builders if name not in case.skip)
-        return [row_of(name, incoming) for name in rows for incoming in case.gradients]
+        rows = [name for name in self.builders if name not in case.skip]
+        steps = [row_of(name, incoming) for name in rows for incoming in case.gradients]
+        if not (self.graphs and case.on_gpu):
+            return steps
+        return [*steps, *(row_of(name, case.gradients[0], GRAPH) for name in rows)]
 
     def contenders(
         self, case: Case, pool: Pool, names: list[str]
     ) -> Iterator[tuple[str, Measurable | Exception]]:
         for name, built in self.builders.items():
-            wanted = [incoming for incoming in case.gradients if row_of(name, incoming) in names]
+            wanted = [
+                (incoming, suffix)
+                for suffix in ("", GRAPH)
+                for incoming in case.gradients
+                if row_of(name, incoming, suffix) in names
+            ]
             if not wanted:
                 continue
             try:
                 made = built(case, pool)
             except Exception as failure:
-                yield from ((row_of(name, incoming), failure) for incoming in wanted)
+                yield from ((row_of(name, *row), failure) for row in wanted)
                 continue
-            for incoming in wanted:
-                yield row_of(name, incoming), made(incoming)
+            for incoming, suffix in wanted:
+                row = row_of(name, incoming, suffix)
+                try:
+                    yield row, captured(made(incoming), row) if suffix else made(incoming)
+                except Exception as failure:
+                    yield row, failure
 
 
-def row_of(name: str, incoming: float) -> str:
-    return row_name(Provider(name, "", eager_formula), incoming)
+def captured(inner: ModuleContender, row: str) -> GraphContender:
+    return GraphContender(inner, row, inner.provider.named(inner.provider.name + GRAPH))
+
+
+def row_of(name: str, incoming: float, suffix: str = "") -> str:
+    return row_name(Provider(name, "", eager_formula), incoming, suffix)
 
 
 def student_of(case: Case) -> torch.Tensor:
     """The student's feature that goes with the case's tensor, the teacher's."""
     generator = torch.Generator().manual_seed(1)
-    shape = (case.shape[0], int(str(case.extra["student_channels"])), *case.shape[2:])
+    shape = list(case.shape)
+    shape[case.channel_dim] = int(str(case.extra["student_channels"]))
     return torch.randn(shape, generator=generator).to(case.device, case.dtype)
 
 
@@ -185,6 +287,8 @@ def vid_loss_of(case: Case, name: str) -> nn.Module:
     channels = int(str(case.extra["student_channels"]))
     if name in (EAGER, COMPILE):
         module: nn.Module = EagerVIDLoss(case, channels)
+    elif case.channel_dim == -1:
+        module = LinearHead(case, channels)
     else:
         module = vidfast.VIDLoss(channels, 2 * case.channels, case.channels, INIT_VARIANCE, EPS)
     return module.to(case.device, case.dtype)
@@ -215,8 +319,9 @@ def vid_loss(name: str) -> Built:
             called = torch.compile(module, dynamic=False, fullgraph=True)
 
         def step() -> torch.Tensor:
-            student.grad = None
-            loss: torch.Tensor = called(student, pool.take().target)
+            # Compiled in its first call, with autocast active; backward runs outside of it, as in a training loop.
+            with case.precision():
+                loss: torch.Tensor = called(student, pool.take().target)
             return loss
 
         def outputs() -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,143 +334,11 @@ def vid_loss(name: str) -> Built:
         def exact() -> Exact:
             return exact_vid_loss(case, pool.slots[0].target)
 
-        return lambda incoming: ModuleContender(name, module, step, incoming, outputs, exact)
-
-    return build
-
-
-class TermWatch:
-    """Seconds that the pairs of a term take in a step, regressors and losses, forward and backward, and by whose code.
-
-    The difference between two whole steps would drown in their spread. Autograd runs the nodes made last first, so all
-    that runs in backward between a pair's loss and its student feature is that pair's own. On a GPU the marks are
-    events on the current stream, read only when the seconds are asked for.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu = torch.device(device).type == "cuda"
-        self.public_code = False
-        self.intervals: list[tuple[Any, Any]] = []
-        self.started: Any = None
-
-    def begin_step(self) -> None:
-        self.intervals = []
-
-    def start(self) -> None:
-        self.started = self._mark()
-
-    def stop(self) -> None:
-        self.intervals.append((self.started, self._mark()))
-
-    def _mark(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def seconds_of(self, intervals: Sequence[tuple[Any, Any]]) -> float:
-        """The sum of a step's intervals; waits for the device."""
-        if not self.on_gpu:
-            return sum((stop - start for start, stop in intervals), 0.0)
-        torch.cuda.synchronize()
-        return sum((start.elapsed_time(stop) * 1e-3 for start, stop in intervals), 0.0)
-
-    @property
-    def seconds(self) -> float:
-        """Of the last step."""
-        return self.seconds_of(self.intervals)
-
-
-class StopsInBackward(torch.autograd.Function):
-    """The student's feature on its way into a pair: in backward its gradient is the pair's last result."""
-
-    @staticmethod
-    def forward(ctx: Any, feature: torch.Tensor, watch: TermWatch) -> torch.Tensor:
-        ctx.watch = watch
-        return feature.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.watch.stop()
-        return grads[0], None
-
-
-class StartsInBackward(torch.autograd.Function):
-    """The loss on its way out."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, watch: TermWatch) -> torch.Tensor:
-        ctx.watch = watch
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.watch.start()
-        return grads[0], None
-
-
-def watch_pairs(term: VID, device: str = "cpu") -> TermWatch:
-    """Time every pair of the term, and let the watch say whether the public repositories' code runs or ours."""
-    watch, ours = TermWatch(device), term.pair_loss
-
-    def public(index: int, student: torch.Tensor, teacher: torch.Tensor, factor: float) -> torch.Tensor:
-        case = Case("", tuple(teacher.shape), teacher.dtype, device=str(teacher.device))
-        alpha = term.likelihoods[index].alpha
-        assert isinstance(alpha, nn.Parameter)
-        return factor * eager_formula(case)(term.regressors[index](student), teacher, alpha)
-
-    def pair_loss(index: int, student: torch.Tensor, teacher: torch.Tensor, factor: float) -> torch.Tensor:
-        student = StopsInBackward.apply(student, watch)  # type: ignore[no-untyped-call]
-        watch.start()
-        loss = (public if watch.public_code else ours)(index, student, teacher, factor)
-        watch.stop()
-        whole: torch.Tensor = StartsInBackward.apply(loss, watch)  # type: ignore[no-untyped-call]
-        return whole
-
-    term.pair_loss = pair_loss  # type: ignore[method-assign]
-    return watch
-
-
-@lru_cache(maxsize=1)
-def distillation_of(case: Case) -> tuple[Callable[[], torch.Tensor], nn.Module, TermWatch]:
-    """(step, module, watch). One for all rows: where a network's weights lie in memory is worth several percent."""
-    torch.manual_seed(0)
-    facts = case.extra
-    side, classes = int(str(facts["side"])), int(str(facts["classes"]))
-    teacher, student = (
-        network(str(facts[role]), in_channels=3, num_classes=classes, image_size=(side, side)).to(case.device)
-        for role in ("teacher", "student")
-    )
-    images = torch.randn(case.shape[0], 3, side, side, device=case.device)
-    labels = torch.randint(0, classes, (case.shape[0],), device=case.device)
-    term = VID(pairs={tap: tap for tap in student.taps}, regressor=str(facts["regressor"]), weight=1.0)
-    distiller = Distiller(student, teacher, terms=[term], example=images[:2]).to(case.device).train()
-    watch = watch_pairs(term, case.device)
-
-    def step() -> torch.Tensor:
-        watch.begin_step()
-        loss: torch.Tensor = distiller(images, labels).loss
-        return loss
-
-    return step, distiller, watch
-
-
-def training_step(name: str) -> Built:
-    """Teacher, student, taps, regressors, losses and backward; no optimizer, which is the same for all."""
-
-    def build(case: Case, pool: Pool) -> Callable[[float], ModuleContender]:
-        del pool
-        plain, distiller, watch = distillation_of(case)
-
-        def step() -> torch.Tensor:
-            watch.public_code = name == EAGER
-            return plain()
-
-        return lambda incoming: ModuleContender(name, distiller, step, incoming, watch=watch)
+        return lambda incoming: ModuleContender(
+            name, module, step, incoming, case, pool, inputs=[student], outputs=outputs, exact=exact
+        )
 
     return build
 
 
 VID_LOSS = {name: vid_loss(name) for name in (EAGER, COMPILE, DEFAULT, COMPILED_DEFAULT)}
-TRAINING_STEP = {name: training_step(name) for name in (EAGER, DEFAULT)}

@@ -26,6 +26,7 @@ from bench.interleave import Budget, Contender, Timings, interleave, warm_up
 from bench.machine import LoadWindow
 from bench.providers import COMPILE, COPY, EAGER, Provider
 from vidfast.report.noise import Samples, spread, times_faster
+from vidfast.report.results import GRAPH
 
 _replayed_now = 0.0
 
@@ -55,6 +56,8 @@ class WholeModule(Protocol):
     """A contender that knows its own exact answer, and which part of its time the loss took."""
 
     def errors(self) -> Errors | None: ...
+
+    def errors_of(self, result: Any) -> Errors | None: ...
 
     def part_seconds(self, samples: int) -> float | None: ...
 
@@ -162,6 +165,8 @@ def beside_the_time(case: Case, contender: Measurable, oracle: Oracle) -> dict[s
     contender.finish()
     if isinstance(contender, WholeModule):
         error = contender.errors()
+    elif isinstance(contender, GraphContender) and isinstance(contender.inner, WholeModule):
+        error = contender.inner.errors_of(results.pop())
     info: dict[str, Any] = {
         "suite": case.suite,
         "case": case.title,
@@ -169,6 +174,7 @@ def beside_the_time(case: Case, contender: Measurable, oracle: Oracle) -> dict[s
         "family": contender.provider.family,
         "device": case.device,
         "dtype": DTYPE_NAMES[case.dtype],
+        "autocast": None if case.autocast is None else DTYPE_NAMES[case.autocast],
         "layout": case.layout,
         "shape": list(case.shape),
         "channels": case.channels,
@@ -222,7 +228,7 @@ def add_rates(case: Case, rows: dict[str, Row]) -> None:
         info["host_seconds"] = statistics.median(sample.host_seconds for sample in row.timings.samples)
         for key, baseline in (("times_eager", EAGER), ("times_compile", COMPILE)):
             # The same incoming gradient: a step with g = 1 is held against an eager step with g = 1.
-            against = find_baseline(done, baseline, info["incoming_gradient"])
+            against = find_baseline(done, baseline, info)
             if against is not None and against != name and info["family"] != "copy":
                 ratio = times_faster(samples[name], samples[against])
                 info[key] = {
@@ -234,11 +240,14 @@ def add_rates(case: Case, rows: dict[str, Row]) -> None:
                 }
 
 
-def find_baseline(done: dict[str, Row], baseline: str, incoming: float) -> str | None:
-    for name, row in done.items():
-        assert row.info is not None
-        if row.info["provider"] == baseline and row.info["incoming_gradient"] == incoming:
-            return name
+def find_baseline(done: dict[str, Row], baseline: str, info: dict[str, Any]) -> str | None:
+    """The baseline's row at the same incoming gradient; of a graph its graph, where it was captured too."""
+    for wanted in (baseline + GRAPH, baseline) if info["graph"] else (baseline,):
+        for name, row in done.items():
+            assert row.info is not None
+            same = row.info["incoming_gradient"] == info["incoming_gradient"]
+            if same and row.info["provider"] == wanted:
+                return name
     return None
 
 

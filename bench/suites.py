@@ -24,12 +24,11 @@ from bench.providers import (
     vidfast_providers,
 )
 from bench.record import Measurable
+from vidfast.report.results import GRAPH
 
 SAVE_AND_RETURN = "autograd.Function that saves and returns"
 # Without a gradient every strategy is the same two reads: the default and one a back end speak for all.
 FORWARD_ROWS = ("auto", "one_pass")
-# A step captured in a CUDA graph: what the device takes of it.
-GRAPH = " graph"
 Built = Iterator[tuple[str, "Measurable | Exception"]]
 
 

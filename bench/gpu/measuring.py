@@ -118,25 +118,58 @@ def steps(job: Job) -> int | None:
 
 
 def modules(job: Job) -> int | None:
-    """Whole VIDLoss modules and a distillation step."""
-    from bench.cases import small_module_cases, training_cases, vid_loss_cases
-    from bench.modules import TRAINING_STEP, VID_LOSS, ModuleSuite
+    """Distillation steps, and what of them the pairs of layers take."""
+    from dataclasses import replace
 
-    loss, step = (
-        ModuleSuite(name, small_module_cases if job.small else cases, True, DEVICE, builders)
-        for name, builders, cases in (
-            ("VIDLoss", VID_LOSS, vid_loss_cases),
-            ("training step", TRAINING_STEP, training_cases),
-        )
-    )
-    # One of each before the others, which may be left out.
-    parts = (
-        (loss, loss.list_cases()[:1]),
-        (step, step.list_cases()[:1]),
-        (loss, loss.list_cases()[1:]),
-        (step, step.list_cases()[1:]),
-    )
-    return measured(job, [(suite, case) for suite, cases in parts for case in cases], seconds=3.0)
+    from bench.module_cases import COMPILED_STEPS, small_training_cases, training_cases
+    from bench.modules import ModuleSuite
+    from bench.training import TRAINING_STEP
+    from vidfast.report.results import TRAINING
+
+    chosen = small_training_cases if job.small else training_cases
+    suite = ModuleSuite(TRAINING, chosen, True, DEVICE, TRAINING_STEP)
+    # Compiling a whole step takes longer than the stage has.
+    cases = [replace(case, gradients=(1.0,), skip=COMPILED_STEPS) for case in suite.list_cases()]
+    return measured(job, [(suite, case) for case in cases], seconds=3.0)
+
+
+def head(job: Job) -> int | None:
+    """VIDLoss, the head of a pair of layers: device time, host time and memory, in fp32 and under bf16 autocast."""
+    from bench.module_cases import head_cases
+    from bench.modules import VID_LOSS, ModuleSuite, vid_head
+    from vidfast.report.results import HEAD
+
+    suite = ModuleSuite(HEAD, lambda *_: [], True, DEVICE, VID_LOSS, graphs=True)
+    linear = vid_head() is not None
+    if not linear:
+        print("pairs of linear layers are not measured: this vidfast has no vid_head")
+    cases = head_cases(DEVICE, job.small, linear)
+    warm_heads(job, cases)
+    return measured(job, [(suite, case) for case in cases], seconds=0.6)
+
+
+def warm_heads(job: Job, cases: Sequence[Any]) -> None:
+    """Compiles the compiled rows of the cases in processes side by side, into the compilers' caches on disk."""
+    from bench.buffers import Pool
+    from bench.modules import VID_LOSS
+    from bench.providers import COMPILE
+    from vidfast.report.results import COMPILED_DEFAULT
+
+    begin = time.monotonic()
+
+    def one(item: tuple[Any, str]) -> dict[str, Any]:
+        case, name = item
+        VID_LOSS[name](case, Pool(case, slots=1))(case.gradients[0]).prepare()()
+        return {}
+
+    items = [(case, name) for case in cases for name in (COMPILE, COMPILED_DEFAULT)]
+    found = share(items, one, processes(), job.work / "warm-heads", device_is_broken)
+    for (case, name), result in zip(items, found, strict=True):
+        if result is None:
+            raise KeyboardInterrupt
+        if "error" in result:
+            print(f"{case.title} | {name}: {result['error']}")
+    print(f"compiled in {time.monotonic() - begin:.1f} s", flush=True)
 
 
 def tune(job: Job) -> int | None:

@@ -25,7 +25,8 @@ KERNELS_OF_OURS = "regex:planes|rows|sweep|finish"
 
 def prepare() -> None:
     """What the stages that run in this process's children import: once, here. The device is not touched."""
-    for name in ("torch", "vidfast", "bench.measured", "bench.modules", "bench.suites", "bench.gpu.smoke"):
+    ours = ("measured", "modules", "module_cases", "training", "suites", "gpu.smoke")
+    for name in ("torch", "vidfast", *(f"bench.{name}" for name in ours)):
         importlib.import_module(name)
     if importlib.util.find_spec("triton") is not None:
         importlib.import_module("vidfast.backends.triton.kernels")
@@ -236,7 +237,8 @@ STAGES = (
     stage("rates", 110, measuring.rates, prepared=True),
     stage("host", 30, measuring.host, prepared=True),
     stage("steps", 60, measuring.steps, prepared=True),
-    stage("modules", 75, measuring.modules, prepared=True),
+    stage("modules", 40, measuring.modules, prepared=True),
+    stage("head", 60, measuring.head, prepared=True),
     stage("tune", 45, measuring.tune, prepared=True),
     stage("core-cuda", 75, core_cuda, prepared=True),
     stage("gpu", 45, on_the_gpu, prepared=True),

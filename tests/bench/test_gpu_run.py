@@ -18,7 +18,7 @@ from waiting import until
 from bench.gpu import __main__ as gpu_main
 from bench.gpu.stages import STAGES
 from vidfast.report import main, readme
-from vidfast.report.results import KERNEL, OVERHEAD, STEP, Run, load
+from vidfast.report.results import HEAD, KERNEL, OVERHEAD, STEP, Run, load
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = ROOT / "tests" / "stand_in"
@@ -122,12 +122,13 @@ def test_every_row_is_right_and_has_a_rate(finished: Path) -> None:
         KERNEL,
         OVERHEAD,
         STEP,
-        "VIDLoss",
+        HEAD,
         "training step",
         "tuning",
     }
     for row in run.rows:
         bound = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 2e-3}[row.facts["dtype"]]
+        bound = 0.1 if row.autocast else bound  # three layers in bf16, and the gates of their ReLUs
         for error in (row.facts.get("error") or {}).values():
             assert error is None or error < bound, row.key
     kernels = [row for row in run.of(KERNEL) if row.provider != "copy"]
@@ -157,6 +158,22 @@ def test_launches_and_the_host_are_counted_in_the_overhead_alone(finished: Path)
     assert all("launches" not in row.facts for row in run.of(STEP))
 
 
+def test_heads_are_measured_with_autograd_and_as_graphs_in_both_precisions(finished: Path) -> None:
+    """Every row of every case, and the results of a graph are compared after it was replayed."""
+    rows = run_of(finished).of(HEAD)
+    steps = {"eager", "torch.compile", "vidfast default", "vidfast compiled"}
+    for autocast in (None, "bfloat16"):
+        of_precision = [row for row in rows if row.autocast == autocast]
+        assert {row.provider for row in of_precision if not row.graph} == steps
+        assert {row.provider for row in of_precision if row.graph} == {f"{name} graph" for name in steps}
+        errors = [row.facts["error"]["grad_mean"] for row in of_precision]
+        assert (max(errors) > 1e-4) == (autocast is not None), "autocast was on where it says so"
+    for row in rows:
+        assert row.facts["host_seconds"] > 0
+        assert (row.facts["peak_extra_bytes"] is None) == row.graph
+        assert row.incoming == 1.0
+
+
 def test_the_pairs_of_a_training_step_are_clocked_by_events(finished: Path) -> None:
     rows = run_of(finished).of("training step")
     assert len(rows) == 2
@@ -182,6 +199,8 @@ def test_the_report_reads_it(finished: Path, tmp_path: Path) -> None:
     assert (tmp_path / "results-kernels.svg").exists()
     block = readme.block([run_of(finished)])
     assert "**Stand-in**" in block
+    assert "the same as a CUDA graph: device time" in block
+    assert block.index("float32 from 8 autocast bfloat16") < block.index("one pass, device time")
     assert "pending" not in block
 
 

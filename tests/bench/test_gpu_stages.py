@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from bench.gpu import launches, measuring, smoke, stages, tuning, workers
 from bench.gpu.runner import NOT_HERE, Job
 from bench.interleave import Timings
 from bench.lines import Lines
+from bench.modules import VID_LOSS
 from bench.record import Row
 
 ROOT = Path(__file__).parents[2]
@@ -267,17 +269,69 @@ def test_tuning_wants_a_build_for_it(
     assert "python -m bench.gpu.build" in capsys.readouterr().out
 
 
-def test_one_of_each_kind_of_module_comes_before_the_rest(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Case]]:
+    """What a stage would measure, instead of measuring it."""
+    noted: list[tuple[Any, Case]] = []
 
-    def note(job: Job, chosen: list[tuple[Any, Case]], seconds: float) -> int:
-        order.extend(suite.name for suite, _ in chosen)
+    def note(job: Job, pairs: list[tuple[Any, Case]], seconds: float) -> int:
+        noted.extend(pairs)
         return 0
 
     monkeypatch.setattr(measuring, "measured", note)
-    monkeypatch.setattr("bench.cases.training_cases", lambda s, f, d: [Case(s, (1, 2)), Case(s, (1, 3))])
+    return noted
+
+
+def test_no_module_is_measured_twice(job: Job, chosen: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads have a stage of their own; whole steps are not compiled, which takes longer than the stage has."""
+    monkeypatch.setattr(measuring, "warm_heads", lambda job, cases: None)
     assert measuring.modules(job) == 0
-    assert order == ["VIDLoss", "training step", *["VIDLoss"] * 3, "training step"]
+    assert {suite.name for suite, _ in chosen} == {"training step"}
+    assert len(chosen) == 4, "two pairs of networks in two precisions"
+    for suite, case in chosen:
+        assert suite.names(case) == ["eager g=1", "vidfast default g=1"]
+    chosen.clear()
+    assert measuring.head(job) == 0
+    assert {suite.name for suite, _ in chosen} == {"VIDLoss"}
+    assert all(len(suite.names(case)) == 8 for suite, case in chosen), "four rows, and each as a graph"
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_linear_heads_are_measured_where_vidfast_has_them(
+    linear: bool,
+    job: Job,
+    chosen: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    warmed: list[Case] = []
+    monkeypatch.setattr("bench.modules.vid_head", lambda: object() if linear else None)
+    monkeypatch.setattr(measuring, "warm_heads", lambda job, cases: warmed.extend(cases))
+    assert measuring.head(job) == 0
+    assert warmed == [case for _, case in chosen]
+    assert any(case.channel_dim == -1 for case in warmed) == linear
+    assert ("this vidfast has no vid_head" in capsys.readouterr().out) == (not linear)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_heads_are_compiled_side_by_side_before_they_are_measured(
+    broken: bool, job: Job, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def build(name: str) -> Any:
+        def prepare() -> Any:
+            if broken and name == "vidfast compiled":
+                raise RuntimeError("no such operator")
+            return lambda: print(f"ran {name}", flush=True)
+
+        return lambda case, pool: lambda incoming: SimpleNamespace(prepare=prepare)
+
+    monkeypatch.setattr("bench.modules.VID_LOSS", {name: build(name) for name in VID_LOSS})
+    measuring.warm_heads(job, [Case("VIDLoss", (2, 3, 2, 2), gradients=(1.0,))])
+    said = capfd.readouterr().out
+    assert "ran torch.compile" in said
+    assert "ran eager" not in said
+    assert ("| vidfast compiled: RuntimeError: no such operator" in said) == broken
+    assert "compiled in" in said
 
 
 # ---- cold buffers

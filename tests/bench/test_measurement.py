@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -20,17 +19,13 @@ from bench.clock import ProcessorClock
 from bench.interleave import Budget, interleave
 from bench.kernels import INTO_BUFFER, PASSES_OF, KernelContender, extents
 from bench.memory import peak_extra_bytes
-from bench.modules import TRAINING_STEP, VID_LOSS, student_of, watch_pairs
 from bench.providers import (
-    DEFAULT,
-    EAGER,
     CopyContender,
     StepContender,
     baselines,
     vidfast_providers,
 )
 from vidfast import gaussian_nll
-from vidfast.distill import VID
 
 SMALL = Case("test", (6, 5, 4, 3), cold=False)
 LAYOUTS = [
@@ -207,90 +202,6 @@ def test_the_kernels_alone_compute_the_loss(case: Case, name: str) -> None:
     assert all(torch.equal(slot.mean, pool.pristine) for slot in pool.slots)
     if name == INTO_BUFFER:
         assert result[1][0].data_ptr() not in {slot.mean.data_ptr() for slot in pool.slots}
-
-
-@pytest.mark.parametrize("name", [EAGER, DEFAULT])
-@pytest.mark.parametrize("incoming", [1.0, 0.37])
-def test_vid_loss_rows_know_their_error(name: str, incoming: float) -> None:
-    case = Case("test", (2, 6, 5, 4), cold=False, note="from 3", extra={"student_channels": 3})
-    contender = VID_LOSS[name](case, Pool(case))(incoming)
-    errors = contender.errors()
-    assert errors is not None
-    assert max(errors.loss, errors.grad_mean or 0, errors.grad_alpha or 0) < 1e-5
-    contender.incoming = 2 * incoming
-    contender.step = lambda: 2 * contender.module(student_of(case), Pool(case).slots[0].target)
-    wrong = contender.errors()
-    assert wrong is not None
-    assert wrong.loss > 0.5, "the comparison can fail"
-
-
-class Sleep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, seconds: float) -> torch.Tensor:
-        ctx.seconds = seconds
-        time.sleep(seconds)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        time.sleep(ctx.seconds)
-        return grads[0], None
-
-
-class SleepyRegressor(torch.nn.Conv1d):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = super().forward(x)
-        return Sleep.apply(x, 0.025) if x.shape[1] == 3 else x  # type: ignore[no-any-return, no-untyped-call]
-
-
-@pytest.mark.parametrize("public_code", [False, True])
-def test_the_pairs_of_a_step_are_clocked_forward_and_backward(public_code: bool) -> None:
-    """One regressor sleeps in both directions, behind one that does not; nothing else of the step is counted."""
-    term = VID(pairs={"a": "a", "b": "b"}, regressor=lambda s, t: SleepyRegressor(s[1], t[1], 1))
-    term.regressors, term.likelihoods = torch.nn.ModuleList(), torch.nn.ModuleList()
-    students = [torch.randn(2, 5, 7, requires_grad=True) for _ in range(2)]
-    teachers = [torch.randn(2, n, 7) for n in (3, 4)]
-    for student, teacher in zip(students, teachers, strict=True):
-        term.build_pair(student.detach(), teacher)
-    plain = sum(
-        term.pair_loss(index, student.detach(), teacher, 0.5)
-        for index, (student, teacher) in enumerate(zip(students, teachers, strict=True))
-    )
-    watch = watch_pairs(term)
-    watch.public_code = public_code
-    total = sum(
-        term.pair_loss(index, Sleep.apply(student, 0.2), teacher, 0.5)  # type: ignore[no-untyped-call]
-        for index, (student, teacher) in enumerate(zip(students, teachers, strict=True))
-    )
-    assert isinstance(total, torch.Tensor)
-    torch.testing.assert_close(total.detach(), torch.as_tensor(plain).detach())
-    total.backward()  # type: ignore[no-untyped-call]
-    assert 0.05 <= watch.seconds < 0.4, "the producers' own sleep, another 0.8 s, is not the pairs'"
-    assert all(x.grad is not None for x in students)
-
-
-@pytest.mark.parametrize("incoming", [1.0, 0.37])
-def test_both_rows_of_a_training_step_are_one_network_and_one_loss(incoming: float) -> None:
-    """They share every weight, so that nothing but the pairs' code can make their times differ."""
-    case = Case(
-        "training step",
-        (4, 16, 8, 8),
-        note="wrn-10-1 to wrn-10-1",
-        extra={"teacher": "wrn-10-1", "student": "wrn-10-1", "regressor": "conv3", "side": 8, "classes": 4},
-    )
-    rows = [built(case, Pool(case))(incoming) for built in TRAINING_STEP.values()]
-    assert len({id(row.module) for row in rows}) == 1
-    losses, gradients = [], []
-    for row in rows:
-        row.module.eval()  # running statistics would move between the two
-        loss = row.prepare()()
-        assert isinstance(loss, torch.Tensor)
-        losses.append(loss)
-        gradients.append([p.grad.clone() for p in row.module.parameters() if p.grad is not None])
-        assert row.part_seconds(1) is not None
-    torch.testing.assert_close(losses[0], losses[1])
-    for eager, ours in zip(*gradients, strict=True):
-        torch.testing.assert_close(eager, ours, rtol=1e-3, atol=1e-5 * float(eager.abs().max()) + 1e-9)
 
 
 def test_the_copy_is_undone() -> None:

@@ -28,10 +28,12 @@ if "VIDFAST_EMULATED_CUDA" in os.environ:
     from bench.graphs import GraphContender
     from bench.interleave import SHORTEST_SAMPLE, Budget, interleave
     from bench.machine import last_level_cache
+    from bench.modules import VID_LOSS, ModuleSuite
     from bench.providers import CopyContender, StepContender, baselines, vidfast_providers
-    from bench.record import measure
+    from bench.record import measure, samples_of
     from bench.suites import KernelSuite, StepSuite
     from vidfast import primitives
+    from vidfast.report.noise import Samples, times_faster
 
     CASE = Case("test", (3, 4, 5, 5), device="cuda", gradients=(1.0, 0.37))
     LAST = replace(CASE, layout="channels_last")
@@ -132,6 +134,29 @@ def test_rows_of_graphs_have_times_errors_and_rates() -> None:
         assert len(row.timings.samples) == 2
         assert row.timings.calls_per_sample == row.info["slots"]
     assert rows["copy"].info["graph"] is True
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_heads_are_captured_whole_and_compared_after_a_replay(autocast: Any) -> None:
+    head = Case("VIDLoss", (2, 6, 5, 5), device="cuda", autocast=autocast, extra={"student_channels": 3})
+    suite = ModuleSuite("VIDLoss", lambda *_: [], True, "cuda", VID_LOSS, graphs=True)
+    rows = measured(suite, head)
+    graphs = {name: row for name, row in rows.items() if " graph" in name}
+    assert [name.split(" graph")[0] for name in graphs] == list(VID_LOSS)
+    assert all(name.endswith(" graph g=1") for name in graphs), "at the first incoming gradient alone"
+    assert len(rows) == 3 * len(VID_LOSS)
+    for name, row in rows.items():
+        assert row.failure is None, f"{name}: {row.failure}"
+        assert all(error < (1e-6 if autocast is None else 0.1) for error in row.info["error"].values()), name
+    ours = rows["vidfast default graph g=1"]
+    compiled, again = (rows[f"torch.compile{suffix} g=1"] for suffix in (" graph", ""))
+    for row, count in ((compiled, ours.info["slots"]), (again, 1)):
+        assert row.timings.calls_per_sample % count == 0
+    seconds = [sample.seconds for sample in compiled.timings.samples]
+    ratio = ours.info["times_compile"]
+    assert ratio["value"] == pytest.approx(
+        times_faster(samples_of(ours), Samples(compiled.timings.rounds, seconds)).value
+    ), "a graph is held against the baseline's graph"
 
 
 def test_a_kernel_that_is_wrong_has_its_error_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vidfast.report import figures, tables
+from vidfast.report import figures, heads, tables
 from vidfast.report.document import Section, Table
 from vidfast.report.noise import times_faster
-from vidfast.report.results import COMPILE, COPY, EAGER, KERNEL, OVERHEAD, STEP, Row, Run
+from vidfast.report.results import COMPILE, COPY, DEFAULT, EAGER, KERNEL, OVERHEAD, STEP, Row, Run
 
 TUNING, AS_BUILT = "tuning", "as built"
 ONE_PASS = ("forward_grad", "forward_grad in place")
@@ -144,7 +144,7 @@ def aims(run: Run) -> list[Aim]:
             aim, share = f"{figures.share(wanted)} of the copy", figures.share(row.share_of_copy)
             found.append(Aim(backend, what, aim, share, row.share_of_copy >= wanted))
     for row in run.of(STEP):
-        if row.provider != tables.DEFAULT or row.incoming != 1.0 or row.pass_bytes < LARGE_MAP:
+        if row.provider != DEFAULT or row.incoming != 1.0 or row.pass_bytes < LARGE_MAP:
             continue
         for baseline, least in ((EAGER, OVER_EAGER), (COMPILE, OVER_COMPILE)):
             ratio = run.ratio(row, baseline)
@@ -278,7 +278,7 @@ def sections(run: Run) -> list[Section]:
 
 
 def summary(run: Run) -> str:
-    """The README's part: device time of one pass, and whole steps."""
+    """The README's part: heads, device time of one pass, and whole steps."""
     names = backends(run)
     header = ["one pass, device time (share of the copy's rate)", "tensor", "copy"]
     header += [f"{name}{' in place' if 'place' in p else ''}" for name in names for p in ONE_PASS]
@@ -290,7 +290,7 @@ def summary(run: Run) -> str:
     )
     rows = [line for line in lines if line is not None]
     head = f"**{run.device}**, {software(run)}, {run.date[:10]}. {checked(run)} {compared(run)}".strip()
-    parts = [head]
+    parts = [head, *heads.blocks(run)]
     if rows:
         parts.append(Table(header, rows).markdown())
     whole = whole_steps(run)
@@ -301,7 +301,7 @@ def summary(run: Run) -> str:
 
 def whole_steps(run: Run) -> Table:
     """Forward and backward through autograd, the host included; and ours as a CUDA graph, the device's time alone."""
-    columns = (EAGER, COMPILE, tables.DEFAULT, f"{tables.DEFAULT} graph")
+    columns = (EAGER, COMPILE, DEFAULT, f"{DEFAULT} graph")
     rows = []
     for case in run.cases(STEP):
         found = [run.find(STEP, case, name, 1.0) for name in columns]

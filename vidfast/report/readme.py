@@ -1,6 +1,6 @@
 """Parts of documents that stored runs make, between two markers: generated, and checked to be what is stored.
 
-The README's table, and what docs/kernel-notes.md says of GPUs.
+The README's tables, of heads and of the bare loss, and what docs/kernel-notes.md says of GPUs.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from vidfast.report import device, figures, tables
+from vidfast.report import device, figures, heads, tables
 from vidfast.report.document import Table
-from vidfast.report.results import COMPILE, EAGER, STEP, Run, contended_share
+from vidfast.report.results import COMPILE, DEFAULT, EAGER, HEAD, STEP, Run, contended_share
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 NOTES_BEGIN, NOTES_END = "<!-- measured on GPUs: begin -->", "<!-- measured on GPUs: end -->"
@@ -57,7 +57,7 @@ def cost_of_sleeping(run: Run, others: Sequence[Run]) -> str | None:
         if other.device != run.device:
             continue
         ratios = [
-            (run.find(STEP, case, tables.DEFAULT, 1.0), other.find(STEP, case, tables.DEFAULT, 1.0))
+            (run.find(STEP, case, DEFAULT, 1.0), other.find(STEP, case, DEFAULT, 1.0))
             for case in run.cases(STEP)
         ]
         found = [a.seconds.middle / b.seconds.middle for a, b in ratios if a is not None and b is not None]
@@ -71,7 +71,7 @@ def cost_of_sleeping(run: Run, others: Sequence[Run]) -> str | None:
 
 
 def block(runs: Sequence[Run]) -> str:
-    """What stands between the markers: a table a run, and a sentence on runs with sleeping threads."""
+    """What stands between the markers: tables of every run, and a sentence on runs with sleeping threads."""
     parts: list[str] = []
     spinning = [run for run in runs if not sleeping(run)]
     for run in sorted(runs, key=sleeping):  # what sleeping costs, behind the table that it speaks of
@@ -87,16 +87,21 @@ def block(runs: Sequence[Run]) -> str:
         torch = run.machine.get("vidfast", {}).get("torch", "?")
         busy, cases = contended_share(run.rows)
         load = f"; {busy} of {cases} cases beside other work" if busy else ""
-        parts.append(f"**{run.device}**, torch {torch}, {run.date[:10]}{load}:\n\n{table(run).markdown()}")
+        parts.append(f"**{run.device}**, torch {torch}, {run.date[:10]}{load}:")
+        whole, bare = heads.blocks(run), table(run)
+        parts += whole
+        if bare.rows or not whole:
+            parts += ["The loss alone, without a regressor:"] if whole else []
+            parts.append(bare.markdown())
     if not any(run.gpu for run in runs):
         parts.append("GPU figures are pending: no stored run was made on a GPU.")
     return "\n\n".join(parts)
 
 
 def superseded(run: Run, runs: Sequence[Run]) -> bool:
-    """Whether a later run on the same GPU measured steps too."""
+    """Whether a later run on the same GPU measured steps too; or heads, where this one has no steps."""
     later = (other for other in runs if other.gpu and other.device == run.device and other.date > run.date)
-    return any(other.of(STEP) for other in later)
+    return any(other.of(STEP) or (other.of(HEAD) and not run.of(STEP)) for other in later)
 
 
 def insert(text: str, runs: Sequence[Run]) -> str:

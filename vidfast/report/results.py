@@ -14,6 +14,10 @@ from vidfast.report.noise import Interval, Ratio, Samples, spread, times_faster
 
 EAGER, COMPILE, COPY, TORCH_LOSS = "eager", "torch.compile", "copy", "torch.nn.GaussianNLLLoss"
 STEP, FORWARD, KERNEL, OVERHEAD, SCALING = "loss step", "forward", "kernel alone", "overhead", "scaling"
+HEAD, TRAINING = "VIDLoss", "training step"
+DEFAULT, COMPILED_DEFAULT = "vidfast default", "vidfast compiled"
+# Ends the name of a row that was captured in a CUDA graph.
+GRAPH = " graph"
 # A forward and its gradient cannot move less than two reads and one write.
 FLOOR_PASSES = 3
 LINE = "an object with a 'kind' (bench/lines.py)"
@@ -95,6 +99,12 @@ class Row:
         return None if peak is None else float(peak) / self.pass_bytes
 
     @property
+    def autocast(self) -> str | None:
+        """The dtype of the autocast that the row ran under, if any; runs of before autocast was measured have none."""
+        name = self.facts.get("autocast")
+        return None if name is None else str(name)
+
+    @property
     def graph(self) -> bool:
         """Whether a CUDA graph was replayed: the device's time alone."""
         return bool(self.facts.get("graph", False))
@@ -168,6 +178,13 @@ class Run:
         """How many times faster `row` is than the baseline of its case, at the same incoming gradient."""
         other = self.find(row.suite, row.case, baseline, row.incoming)
         return None if other is None or other is row else times_faster(row.samples, other.samples)
+
+    def share_of_memory(self, row: Row, baseline: str = EAGER) -> float | None:
+        """The row's peak extra memory over the baseline's of its case; None where either is unknown."""
+        other = self.find(row.suite, row.case, baseline, row.incoming)
+        ours = row.facts["peak_extra_bytes"]
+        theirs = None if other is None or other is row else other.facts["peak_extra_bytes"]
+        return float(ours) / float(theirs) if ours is not None and theirs else None
 
 
 def load(path: Path) -> Run:

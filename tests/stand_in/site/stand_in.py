@@ -187,6 +187,29 @@ class Captured:
         self._run("scale", inputs, **outputs)
 
 
+def as_one_launch(prepare: Callable[[Any], Callable[[], Any]]) -> Callable[[Any], Callable[[], Any]]:
+    """`ModuleContender.prepare`, whose calls a capture records whole: a layer's products are launches too."""
+
+    def prepared(contender: Any) -> Callable[[], Any]:
+        call = prepare(contender)
+
+        def from_no_gradients() -> Any:
+            """Where a replay writes gradients, these calls would add to them."""
+            contender.module.zero_grad(set_to_none=True)
+            return call()
+
+        return lambda: call() if Graph.capturing is None else Graph.capturing.record(from_no_gradients, ())
+
+    return prepared
+
+
+class Autocast(torch.autocast):
+    """Of the CPU, which is where the tensors are."""
+
+    def __init__(self, device_type: str, *arguments: Any, **options: Any) -> None:
+        super().__init__(on_the_cpu(device_type), *arguments, **options)
+
+
 class Profile:
     """torch.profiler.profile, as far as it counts what is put on the device: the emulated back end's operations."""
 
@@ -231,6 +254,7 @@ def install(path: str) -> None:
     cuda.memory_allocated = cuda.max_memory_allocated = lambda *_: 0
     cuda.reset_peak_memory_stats = cuda.empty_cache = lambda *_: None
     torch.Generator = Generator  # type: ignore[misc]
+    torch.autocast = Autocast  # type: ignore[misc]
 
     # Compiling for the CPU would take most of the time, and says nothing of a GPU.
     torch.compile = lambda model=None, **_: model  # type: ignore[assignment]
@@ -251,6 +275,9 @@ def install(path: str) -> None:
     backends._CPU_FIRST = backends.NAMES
     bench.backends.runnable = lambda device: ["cuda", "triton"]
     bench.buffers.HOT_SLOTS = bench.buffers.FEWEST_SLOTS_OF_A_GRAPH = 2  # an interpreted call takes 15 ms
+    from bench.modules import ModuleContender  # now: it takes `runnable` by name
+
+    ModuleContender.prepare = as_one_launch(ModuleContender.prepare)  # type: ignore[method-assign, assignment]
     Profile.machine = native.machine()
     bench.memory.profile = Profile  # type: ignore[misc, assignment]
     bench.gpu.build.in_place = lambda: Path(path)
