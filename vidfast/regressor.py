@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vidfast.arguments import BackendName, Call, Reduction
-from vidfast.head.stack import stack_of
-from vidfast.head.way import head_nll
+from vidfast.head.stack import Stack, stack_of
+from vidfast.head.way import head_nll, note
 from vidfast.layers import is_pointwise, is_watched, own_rectifiers, owns_its_output
 from vidfast.nll import GaussianNLL, gaussian_nll
 from vidfast.raw import PLAIN_TYPES
@@ -69,12 +69,11 @@ def regressed_nll(
     """
     if likelihood is not None:
         eps, reduction, backend = likelihood.eps, likelihood.reduction, likelihood.backend
-    if inplace and not is_watched(regressor) and (likelihood is None or _is_plain(likelihood)):
-        stack = stack_of(regressor, student.dim(), channel_dim % max(student.dim(), 1), as_maps)
+    if inplace:
+        channel = channel_dim % max(student.dim(), 1)
+        stack = _head_of(regressor, likelihood, student, channel, as_maps)
         if stack is not None:
-            call = Call(
-                channel_dim % student.dim(), eps, reduction, weight=weight, inplace=True, backend=backend
-            )
+            call = Call(channel, eps, reduction, weight=weight, inplace=True, backend=backend)
             loss = head_nll(stack, student, target, _alpha(alpha, likelihood), call)
             if loss is not None:
                 return loss
@@ -96,6 +95,19 @@ def regressed_nll(
         inplace=inplace,
         backend=backend,
     )
+
+
+def _head_of(
+    regressor: nn.Module, likelihood: GaussianNLL | None, student: Tensor, channel: int, as_maps: bool
+) -> Stack | None:
+    """The regressor's layers where nothing sees them and the loss apart, or None."""
+    if is_watched(regressor) or (likelihood is not None and not _is_plain(likelihood)):
+        note("a hook, a mode or a method of its own sees the regressor or the likelihood")
+        return None
+    stack = stack_of(regressor, student.dim(), channel, as_maps)
+    if stack is None:
+        note(f"{type(regressor).__name__} is no stack of 1x1 convolutions or linear layers with ReLU between")
+    return stack
 
 
 def _alpha(alpha: Tensor | None, likelihood: GaussianNLL | None) -> Tensor:

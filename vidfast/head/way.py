@@ -50,8 +50,8 @@ def head_nll(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call:
 
 
 def note(reason: str) -> None:
-    """Says once why a head is computed layer by layer."""
-    if reason not in _logged:
+    """Says once why a head is computed layer by layer; a compiler's trace says nothing."""
+    if not torch.compiler.is_compiling() and reason not in _logged:
         _logged.add(reason)
         log.debug("a regressor is computed layer by layer: %s", reason)
 
