@@ -6,6 +6,7 @@ the cautious one; the comment at each says what is then not noticed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -51,6 +52,29 @@ def constant_while_traced(function: Callable[..., T]) -> Callable[..., T]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+# As torch.compiler.disable, which imports dynamo.
+_disabled: Callable[[Callable[..., Any]], Callable[..., Any]] = _private(
+    torch, "_disable_dynamo", torch.compiler.disable
+)
+# What dynamo does with the frames that run now; None: nothing. Without: it is taken to do something.
+_frame_callback: Callable[[], object] = _private(
+    _private(_private(_C, "_dynamo", None), "eval_frame", None), "get_eval_frame_callback", bool
+)
+
+
+def left_alone(function: Callable[..., T]) -> Callable[..., T]:
+    """Has dynamo leave a function alone that torch's dispatcher calls, in a frame that is not compiled too.
+
+    As torch.compiler.disable, whose wrapper takes several microseconds for each call, where dynamo does nothing too.
+    """
+    disabled = _disabled(function)
+
+    def call(*args: Any, **options: Any) -> T:
+        return (function if _frame_callback() is None else disabled)(*args, **options)
+
+    return call
 
 
 def comptime() -> Callable[[Callable[[Any], None]], None] | None:
@@ -104,17 +128,19 @@ def has_tangent(*tensors: Tensor) -> bool:
     Level 0 is the only one that there is, and is read here whether or not Python entered it: a compiled graph does not.
     Where torch has no such names, it is read inside `forward_ad.dual_level()` alone, and not in an operator's own code.
     """
-    return any(_has_tangent(x) for x in tensors)
-
-
-def _has_tangent(x: Tensor) -> bool:
-    if torch.is_inference_mode_enabled() or x.is_inference():
+    if torch.is_inference_mode_enabled():
         return False
     if _unpack_dual is None or _without_key is None or _BELOW_AUTOGRAD is None:
-        return in_forward_mode() and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+        unpack: Any = forward_ad.unpack_dual
+        return in_forward_mode() and any(
+            unpack(x).tangent is not None for x in tensors if not x.is_inference()
+        )
     # an operator's own code runs below autograd, where tangents are not to be seen
     with _without_key(_BELOW_AUTOGRAD, False):
-        return _unpack_dual(x, level=0).tangent is not None
+        for x in tensors:
+            if not x.is_inference() and _unpack_dual(x, level=0).tangent is not None:
+                return True
+    return False
 
 
 # ---- what is around a call
@@ -176,6 +202,7 @@ def graph_is_retained() -> bool:
     return _keep_graph is None or bool(_keep_graph())
 
 
+@constant_while_traced
 def products_differ_from_convolutions() -> bool:
     """Whether fp32 products on the CPU may be computed otherwise as matrix products than as convolutions.
 
@@ -230,6 +257,59 @@ def current_stream(index: int) -> int:
     if _raw_stream is not None:
         return _raw_stream(index)
     return int(torch.cuda.current_stream(index).cuda_stream)
+
+
+# ---- what Inductor makes of an operator
+
+_mutated_by_inductor = set[object]()
+
+
+@constant_while_traced
+def donates_buffers() -> bool:
+    """Whether backward graphs may write over what was saved for them alone. Where torch does not say: no."""
+    try:
+        from torch._functorch import config
+    except ImportError:
+        return False
+    return bool(_private(config, "donated_buffer", False))
+
+
+def mutate_where_donated(functional: Any, mutating: Any) -> None:
+    """Has Inductor call `mutating` for `functional` where the first argument is memory that a backward graph may reuse.
+
+    Such a donated buffer was saved for backward and is nothing else, torch refuses to run the graph that reads it
+    again, and here nothing else in the graph reads it. Were the operator in the graph a mutating one, torch's tracer
+    would make it functional, and Inductor copy the buffer over itself. To be called while `functional` is traced:
+    before Inductor is imported it does nothing, and where torch's names are others, `functional` runs as it stands.
+
+    Args:
+        functional: (Tensor first, ..., bool donated) -> (Tensor like first, others); where `donated` is False, it runs
+            as it stands.
+        mutating: (Tensor(a!) first, ...) -> others, with the same arguments.
+    """
+    if functional in _mutated_by_inductor or "torch._inductor.lowering" not in sys.modules:
+        return
+    _mutated_by_inductor.add(functional)
+    try:
+        from torch._inductor.ir import DonatedBuffer
+        from torch._inductor.virtualized import V
+
+        lowering: Any = sys.modules["torch._inductor.lowering"]
+        fallback_handler, register_lowering = lowering.fallback_handler, lowering.register_lowering
+    except (ImportError, AttributeError):
+        return
+    as_it_stands = fallback_handler(functional, add_to_fallback_set=False)
+    in_place = fallback_handler(mutating, add_to_fallback_set=False)
+
+    def lower(first: Any, *rest: Any, **options: Any) -> Any:
+        node: Any = V.graph.current_node.args[0]
+        buffer = getattr(getattr(first, "data", None), "data", None)
+        if rest[-1] is True and isinstance(buffer, DonatedBuffer) and len(node.users) == 1:
+            others = in_place(first, *rest, **options)
+            return first, others
+        return as_it_stands(first, *rest, **options)
+
+    register_lowering(functional, type_promotion_kind=None)(lower)
 
 
 # ---- modules

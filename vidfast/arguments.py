@@ -87,6 +87,23 @@ def check_call(
     return alpha, Call(channel, eps, reduction, full, weight, inplace, strategy, backend, k)
 
 
+def in_one_pass(strategy: str, mean_needs: bool, target_needs: bool, dtype: torch.dtype) -> bool:
+    """Whether a call makes d/d mean in forward: the one rule, for eager calls and for compiled graphs.
+
+    "auto" does not where target needs a gradient too, and not in fp16, which a loss scaler's factor must reach before
+    the gradient is rounded.
+
+    Args:
+        strategy: One of STRATEGIES.
+        mean_needs: Whether mean requires grad.
+        target_needs: Whether target does.
+        dtype: Of mean.
+    """
+    if not (mean_needs and torch.is_grad_enabled()):
+        return False
+    return strategy == "one_pass" or (strategy == "auto" and not target_needs and dtype is not torch.float16)
+
+
 def loss_factor(shape: Sequence[int], reduction: str, weight: float) -> float:
     """k of :class:`Call`, for tensors of this shape.
 

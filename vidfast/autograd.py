@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from vidfast import primitives, reference
 from vidfast._torch import (
@@ -21,10 +20,11 @@ from vidfast._torch import (
     is_functorch_wrapped,
     is_zero_tensor,
 )
-from vidfast.arguments import Call
+from vidfast.arguments import Call, in_one_pass
 from vidfast.backends.base import Backend
 from vidfast.backends.plain import reference_nll
 from vidfast.raw import NO_FORWARD_MODE, restored, savable, save
+from vidfast.scaling import not_twice
 
 
 def run_strategy(mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backend: Backend) -> Tensor:
@@ -40,18 +40,12 @@ def run_strategy(mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backen
     Raises:
         RuntimeError: In place, d/d mean would destroy what other code still uses.
     """
-    grad = torch.is_grad_enabled()
-    mean_needs, target_needs = grad and mean.requires_grad, grad and target.requires_grad
-    in_one_pass = mean_needs and (
-        call.strategy == "one_pass"
-        or (call.strategy == "auto" and not target_needs and mean.dtype is not torch.float16)
-    )
-    if in_one_pass and call.inplace:
-        _check_inplace(mean, target, alpha)
     loss: Tensor
-    if in_one_pass:
+    if in_one_pass(call.strategy, mean.requires_grad, target.requires_grad, mean.dtype):
+        if call.inplace:
+            _check_inplace(mean, target, alpha)
         loss = OnePass.apply(mean, target, alpha, call, backend)[0]  # type: ignore[no-untyped-call]
-    elif mean_needs or target_needs or (grad and alpha.requires_grad):
+    elif torch.is_grad_enabled() and (mean.requires_grad or target.requires_grad or alpha.requires_grad):
         loss = TwoPass.apply(mean, target, alpha, call, backend)  # type: ignore[no-untyped-call]
     else:
         loss = primitives.forward(backend, mean, target, alpha, call)[0]
@@ -106,28 +100,6 @@ def incoming(g: Tensor) -> Tensor:
             "mode in which the loss was computed"
         )
     return g.clone() if is_zero_tensor(g) else g.resolve_neg()
-
-
-class _NotTwice(torch.autograd.Function):
-    """Passes gradients on; differentiating them is an error that says what to do."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, origin: Tensor, *grads: Tensor) -> Any:
-        return tuple(g.view_as(g) for g in grads)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *_: Tensor) -> Any:
-        raise RuntimeError(
-            "strategy='one_pass' keeps only the first derivative of gaussian_nll: "
-            "for a second one use strategy='two_pass', or in VIDLoss backend='reference'"
-        )
-
-
-def not_twice(origin: Tensor, *grads: Tensor | None) -> list[Tensor | None]:
-    """The gradients, seen to depend on `origin`, so that a second derivative never silently comes out as zero."""
-    present = [g for g in grads if g is not None]
-    passed = iter(_NotTwice.apply(origin, *present))  # type: ignore[no-untyped-call]
-    return [None if g is None else next(passed) for g in grads]
 
 
 class OnePass(torch.autograd.Function):

@@ -1,199 +1,162 @@
-"""The primitives as torch.library operators: what torch.compile and torch.export see.
+"""What torch.compile and torch.export see of a call: two operators with a derivative, one for each strategy.
 
-`vidfast::gaussian_nll` and `vidfast::gaussian_nll_backward` are functional and two-pass. They take reduction and
-weight, never k: a Python float made from a shape would be a new graph for every batch size. Eager calls do not
-come here; they take the shorter path of `autograd`.
+Eager calls do not come here; they take the shorter path of :mod:`vidfast.autograd`, whose strategies these are. What
+stands in a graph once torch has differentiated it are the operators of :mod:`vidfast.primitive_ops`. `inplace` is
+ignored: a graph's operators are functional, and its compiler decides what is written over.
+
+An operator's name ends in a version. **It is raised whenever anything in its backward changes, or in the signature of a
+primitive's operator**: torch keeps compiled graphs on disk by the names of the operators that dynamo saw, and knows
+nothing of a backward that is registered for one, nor of what that calls.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vidfast import backends, primitives
-from vidfast._torch import has_tangent
-from vidfast.arguments import Call, check_options, check_tensors, loss_factor
-from vidfast.backends import PLAIN
-from vidfast.raw import NO_FORWARD_MODE, not_raw, vector
-from vidfast.tracing import savable_in_graph
-
-_OPTIONS = "int channel_dim, float eps, str reduction, bool full, float weight, str backend"
+from vidfast import primitive_ops
+from vidfast.arguments import Call, in_one_pass
+from vidfast.primitive_ops import LIBRARY, OPTIONS, define
+from vidfast.scaling import OF_OPERATORS, not_twice, scaled
+from vidfast.tracing import savable_in_graph, weight_in_graph
 
 
-@torch.library.custom_op(
-    "vidfast::gaussian_nll",
-    mutates_args=(),
-    schema=f"(Tensor mean, Tensor target, Tensor alpha, {_OPTIONS}) -> (Tensor, Tensor)",
-)
-def forward(
-    mean: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    channel_dim: int,
-    eps: float,
-    reduction: str,
-    full: bool,
-    weight: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss, sum_sq): the scalar of :func:`vidfast.gaussian_nll` and S_c = sum (mean - target)^2 [C], fp64.
+def differentiable(
+    name: str,
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    apply: Callable[..., Any],
+    without: Callable[..., Any],
+) -> Any:
+    """A new operator of torch.ops.vidfast that has a derivative.
 
-    Arguments are those of :func:`vidfast.gaussian_nll`; channel_dim is not negative. Only loss is differentiable.
+    Its implementation for autograd is written here, and not by torch.library.register_autograd, so that a graph that
+    torch has differentiated calls the primitive alone: autograd's Python took longer than a small problem's kernel.
+
+    Args:
+        name: Of the operator, with its version.
+        schema: Its arguments and results.
+        kernel: What it does below autograd, as `primitive_ops.define` has it.
+        fake: What its results look like.
+        apply: Of the torch.autograd.Function with its derivative, which calls a primitive's operator.
+        without: That operator, for calls that need no gradient.
     """
-    channel_dim, alpha = check_tensors(mean, target, alpha, channel_dim)  # by hand nothing was checked
-    check_options(eps, reduction, weight)
-    if has_tangent(mean, target, alpha):  # a compiled graph would drop it
-        raise RuntimeError(NO_FORWARD_MODE)
-    k = loss_factor(mean.shape, reduction, weight)
-    chosen = backends.choose(backend, mean, target, alpha, not_raw(mean, target, alpha))
-    if mean.numel() == 0:
-        chosen = PLAIN
-    call = Call(channel_dim, eps, reduction, full, weight, backend=backend, k=k)
-    return primitives.forward(chosen, mean, target, alpha, call)
+
+    def of_autograd(*args: Any) -> Any:
+        return apply(*args) if torch.is_grad_enabled() and _any_requires_grad(args) else without(*args)
+
+    operator = define(name, schema, kernel, fake)
+    LIBRARY.impl(name, of_autograd, "Autograd")
+    return operator
 
 
-@forward.register_fake
-def _(mean: Tensor, target: Tensor, alpha: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 in (mean.dtype, target.dtype)
-    loss = mean.new_empty((), dtype=torch.float64 if wide else torch.float32)
-    return loss, mean.new_empty(alpha.shape, dtype=torch.float64)
+def _any_requires_grad(args: Sequence[Any]) -> bool:
+    """Whether a tensor among the arguments or in a list of them requires grad."""
+    return any(
+        x.requires_grad if isinstance(x, Tensor) else isinstance(x, list | tuple) and _any_requires_grad(x)
+        for x in args
+    )
 
 
-@torch.library.custom_op(
-    "vidfast::gaussian_nll_backward",
-    mutates_args=(),
-    schema="(Tensor g, Tensor? mean, Tensor? target, Tensor alpha, Tensor sum_sq, SymInt[] shape, "
-    f"{_OPTIONS}, bool mean_wanted, bool target_wanted, bool alpha_wanted) -> Tensor[]",
+class _OnePass(torch.autograd.Function):
+    """(loss, d/d mean, d/d alpha) for g = 1; backward multiplies by g."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, factor: Tensor | None, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `primitive_ops.forward_grad`."""
+        for name, x in (("target", target), ("factor", factor)):
+            if x is not None and x.requires_grad:
+                raise ValueError(f"{name} must not require grad in one pass, got a tensor that does")
+        loss, grad_mean, grad_alpha = primitive_ops.forward_grad(mean, target, alpha, factor, *options)
+        ctx.mark_non_differentiable(grad_mean, grad_alpha)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_mean, grad_alpha, loss, alpha if alpha.requires_grad else None)
+        ctx.channel, ctx.backend = options[0], options[-1]
+        ctx.alpha = alpha.shape, alpha.dtype
+        return loss, grad_mean, grad_alpha
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
+        """g times what was made in forward."""
+        none = (None,) * (len(ctx.needs_input_grad) - 3)
+        if g is None:
+            return (None, None, None, *none)
+        of_mean, of_alpha, loss, alpha = ctx.saved_tensors
+        wants, (shape, dtype) = ctx.needs_input_grad, ctx.alpha
+        of_mean, of_alpha = scaled(
+            g,
+            of_mean if wants[0] else None,
+            ctx.channel,
+            of_alpha if wants[2] else None,
+            dtype,
+            ctx.backend,
+            loss,
+            alpha,
+        )
+        if of_alpha is not None and of_alpha.shape != shape:
+            of_alpha = of_alpha.view(shape)
+        return (of_mean, None, of_alpha, *none)
+
+
+class _TwoPass(torch.autograd.Function):
+    """(loss, sums of squares); backward computes the gradients from mean and target."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Of `primitive_ops.forward`."""
+        loss, sum_sq = primitive_ops.forward(mean, target, alpha, *options)
+        ctx.mark_non_differentiable(sum_sq)
+        ctx.set_materialize_grads(False)
+        # for alpha alone the sums of squares are enough, and the activations go free
+        both = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        ctx.save_for_backward(mean if both else None, target if both else None, alpha, sum_sq, loss)
+        ctx.shape, ctx.options = mean.shape, options
+        return loss, sum_sq
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
+        """The gradients that are wanted, times g."""
+        grads: list[Tensor | None] = [None, None, None]
+        if g is not None:
+            mean, target, alpha, sum_sq, origin = ctx.saved_tensors
+            want = ctx.needs_input_grad[:3]
+            found = iter(
+                primitive_ops.backward(g, mean, target, alpha, sum_sq, list(ctx.shape), *ctx.options, *want)
+            )
+            grads = [next(found) if wanted else None for wanted in want]
+            if torch.is_grad_enabled():
+                grads = not_twice(origin, *grads, advice=OF_OPERATORS)
+        return (*grads, *(None for _ in ctx.options))
+
+
+one_pass = differentiable(
+    "gaussian_nll_one_pass_v1",
+    f"(Tensor mean, Tensor target, Tensor alpha, Tensor? factor, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    primitive_ops.forward_grad_kernel,
+    primitive_ops.forward_grad_fake,
+    _OnePass.apply,
+    primitive_ops.forward_grad,
 )
-def backward(
-    g: Tensor,
-    mean: Tensor | None,
-    target: Tensor | None,
-    alpha: Tensor,
-    sum_sq: Tensor,
-    shape: list[int],
-    channel_dim: int,
-    eps: float,
-    reduction: str,
-    full: bool,
-    weight: float,
-    backend: str,
-    mean_wanted: bool,
-    target_wanted: bool,
-    alpha_wanted: bool,
-) -> list[Tensor]:
-    """The gradients that are wanted, in the order mean, target, alpha, times g.
-
-    mean and target may be None where alpha's gradient alone is wanted; `shape` is theirs.
-    """
-    check_options(eps, reduction, weight)
-    k = loss_factor(shape, reduction, weight)
-    channel_dim %= len(shape)
-    channels = shape[channel_dim]
-    g, alpha = vector("g", g, 1, alpha.device), vector("alpha", alpha, channels, alpha.device)
-    sum_sq = vector("sum_sq", sum_sq, channels, alpha.device, torch.float64)
-    if mean is None or target is None:
-        if mean_wanted or target_wanted:
-            raise ValueError("mean and target must be given where a gradient of theirs is wanted, got None")
-        chosen = backends.choose(backend, g, g, alpha, not_raw(g, alpha))
-    else:
-        check_tensors(mean, target, alpha, channel_dim)
-        if list(mean.shape) != list(shape):
-            raise ValueError(f"shape must be that of mean, {tuple(mean.shape)}, got {tuple(shape)}")
-        chosen = backends.choose(backend, mean, target, alpha, not_raw(mean, target, alpha))
-    if math.prod(shape) == 0:
-        chosen = PLAIN
-    call = Call(channel_dim, eps, reduction, full, weight, backend=backend, k=k)
-    want = (mean_wanted, target_wanted, alpha_wanted)
-    grads = primitives.backward(chosen, g.resolve_neg(), mean, target, alpha, sum_sq, shape, call, want)
-    likes = (mean, mean, alpha)
-    return [
-        _laid_out(x, like) for x, like in zip(grads, likes, strict=True) if x is not None and like is not None
-    ]
-
-
-@backward.register_fake
-def _(
-    g: Tensor,
-    mean: Tensor | None,
-    target: Tensor | None,
-    alpha: Tensor,
-    sum_sq: Tensor,
-    shape: list[int],
-    channel_dim: int,
-    eps: float,
-    reduction: str,
-    full: bool,
-    weight: float,
-    backend: str,
-    mean_wanted: bool,
-    target_wanted: bool,
-    alpha_wanted: bool,
-) -> list[Tensor]:
-    grads = []
-    if mean_wanted:
-        assert mean is not None
-        grads.append(_empty_like(mean, mean.dtype))
-    if target_wanted:
-        assert mean is not None and target is not None  # noqa: PT018
-        grads.append(_empty_like(mean, target.dtype))
-    if alpha_wanted:
-        grads.append(_empty_like(alpha, alpha.dtype))
-    return grads
-
-
-def _empty_like(x: Tensor, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
-    """What a gradient of x looks like: contiguous if x is, else in x's order of dimensions."""
-    # torch.empty_like alone keeps the meaningless stride of a size of 1, and its fake kernel does not.
-    order = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
-    return torch.empty_like(x, dtype=dtype, device=device or x.device, memory_format=order)
-
-
-def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """x with the strides that the fake kernel promised."""
-    strides = _empty_like(like, x.dtype, "meta").stride()
-    if x.stride() == strides:
-        return x
-    if all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True)):
-        return x.as_strided(x.shape, strides)  # they differ where a size is 1, and a stride means nothing
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    mean, target, alpha, *options = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    # for alpha alone the sums of squares are enough, and the activations go free
-    both = mean.requires_grad or target.requires_grad
-    ctx.save_for_backward(mean if both else None, target if both else None, alpha, output[1])
-    ctx.shape = mean.shape
-    ctx.options = options
-
-
-def _backward(ctx: Any, g: Tensor | None, _: Any) -> tuple[Any, ...]:
-    grads: list[Any] = [None] * (3 + len(ctx.options))
-    if g is None:
-        return tuple(grads)
-    mean, target, alpha, sum_sq = ctx.saved_tensors
-    want = ctx.needs_input_grad[:3]
-    found = iter(backward(g, mean, target, alpha, sum_sq, list(ctx.shape), *ctx.options, *want))
-    for i, wanted in enumerate(want):
-        if wanted:
-            grads[i] = next(found)
-    return tuple(grads)
-
-
-torch.library.register_autograd("vidfast::gaussian_nll", _backward, setup_context=_setup_context)
+two_pass = differentiable(
+    "gaussian_nll_two_pass_v1",
+    f"(Tensor mean, Tensor target, Tensor alpha, {OPTIONS}) -> (Tensor, Tensor)",
+    primitive_ops.forward_kernel,
+    primitive_ops.forward_fake,
+    _TwoPass.apply,
+    primitive_ops.forward,
+)
 
 
 def call_operator(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
-    """The loss by the operator, for :func:`vidfast.gaussian_nll` while it is traced.
-
-    `weight` multiplies outside of it: an operator's float is a constant of the graph, so that every new one would be
-    another graph. Nothing is lost by it, since the second pass reads the incoming gradient anyway.
+    """The loss by an operator, for :func:`vidfast.gaussian_nll` while it is traced.
 
     Args:
         mean: mu(s).
@@ -201,8 +164,15 @@ def call_operator(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Te
         alpha: (C,).
         call: Everything else.
     """
+    weight, factor, outside = weight_in_graph(call.weight, mean.is_cpu)
+    options = (call.channel, call.eps, call.reduction, call.full, weight, call.backend)
+    loss: Tensor
+    if in_one_pass(call.strategy, mean.requires_grad, target.requires_grad, mean.dtype):
+        loss = one_pass(mean, target, alpha, factor, *options)[0]
+        return loss if outside is None else outside * loss
     kept = (savable_in_graph(x) for x in (mean, target, alpha))
-    options = (call.channel, call.eps, call.reduction, call.full, 1.0, call.backend)
-    loss: Tensor = forward(*kept, *options)[0]
-    # Without a case for 1: dynamo makes every value a graph of its own once a float was not needed in one.
-    return call.weight * loss
+    loss = two_pass(*kept, *options)[0]
+    # the second pass reads the incoming gradient anyway
+    if factor is not None:
+        outside = call.weight
+    return loss if outside is None else outside * loss

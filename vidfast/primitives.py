@@ -2,7 +2,8 @@
 
 forward, forward_grad, backward and scale are those of :class:`vidfast.backends.base.Backend`, which says what each
 computes. Shapes, dtypes and devices are right when a tensor comes here, and strides may be any: what a saved-tensor
-hook gave back was checked by :func:`vidfast.raw.restored`, what an operator was given by :mod:`vidfast.ops`.
+hook gave back was checked by :func:`vidfast.raw.restored`, what an operator was given by
+:mod:`vidfast.primitive_ops`.
 """
 
 from __future__ import annotations
