@@ -18,6 +18,7 @@ from vidfast._torch import (
     any_global_hook,
     compiled_call,
     dispatch_modes,
+    fake_tensor,
     function_mode,
     has_hook,
     registered_parameter,
@@ -83,10 +84,18 @@ def _is_untouched(part: nn.Module) -> bool:
     methods = _AS_DEFINED.get(kind)
     if methods is None or compiled_call(part) is not None:
         return False
+    exporting = _is_exporting()
     for name, method in methods:
-        if name in own or getattr(kind, name) is not method:
+        # torch.export calls modules by a method of its own, and gives them fake weights
+        if name in own or (getattr(kind, name) is not method and not (exporting and name == "__call__")):
             return False
-    return type(registered_parameter(part, "weight", own.get("weight"))) in _PLAIN_OR_NONE
+    weight = type(registered_parameter(part, "weight", own.get("weight")))
+    return weight in _PLAIN_OR_NONE or (exporting and issubclass(weight, fake_tensor()))
+
+
+def _is_exporting() -> bool:
+    """Whether torch.export runs the module's own code, rather than a tracer that reads it."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def _functions_are_torchs() -> bool:

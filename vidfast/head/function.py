@@ -10,12 +10,13 @@ from torch import Tensor
 from vidfast import primitives
 from vidfast._torch import graph_is_retained
 from vidfast.arguments import Call
-from vidfast.autograd import incoming, not_twice
+from vidfast.autograd import incoming
 from vidfast.backends.base import PartsBackend
 from vidfast.head import parts
 from vidfast.head.plan import Plan
 from vidfast.head.stack import Stack
 from vidfast.raw import NO_FORWARD_MODE, restored, save
+from vidfast.scaling import not_twice
 
 
 class InParts(torch.autograd.Function):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from vidfast import primitives
 from vidfast.arguments import Call
 from vidfast.backends.base import PartsBackend
-from vidfast.head.arrangement import Rows
+from vidfast.head.arrangement import Planes
 from vidfast.head.plan import Plan
 from vidfast.head.stack import Stack
 from vidfast.layout import rows_of
@@ -145,9 +145,12 @@ class _Sums:
         )
         shapes = [self.kind.outer_shape(plan.samples, *weight.shape) for weight in layers.weights]
         narrow = plan.products is not torch.float32
+        # One for all layers: it is read before the next one's is made.
+        most = max((math.prod(s) for s, want in zip(shapes, wanted.weights, strict=True) if want), default=0)
+        product = empty_scratch(most if narrow else 0, plan.products)
         self.products = [
-            torch.empty(shape, dtype=plan.products, device="cpu") if narrow and want else None
-            for shape, want in zip(shapes, wanted.weights, strict=True)
+            product[: math.prod(s)].view(s) if narrow and want else None
+            for s, want in zip(shapes, wanted.weights, strict=True)
         ]
         self.weights = [
             _zeros(*(weight.shape if narrow else shape)) if want else None
@@ -160,9 +163,9 @@ class _Sums:
         # The gradient goes down no further than one is wanted: below that layer nothing is learned.
         learned = [w or b for w, b in zip(wanted.weights, wanted.biases, strict=True)]
         self.lowest = 0 if wanted.student else (learned.index(True) + 1 if any(learned) else len(learned) + 1)
-        # A product with a transposed weight is the slower one where the weight comes first.
+        # In products of each sample's own a transposed weight is the slower one.
         self.down = [
-            weight.t() if self.kind is Rows else weight.t().contiguous() for weight in layers.weights
+            weight.t().contiguous() if self.kind is Planes else weight.t() for weight in layers.weights
         ]
         crossed = layers.channels[max(self.lowest, 0 if self._is_copied() else 1) : -1]
         self.spare = layers.block(max(crossed, default=0))

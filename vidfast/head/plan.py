@@ -16,6 +16,9 @@ from vidfast.head.arrangement import Arrangement, Columns, Planes, Rows
 # worth starting. docs/kernel-notes.md, "The head".
 PART_BYTES = {"planes": 4 << 20, "rows": 8 << 20, "columns": 8 << 20}
 NARROW_PART_BYTES = {"planes": 1 << 20, "rows": 2 << 20, "columns": 2 << 20}
+# A part is no more than this share of the batch, where that is not too little: what a step stores stays small beside
+# what it would store of the whole.
+FEWEST_PARTS, FEWEST_BYTES = 12, 512 << 10
 # Matrix products of one sample each are the fastest over many positions and few channels: no tensor is reordered.
 FEWEST_POSITIONS, MOST_CHANNELS = 128, 256
 
@@ -51,8 +54,9 @@ def plan_for(student: Tensor, widths: Sequence[int], module: torch.dtype) -> Pla
     widest = max(channels, *widths)
     arrangement = _arrangement(student, widest, products)
     limits = PART_BYTES if products is torch.float32 else NARROW_PART_BYTES
-    most = limits[arrangement.name] // (products.itemsize * widest * positions)
-    return Plan(arrangement, evenly(batch, max(most, 1)), positions, module, products)
+    sample = products.itemsize * widest * positions
+    most = min(limits[arrangement.name], max(batch * sample // FEWEST_PARTS, FEWEST_BYTES))
+    return Plan(arrangement, evenly(batch, max(most // sample, 1)), positions, module, products)
 
 
 def _arrangement(student: Tensor, widest: int, products: torch.dtype) -> type[Arrangement]:

@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from vidfast import backends
-from vidfast._torch import in_forward_mode, in_functorch, products_differ_from_convolutions
+from vidfast._torch import (
+    constant_while_traced,
+    in_forward_mode,
+    in_functorch,
+    products_differ_from_convolutions,
+)
 from vidfast.arguments import Call, loss_factor
 from vidfast.backends.base import Backend, PartsBackend
+from vidfast.dispatch import compiles_to_operator
 from vidfast.head import parts
 from vidfast.head.function import InParts
+from vidfast.head.operator import call_operator
 from vidfast.head.plan import plan_for
 from vidfast.head.stack import Stack, flat_positions, widths_of
 from vidfast.layout import rows_of
@@ -35,10 +42,13 @@ def head_nll(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call:
     Returns:
         A scalar in fp32. With None the reason is logged once, at level DEBUG by the logger "vidfast".
     """
-    if torch.compiler.is_compiling():
-        return None
     module = module_dtype(stack, student)
     reason = obstacle(stack, student, target, alpha, call, module)
+    if torch.compiler.is_compiling():
+        if reason is not None or module is None or not _compiles(stack, student, target, alpha, call):
+            return None
+        student, target = (flat_positions(x, call.channel) for x in (student, target))
+        return call_operator(stack, student, target, alpha, call, module)
     if reason is None:
         chosen = backends.choose(call.backend, student, target, alpha, None)
         if not chosen.in_parts:
@@ -47,6 +57,20 @@ def head_nll(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call:
             return _in_parts(stack, student, target, alpha, call, chosen, module)
     note(reason)
     return None
+
+
+def _compiles(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call: Call) -> bool:
+    """Whether a graph is to have the operator of heads."""
+    return (
+        call.backend in ("auto", "cpu")
+        and _cpu_is_built()
+        and compiles_to_operator(call.backend, student, target, alpha, *stack.tensors)
+    )
+
+
+@constant_while_traced
+def _cpu_is_built() -> bool:
+    return backends.load("cpu").unavailable() is None
 
 
 def note(reason: str) -> None:
@@ -96,8 +120,10 @@ def obstacle(
 
 
 def _fits(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, channel: int) -> bool:
-    if student.dim() < 2 or student.dim() != target.dim() or target.numel() == 0 or student.numel() == 0:
+    if student.dim() < 2 or student.dim() != target.dim():
         return False
+    if not torch.compiler.is_compiling() and (target.numel() == 0 or student.numel() == 0):
+        return False  # a graph's operator finds out by itself: here it would be a guard
     others = [
         (s, t) for d, (s, t) in enumerate(zip(student.shape, target.shape, strict=True)) if d != channel
     ]

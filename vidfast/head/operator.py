@@ -1,0 +1,304 @@
+"""A head as operators: what torch.compile and torch.export see of it, on the CPU.
+
+`vidfast::vid_head_v1` has the derivative, as the operators of :mod:`vidfast.ops`; in a graph that torch has
+differentiated stand the two without, `vidfast::vid_head_forward` and `vidfast::vid_head_forward_grad`, and
+`vidfast::scale`. All take features as (B, C, positions), and reduction and weight, never k. An operator's name ends in
+a version, which is raised whenever anything in its backward changes (:mod:`vidfast.ops` says why).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidfast import backends
+from vidfast._torch import has_tangent
+from vidfast.arguments import Call, check_options, loss_factor
+from vidfast.backends.plain import reference_nll
+from vidfast.head import parts
+from vidfast.head.plan import plan_for
+from vidfast.head.stack import Stack, widths_of
+from vidfast.layout import rows_of
+from vidfast.ops import differentiable
+from vidfast.primitive_ops import define, empty_like, laid_out, with_factor
+from vidfast.raw import DTYPES, NO_FORWARD_MODE, not_raw
+from vidfast.scaling import OF_OPERATORS, not_twice, scaled
+from vidfast.tracing import weight_in_graph
+
+_TENSORS = (
+    "(Tensor student, Tensor target, Tensor alpha, Tensor[] weights, Tensor?[] biases, Tensor? factor, "
+)
+_OPTIONS = "bool convolutions, float eps, str reduction, float weight, ScalarType module, str backend"
+
+
+def _checked(
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    factor: Tensor | None,
+    convolutions: bool,
+    eps: float,
+    reduction: str,
+    weight: float,
+    module: torch.dtype,
+    backend: str,
+) -> tuple[Stack, Any, Call]:
+    """(the layers, the back end, the call) of what an operator was given."""
+    check_options(eps, reduction, weight)
+    if module not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"module must be float32, bfloat16 or float16, got {module}")
+    stack = Stack(tuple(weights), tuple(biases), convolutions)
+    tensors = (student, target, alpha, *stack.tensors)
+    if student.dim() != 3 or target.dim() != 3 or not stack.fits(student.shape[1], target.shape[1]):
+        raise ValueError(
+            "student and target must be (B, C, positions) and the layers lead from one to the other, got "
+            f"{tuple(student.shape)}, {tuple(target.shape)} and {[tuple(w.shape) for w in weights]}"
+        )
+    if student.shape[::2] != target.shape[::2] or alpha.shape != target.shape[1:2]:
+        raise ValueError(
+            "student, target and alpha must be (B, C_s, P), (B, C, P) and (C,), got "
+            f"{tuple(student.shape)}, {tuple(target.shape)} and {tuple(alpha.shape)}"
+        )
+    if any(x.dtype not in DTYPES or x.dtype is torch.float64 for x in (student, target, *stack.tensors)):
+        raise TypeError(
+            "student, target and the layers must be float32, bfloat16 or float16, got "
+            f"{[x.dtype for x in (student, target, *stack.tensors)]}"
+        )
+    if has_tangent(*tensors):  # a compiled graph would drop it
+        raise RuntimeError(NO_FORWARD_MODE)
+    chosen = backends.choose(backend, student, target, alpha, not_raw(*tensors))
+    if not chosen.in_parts:
+        raise RuntimeError(f"backend={backend!r} cannot run here: {chosen.name} computes no head in parts")
+    weight = with_factor(weight, factor)
+    k = loss_factor(target.shape, reduction, weight)
+    return stack, chosen, Call(1, eps, reduction, weight=weight, inplace=True, backend=backend, k=k)
+
+
+def _dense(student: Tensor) -> Tensor:
+    """The student, copied where it is expanded, overlapping or a slice of its positions."""
+    return student.contiguous() if student.numel() and rows_of(student, 1).copies else student
+
+
+def _of_nothing(target: Tensor, alpha: Tensor, call: Call) -> Tensor:
+    """The loss where there is no element to score."""
+    return reference_nll(
+        target.new_empty(target.shape, dtype=torch.float32), target.float(), alpha, call
+    ).float()
+
+
+def _forward(
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    factor: Tensor | None,
+    convolutions: bool,
+    eps: float,
+    reduction: str,
+    weight: float,
+    module: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """The loss, a scalar in fp32, without gradients. `module` is what the layers give: fp32, bf16 or fp16."""
+    stack, chosen, call = _checked(
+        student, target, alpha, weights, biases, factor, convolutions, eps, reduction, weight, module, backend
+    )
+    if student.numel() == 0 or target.numel() == 0:
+        return _of_nothing(target, alpha, call)
+    student = _dense(student)
+    plan = plan_for(student, widths_of(stack.weights), module)
+    return parts.loss_alone(stack, student, target, alpha, call, chosen, plan)
+
+
+def _forward_fake(student: Tensor, *_: Any) -> Tensor:
+    return student.new_empty((), dtype=torch.float32)
+
+
+forward = define("vid_head_forward", f"{_TENSORS}{_OPTIONS}) -> Tensor", _forward, _forward_fake)
+
+
+def _forward_grad(
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    factor: Tensor | None,
+    convolutions: bool,
+    eps: float,
+    reduction: str,
+    weight: float,
+    module: torch.dtype,
+    backend: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, rest, d student, d alpha, d layers), for g = 1.
+
+    `wanted` says whether the gradients of the student, of each weight and of each bias are. d student is of the
+    student's dtype and order of dimensions, and has to be multiplied with `rest` yet, a scalar in fp64. d alpha is (C,)
+    in fp64; d layers is one vector in fp32 of all that are wanted, weights first. What is not wanted has no elements.
+    """
+    stack, chosen, call = _checked(
+        student, target, alpha, weights, biases, factor, convolutions, eps, reduction, weight, module, backend
+    )
+    n = len(stack.weights)
+    of = parts.Wanted(wanted[0], wanted[1 : 1 + n], wanted[1 + n :])
+    layers = [x for x, want in zip((*weights, *biases), wanted[1:], strict=True) if want and x is not None]
+    if student.numel() == 0 or target.numel() == 0:
+        of_student = torch.zeros_like(student) if of.student else student.new_empty(0)
+        of_layers = student.new_zeros(sum(x.numel() for x in layers), dtype=torch.float32)
+        nothing = alpha.new_zeros(alpha.shape, dtype=torch.float64)
+        rest = torch.ones((), dtype=torch.float64)
+        return _of_nothing(target, alpha, call), rest, laid_out(of_student, student), nothing, of_layers
+    dense = _dense(student)
+    plan = plan_for(dense, widths_of(stack.weights), module)
+    found = parts.gradients(stack, dense, target, alpha, call, chosen, plan, of)
+    made = [x.flatten() for x in (*found.weights, *found.biases) if x is not None]
+    return (
+        found.loss,
+        torch.tensor(found.factor, dtype=torch.float64, device="cpu"),
+        student.new_empty(0) if found.student is None else laid_out(found.student, student),
+        found.alpha,
+        torch.cat(made) if made else student.new_empty(0, dtype=torch.float32),
+    )
+
+
+def _forward_grad_fake(
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wanted = options[-1]
+    layers = [x for x, want in zip((*weights, *biases), wanted[1:], strict=True) if want and x is not None]
+    return (
+        student.new_empty((), dtype=torch.float32),
+        student.new_empty((), dtype=torch.float64),
+        empty_like(student, student.dtype) if wanted[0] else student.new_empty(0),
+        alpha.new_empty(alpha.shape, dtype=torch.float64),
+        student.new_empty(sum(x.numel() for x in layers), dtype=torch.float32),
+    )
+
+
+forward_grad = define(
+    "vid_head_forward_grad",
+    f"{_TENSORS}{_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_grad,
+    _forward_grad_fake,
+)
+
+
+class _Head(torch.autograd.Function):
+    """The loss of (student, target, alpha, factor, layers, options, *weights, *biases); backward multiplies by g."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        factor: Tensor | None,
+        options: tuple[Any, ...],
+        *layers: Tensor | None,
+    ) -> Tensor:
+        """Of `vidfast::vid_head_forward_grad`; layers: the weights, then as many biases or None."""
+        for name, x in (("target", target), ("factor", factor)):
+            if x is not None and x.requires_grad:
+                raise ValueError(f"{name} must not require grad in one pass, got a tensor that does")
+        n, needs = len(layers) // 2, ctx.needs_input_grad
+        wanted = [needs[0], *needs[5:]]
+        loss, rest, of_student, of_alpha, of_layers = forward_grad(
+            student, target, alpha, layers[:n], layers[n:], factor, *options, wanted
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            of_student, of_alpha, of_layers, rest, loss, alpha if alpha.requires_grad else None
+        )
+        ctx.layers = [
+            (x.shape, x.dtype) if x is not None and need else None
+            for x, need in zip(layers, needs[5:], strict=True)
+        ]
+        ctx.alpha_dtype, (*_, ctx.module, ctx.backend) = alpha.dtype, options
+        result: Tensor = loss
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        """g times what was made in forward."""
+        if g is None:
+            return (None,) * (5 + len(ctx.layers))
+        of_student, of_alpha, of_layers, rest, loss, alpha = ctx.saved_tensors
+        student = of_student if ctx.needs_input_grad[0] else None
+        grad_alpha = of_alpha if ctx.needs_input_grad[2] else None
+
+        def times(
+            g: Tensor, grad: Tensor | None, grad_alpha: Tensor | None
+        ) -> tuple[Tensor | None, Tensor | None]:
+            return scaled(g, grad, 1, grad_alpha, ctx.alpha_dtype, ctx.backend, loss, alpha)
+
+        if ctx.module is torch.float16:  # nothing is left of k in other types
+            student = times(g.double() * rest, student, None)[0]
+            grad_alpha = times(g, None, grad_alpha)[1]
+        else:
+            student, grad_alpha = times(g, student, grad_alpha)
+        found: list[Tensor | None] = []
+        begin, times_g = 0, of_layers * g
+        for layer in ctx.layers:
+            if layer is None:
+                found.append(None)
+                continue
+            shape, dtype = layer
+            size = shape.numel()
+            found.append(times_g[begin : begin + size].view(shape).to(dtype))
+            begin += size
+        if torch.is_grad_enabled():
+            found = not_twice(loss, *found, advice=OF_OPERATORS)
+        return (student, None, grad_alpha, None, None, *found)
+
+
+def _apply(
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    factor: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    """autograd looks for tensors among a Function's arguments, not in lists."""
+    loss: Tensor = _Head.apply(student, target, alpha, factor, options, *weights, *biases)  # type: ignore[no-untyped-call]
+    return loss
+
+
+head = differentiable(
+    "vid_head_v1", f"{_TENSORS}{_OPTIONS}) -> Tensor", _forward, _forward_fake, _apply, forward
+)
+
+
+def call_operator(
+    stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call: Call, module: torch.dtype
+) -> Tensor:
+    """The loss by the operator, for :func:`vidfast.head.way.head_nll` while it is traced.
+
+    Args:
+        stack: The layers.
+        student: (B, C_s, positions).
+        target: (B, C, positions).
+        alpha: (C,).
+        call: Everything else.
+        module: What the layers give.
+    """
+    weight, factor, outside = weight_in_graph(call.weight, True)
+    loss: Tensor = head(
+        student, target, alpha, list(stack.weights), list(stack.biases), factor,
+        stack.convolutions, call.eps, call.reduction, weight, module, call.backend,
+    )  # fmt: skip
+    return loss if outside is None else outside * loss
