@@ -296,19 +296,12 @@ def test_a_plain_module_is_fused(module: VIDLoss, calls: list[tuple[int, ...]]) 
     assert calls == [(3, 5, 4, 5), (3, 5)]
 
 
-@pytest.mark.parametrize("where", ["compile", "torch.func"])
-def test_contexts_that_go_module_by_module(module: VIDLoss, calls: list[tuple[int, ...]], where: str) -> None:
+def test_transforms_go_module_by_module(module: VIDLoss, calls: list[tuple[int, ...]]) -> None:
     s, t = torch.randn(3, 5, 4, 5), torch.randn(3, 6, 4, 5)
-    want = formula(module, s, t)
-    if where == "torch.func":
-        module.backend = "auto"
-        with pytest.raises(RuntimeError, match=r"torch\.func"):
-            torch.func.grad(lambda x: module(x, t))(s)
-        module.backend = "reference"
-        assert torch.isfinite(torch.func.grad(lambda x: module(x, t))(s)).all()
-    else:
-        called = torch.compile(module, backend="aot_eager", fullgraph=True) if where == "compile" else module
-        torch.testing.assert_close(called(s, t).double(), want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(lambda x: module(x, t))(s)
+    module.backend = "reference"
+    assert torch.isfinite(torch.func.grad(lambda x: module(x, t))(s)).all()
     assert calls == []
 
 

@@ -145,13 +145,6 @@ class _Sums:
         )
         shapes = [self.kind.outer_shape(plan.samples, *weight.shape) for weight in layers.weights]
         narrow = plan.products is not torch.float32
-        # One for all layers: it is read before the next one's is made.
-        most = max((math.prod(s) for s, want in zip(shapes, wanted.weights, strict=True) if want), default=0)
-        product = empty_scratch(most if narrow else 0, plan.products)
-        self.products = [
-            product[: math.prod(s)].view(s) if narrow and want else None
-            for s, want in zip(shapes, wanted.weights, strict=True)
-        ]
         self.weights = [
             _zeros(*(weight.shape if narrow else shape)) if want else None
             for weight, shape, want in zip(layers.weights, shapes, wanted.weights, strict=True)
@@ -168,7 +161,17 @@ class _Sums:
             weight.t().contiguous() if self.kind is Planes else weight.t() for weight in layers.weights
         ]
         crossed = layers.channels[max(self.lowest, 0 if self._is_copied() else 1) : -1]
-        self.spare = layers.block(max(crossed, default=0))
+        # What is in there is read before anything else comes: a part's share of a weight's gradient, or a gradient.
+        shares = [
+            math.prod(s) if narrow and want else 0 for s, want in zip(shapes, wanted.weights, strict=True)
+        ]
+        self.spare = empty_scratch(
+            max(*shares, plan.samples * plan.positions * max(crossed, default=0)), plan.products
+        )
+        self.products = [
+            self.spare[:share].view(shape) if share else None
+            for share, shape in zip(shares, shapes, strict=True)
+        ]
 
     def _is_copied(self) -> bool:
         """Whether the student's gradient is made in memory of its own before it is stored."""

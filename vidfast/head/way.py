@@ -145,9 +145,9 @@ def _in_parts(
 ) -> Tensor:
     assert module is not None
     in_parts: PartsBackend = backend  # type: ignore[assignment]
-    call = in_flat_parts(call, target)
+    k = loss_factor(target.shape, call.reduction, call.weight)  # of the whole, for each of its parts
     student, target = (flat_positions(x, call.channel) for x in (student, target))
-    call = call._replace(channel=1)
+    call = call._replace(channel=1, inplace=True, k=k)
     if rows_of(student, 1).copies:  # expanded, overlapping or a slice of its positions
         student = student.contiguous()
     plan = plan_for(student, widths_of(stack.weights), module)
@@ -157,9 +157,3 @@ def _in_parts(
         )[0]
         return loss
     return parts.loss_alone(stack, student, target, alpha, call, in_parts, plan)
-
-
-def in_flat_parts(call: Call, target: Tensor) -> Call:
-    """The call for each part of it: with the factor of the whole, and written over the mean."""
-    k = loss_factor(target.shape, call.reduction, call.weight)
-    return call._replace(inplace=True, strategy="one_pass", k=k)
