@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,13 @@ def test_a_compiled_training_step_has_no_pairs_of_its_own(store: Store, tmp_path
     line = next(line for line in page.splitlines() if "| vidfast compiled |" in line)
     assert [cell.strip() for cell in line.split("|")][6:10] == ["", "", "1.33x", "0.67x"]
     assert "- training step, 8x4x2x2 float32, vidfast compiled, g = 1: 1.50 times the time" in page
+
+
+def test_a_readme_has_the_latest_heads_of_a_processor(store: Store) -> None:
+    older = replace(load(store("older", head_rows((30, 20, 10, 10)))), date="2026-01-01T10:00:00")
+    newer = replace(load(store("newer", head_rows((60, 40, 20, 20)))), date="2026-01-01T11:00:00")
+    for runs in ([older, newer], [newer, older]):
+        block = readme.block(runs)
+        assert "60.0 ms" in block
+        assert "30.0 ms" not in block
+    assert "30.0 ms" in readme.block([older])

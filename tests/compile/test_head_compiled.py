@@ -254,10 +254,12 @@ def test_hooks_are_seen_in_a_graph_too() -> None:
     assert not seen
 
 
-def test_an_empty_batch() -> None:
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_an_empty_batch(requires_grad: bool) -> None:
     module = vidfast.VIDLoss(5, 8, 6, reduction="sum")
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=False)
     student, target = pair(0)
+    student = student.detach().requires_grad_(requires_grad)
     found = compiled(student, target)
     found.backward()
     assert float(found) == 0

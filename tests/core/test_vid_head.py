@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vidfast
 from vidfast import vid_head
-from vidfast.head import function, way
+from vidfast.head import function, parts, way
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +108,26 @@ def test_features_that_are_slices_or_expanded(in_parts: list[str]) -> None:
             vid_head(s, target, alpha, weight), vidfast.gaussian_nll(mean, target, alpha)
         )
     assert len(in_parts) == 4
+
+
+def test_tokens_are_cut_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single sequence is no part by itself: what lies between is not stored for the whole of it."""
+    plans: list[Any] = []
+    run = parts.gradients
+    monkeypatch.setattr(parts, "gradients", lambda *args: plans.append(args[6]) or run(*args))
+    weights, alpha = [torch.randn(512, 5), torch.randn(6, 512)], torch.randn(6)
+    student, target = torch.randn(1, 4096, 5, requires_grad=True), torch.randn(1, 4096, 6)
+    loss = vid_head(student, target, alpha, weights, channel_dim=-1)
+    assert plans[0].samples <= 4096 // 10
+    mean = torch.relu(student @ weights[0].t()) @ weights[1].t()
+    want = vidfast.gaussian_nll(mean, target, alpha, channel_dim=-1)
+    torch.testing.assert_close(loss, want)
+    found, wanted = (torch.autograd.grad(x, student)[0] for x in (loss, want))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    # another layout of the target: whole sequences
+    assert len(plans) == 1
+    vid_head(student, target.transpose(1, 2).contiguous().transpose(1, 2), alpha, weights, channel_dim=-1)
+    assert plans[1].samples == 1
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=short)

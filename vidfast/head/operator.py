@@ -20,7 +20,7 @@ from vidfast.arguments import Call, check_options, loss_factor
 from vidfast.backends.plain import reference_nll
 from vidfast.head import parts
 from vidfast.head.plan import plan_for
-from vidfast.head.stack import Stack, widths_of
+from vidfast.head.stack import Stack, as_samples, widths_of
 from vidfast.layout import rows_of
 from vidfast.ops import differentiable
 from vidfast.primitive_ops import define, empty_like, laid_out, with_factor
@@ -111,7 +111,7 @@ def _forward(
     )
     if student.numel() == 0 or target.numel() == 0:
         return _of_nothing(target, alpha, call)
-    student = _dense(student)
+    student, target = as_samples(_dense(student), target)
     plan = plan_for(student, widths_of(stack.weights), module)
     return parts.loss_alone(stack, student, target, alpha, call, chosen, plan)
 
@@ -151,19 +151,23 @@ def _forward_grad(
     of = parts.Wanted(wanted[0], wanted[1 : 1 + n], wanted[1 + n :])
     layers = [x for x, want in zip((*weights, *biases), wanted[1:], strict=True) if want and x is not None]
     if student.numel() == 0 or target.numel() == 0:
-        of_student = torch.zeros_like(student) if of.student else student.new_empty(0)
+        zeros = laid_out(torch.zeros_like(student), student) if of.student else student.new_empty(0)
         of_layers = student.new_zeros(sum(x.numel() for x in layers), dtype=torch.float32)
         nothing = alpha.new_zeros(alpha.shape, dtype=torch.float64)
         rest = torch.ones((), dtype=torch.float64)
-        return _of_nothing(target, alpha, call), rest, laid_out(of_student, student), nothing, of_layers
-    dense = _dense(student)
-    plan = plan_for(dense, widths_of(stack.weights), module)
-    found = parts.gradients(stack, dense, target, alpha, call, chosen, plan, of)
+        return _of_nothing(target, alpha, call), rest, zeros, nothing, of_layers
+    samples, target = as_samples(_dense(student), target)
+    plan = plan_for(samples, widths_of(stack.weights), module)
+    found = parts.gradients(stack, samples, target, alpha, call, chosen, plan, of)
+    of_student = found.student
+    if of_student is not None and of_student.shape != student.shape:
+        batch, channels, positions = student.shape
+        of_student = of_student.view(batch, positions, channels).transpose(1, 2)
     made = [x.flatten() for x in (*found.weights, *found.biases) if x is not None]
     return (
         found.loss,
         torch.tensor(found.factor, dtype=torch.float64, device="cpu"),
-        student.new_empty(0) if found.student is None else laid_out(found.student, student),
+        student.new_empty(0) if of_student is None else laid_out(of_student, student),
         found.alpha,
         torch.cat(made) if made else student.new_empty(0, dtype=torch.float32),
     )

@@ -116,6 +116,21 @@ def flat_positions(x: Tensor, channel_dim: int) -> Tensor:
     return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
 
 
+def as_samples(student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with every position as a sample, (B * positions, C, 1), where their channels are the fastest in memory.
+
+    So tokens can be cut anywhere, and not between sequences alone. Elsewhere they come back as they are.
+
+    Args:
+        student: (B, C_s, positions).
+        target: (B, C, positions).
+    """
+    rows = [x.transpose(1, 2) for x in (student, target)]
+    if student.shape[2] == 1 or not all(x.is_contiguous() for x in rows):
+        return student, target
+    return rows[0].reshape(-1, student.shape[1], 1), rows[1].reshape(-1, target.shape[1], 1)
+
+
 def widths_of(weights: Sequence[Tensor]) -> list[int]:
     """What each layer gives."""
     return [weight.shape[0] for weight in weights]

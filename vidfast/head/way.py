@@ -21,7 +21,7 @@ from vidfast.head import parts
 from vidfast.head.function import InParts
 from vidfast.head.operator import call_operator
 from vidfast.head.plan import plan_for
-from vidfast.head.stack import Stack, flat_positions, widths_of
+from vidfast.head.stack import Stack, as_samples, flat_positions, widths_of
 from vidfast.layout import rows_of
 from vidfast.raw import DTYPES, not_raw
 
@@ -148,6 +148,7 @@ def _in_parts(
     k = loss_factor(target.shape, call.reduction, call.weight)  # of the whole, for each of its parts
     student, target = (flat_positions(x, call.channel) for x in (student, target))
     call = call._replace(channel=1, inplace=True, k=k)
+    student, target = as_samples(student, target)
     if rows_of(student, 1).copies:  # expanded, overlapping or a slice of its positions
         student = student.contiguous()
     plan = plan_for(student, widths_of(stack.weights), module)

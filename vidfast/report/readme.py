@@ -88,7 +88,7 @@ def block(runs: Sequence[Run]) -> str:
         busy, cases = contended_share(run.rows)
         load = f"; {busy} of {cases} cases beside other work" if busy else ""
         parts.append(f"**{run.device}**, torch {torch}, {run.date[:10]}{load}:")
-        whole, bare = heads.blocks(run), table(run)
+        whole, bare = [] if measured_again(run, spinning) else heads.blocks(run), table(run)
         parts += whole
         if bare.rows or not whole:
             parts += ["The loss alone, without a regressor:"] if whole else []
@@ -96,6 +96,11 @@ def block(runs: Sequence[Run]) -> str:
     if not any(run.gpu for run in runs):
         parts.append("GPU figures are pending: no stored run was made on a GPU.")
     return "\n\n".join(parts)
+
+
+def measured_again(run: Run, runs: Sequence[Run]) -> bool:
+    """Whether a later run on the same processor measured heads."""
+    return any(other.device == run.device and other.date > run.date and other.of(HEAD) for other in runs)
 
 
 def superseded(run: Run, runs: Sequence[Run]) -> bool:
