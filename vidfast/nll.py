@@ -55,8 +55,8 @@ def gaussian_nll(
             averaged over the batch), or "none" (per element, by the reference).
         full: Adds the constant 1/2 log(2 pi) per element.
         weight: A factor of the loss. It belongs in here rather than outside: `backward()` then arrives with
-            a gradient of 1, for which the one-pass strategy has nothing left to do. Another value does not compile
-            a graph anew.
+            a gradient of 1, for which the one-pass strategy has nothing left to do. Compiled, its first change
+            makes a second graph, and no later one does.
         inplace: d/d mean is written over `mean` where the strategy is one_pass and mean requires grad, else
             it is ignored. Code that reads mean *after* this call reads a gradient, and autograd cannot know: use it
             only on an activation that nothing else reads, such as the output of your own last convolution. A
@@ -130,7 +130,7 @@ class Weighted(nn.Module):
 
     @property
     def weight(self) -> float:
-        """A factor of the loss, to be set at any time; compiled, another value is no new graph."""
+        """A factor of the loss, to be set at any time; compiled, its first change makes a second graph."""
         return self._weight
 
     @weight.setter

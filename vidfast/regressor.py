@@ -69,7 +69,9 @@ def regressed_nll(
     """
     if likelihood is not None:
         eps, reduction, backend = likelihood.eps, likelihood.reduction, likelihood.backend
-    if inplace:
+    if not inplace:
+        note("inplace=False")
+    else:
         channel = channel_dim % max(student.dim(), 1)
         stack = _head_of(regressor, likelihood, student, channel, as_maps)
         if stack is not None:
@@ -101,12 +103,17 @@ def _head_of(
     regressor: nn.Module, likelihood: GaussianNLL | None, student: Tensor, channel: int, as_maps: bool
 ) -> Stack | None:
     """The regressor's layers where nothing sees them and the loss apart, or None."""
-    if is_watched(regressor) or (likelihood is not None and not _is_plain(likelihood)):
-        note("a hook, a mode or a method of its own sees the regressor or the likelihood")
+    name = type(regressor).__name__
+    if is_watched(regressor):
+        note(f"a hook or a mode of torch's sees a part of {name}")
+        return None
+    if likelihood is not None and not _is_plain(likelihood):
+        note(f"{type(likelihood).__name__} has a hook, a method or options of its own")
         return None
     stack = stack_of(regressor, student.dim(), channel, as_maps)
-    if stack is None:
-        note(f"{type(regressor).__name__} is no stack of 1x1 convolutions or linear layers with ReLU between")
+    if isinstance(stack, str):
+        note(f"of {name} {stack}")
+        return None
     return stack
 
 

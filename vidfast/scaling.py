@@ -15,8 +15,8 @@ from vidfast import primitive_ops
 from vidfast._torch import donates_buffers
 
 _EAGER = (
-    "strategy='one_pass' keeps only the first derivative of gaussian_nll: "
-    "for a second one use strategy='two_pass', or in VIDLoss backend='reference'"
+    "one pass keeps only the first derivative: for a second one use strategy='two_pass' in gaussian_nll and "
+    "GaussianNLL, backend='reference' in vid_head, VIDLoss and a Distiller's methods"
 )
 OF_OPERATORS = (
     "vidfast's operators, which compiled graphs call, have only first derivatives: "

@@ -92,7 +92,7 @@ def weight_in_graph(weight: float, on_cpu: bool) -> tuple[float, Tensor | None, 
         if not _is_constant():
             if on_cpu:
                 # tensor(weight), full and a float argument would be a graph for every value
-                return 1.0, torch.ones((), dtype=torch.float64) * weight, None
+                return 1.0, torch.ones((), dtype=torch.float64, device="cpu") * weight, None
             return 1.0, None, weight
     return weight, None, None
 

@@ -439,3 +439,13 @@ def test_graphs_from_the_disk_cache(tmp_path: Path) -> None:
     assert hits[0] == 0
     if hits[1] == 0:
         pytest.skip(f"torch {torch.__version__} kept no such graph")
+
+
+def test_a_default_device_changes_no_weight_on_a_schedule() -> None:
+    m, t, a = problem()
+    compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+    for weight in (1.0, 0.7, 0.3):
+        want = loss_of(m, t, a, weight=weight)
+        with torch.device("meta"):
+            found = compiled(m, t, a, weight=weight)
+        torch.testing.assert_close(found, want)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -24,7 +26,8 @@ from problems import BF16, FP16, FP32, short
 from torch import Tensor, nn
 
 import vidfast
-from vidfast.head import function, parts, way
+from vidfast.head import parts, plan, way
+from vidfast.head.arrangement import Planes
 
 # torch.amp.GradScaler's first factor.
 SCALER = 65536.0
@@ -197,11 +200,11 @@ def test_without_gradients_the_loss_is_the_same(dtype: torch.dtype, fast: bool) 
     with stored("rows", samples_bytes=3000, fast=fast):
         loss = gradients(regressor, alpha, student, target, 1, amp)[0]
         with torch.no_grad():
-            alone = gradients_free_loss(regressor, alpha, student, target, amp)
+            alone = loss_without_gradients(regressor, alpha, student, target, amp)
     assert torch.equal(loss, alone)
 
 
-def gradients_free_loss(
+def loss_without_gradients(
     regressor: nn.Sequential, alpha: Tensor, student: Tensor, target: Tensor, amp: torch.dtype | None
 ) -> Tensor:
     from vidfast.regressor import regressed_nll
@@ -296,4 +299,158 @@ def test_a_saved_tensor_hook_sees_the_gradients_and_may_move_them() -> None:
         moved = step()
     for x, y in zip(plain, moved, strict=True):
         assert torch.equal(x, y)
-    assert function.InParts is not None
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("fast", [True, False], ids=["16-bit products", "fp32 products"])
+def test_each_value_is_rounded_where_a_layer_would(fast: bool, arrangement: str) -> None:
+    one, alpha = torch.ones(2, 1, 4), torch.zeros(1)
+    variance = math.log(2.0) + 1e-5
+    floor = torch.tensor(0.5 * math.log(variance))
+
+    def loss(student: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        with stored(arrangement, fast=fast), torch.autocast("cpu", BF16):
+            return vidfast.vid_head(student, target, alpha, weight, [bias])
+
+    # the mean: 257 is 256 in bf16
+    torch.testing.assert_close(loss(one.expand(2, 2, 4), 256 * one, torch.tensor([[256.0, 1.0]])), floor)
+    # the student: 1 + 2^-9 is 1
+    student = torch.cat([(1 + 2**-9) * one, -one], 1)
+    torch.testing.assert_close(loss(student, 0 * one, torch.full((1, 2), 512.0)), floor)
+    # d mean, which a bias's gradient adds up
+    bias = torch.zeros(1, requires_grad=True)
+    loss(one, (2 + 2**-7) * one, torch.ones(1, 1), bias).backward()
+    element = torch.tensor(-(1 + 2**-7) / variance / 8, dtype=torch.float64).float()
+    assert element.to(BF16).float() != element
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad, 8 * element.to(BF16).float()[None], rtol=1e-6, atol=0)
+
+
+def test_a_share_of_a_weights_gradient_that_is_too_large_is_made_again() -> None:
+    regressor = layers("maps", 4, 4).half()
+    with torch.no_grad():
+        regressor[0].weight.fill_(0.01)
+    alpha = nn.Parameter(torch.full((4,), -2.7))
+    student, target = torch.full((4, 4, 6, 7), 60.0).half(), torch.full((4, 4, 6, 7), -200.0).half()
+    wanted = exact(regressor, alpha, student, target, 1)
+    with stored("planes", fast=True):
+        found = gradients(regressor, alpha, student, target, 1, g=2.0**-8)
+    for ours, right in zip(found, wanted, strict=True):
+        assert distance(ours, right) < 4e-3
+
+
+def test_a_students_gradient_alone_that_is_too_large_is_made_again() -> None:
+    weight = torch.full((4, 4), 200.0).half()
+    alpha = torch.full((4,), -2.7)
+    student = torch.full((4, 4, 42), 0.01).half().requires_grad_()
+    target = torch.full((4, 4, 42), -200.0).half()
+    loss = vidfast.vid_head(student, target, alpha, weight)
+    (found,) = torch.autograd.grad(loss, student, torch.tensor(2.0**-8))
+    wide = student.detach().double().requires_grad_()
+    mean = torch.einsum("oc,bcp->bop", weight.double(), wide)
+    want = vidfast.gaussian_nll(mean, target.double(), alpha, backend="reference")
+    (right,) = torch.autograd.grad(want, wide)
+    assert distance(found * 2.0**8, right) < 4e-3
+
+
+def test_a_gradient_that_is_never_finite_ends() -> None:
+    """The loss is finite, and a gradient is NaN at any scale."""
+    first = torch.full((8, 5), -1.0).half()
+    first[0, 0] = -float("inf")
+    first.requires_grad_()
+    student = torch.rand(3, 5, 12).half().add(0.1).requires_grad_()
+    weights = [first, torch.randn(6, 8).half()]
+    loss = vidfast.vid_head(student, torch.randn(3, 6, 12), torch.zeros(6), weights)
+    loss.backward()
+    assert student.grad is not None
+    assert loss.isfinite()
+    assert student.grad.isnan().any()
+
+
+def test_planes_add_up_in_fp32() -> None:
+    """257 is not a number in bf16."""
+    g = torch.ones(257, 1, 1, dtype=BF16)
+    assert Planes.over_channels(g).item() == 257
+    total = torch.zeros(1, 1)
+    Planes.add_outer(total, g, g, torch.empty(257, 1, 1, dtype=BF16))
+    assert total.item() == 257
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["16-bit products", "fp32 products"])
+def test_a_student_wider_than_all_layers(fast: bool) -> None:
+    regressor, alpha = layers("maps", 32, 8, 6), spread_alpha(6)
+    student, target = features("maps", 7, 32), features("maps", 7, 6)
+    for arrangement in ARRANGEMENTS:
+        for amp in (None, BF16):
+            with stored(arrangement, samples_bytes=9000, fast=fast):
+                found = gradients(regressor, alpha, student, target, 1, amp)
+            for ours, right in zip(found, exact(regressor, alpha, student, target, 1), strict=True):
+                assert distance(ours, right) < (0.2 if amp else 2e-6)
+
+
+@pytest.mark.parametrize("amp", [None, BF16, FP16], ids=["fp32", "bf16", "fp16"])
+def test_a_variance_that_is_a_slice(amp: torch.dtype | None) -> None:
+    regressor, alpha = layers("maps", 5, 6), torch.randn(12, requires_grad=True)
+    student, target = features("maps", 3, 5), features("maps", 3, 6)
+    with torch.autocast("cpu", dtype=amp or BF16, enabled=amp is not None):
+        found, wanted = (
+            vidfast.vid_head(student, target, a, regressor[0].weight)
+            for a in (alpha[::2], alpha[::2].detach().clone())
+        )
+    assert torch.equal(found, wanted)
+
+
+PAPERS = [((128, 32, 256), 128), ((128, 16, 1024), 64), ((128, 64, 64), 256), ((32, 256, 196), 512)]
+
+
+@pytest.mark.parametrize(
+    ("module", "fast", "wanted"),
+    [
+        (FP32, False, [("planes", 10), ("planes", 10), ("rows", 10), ("rows", 2)]),
+        (BF16, False, [("planes", 10), ("planes", 10), ("rows", 10), ("rows", 2)]),
+        (BF16, True, [("planes", 10), ("planes", 8), ("rows", 16), ("columns", 2)]),
+    ],
+    ids=["fp32", "bf16 in fp32", "bf16"],
+)
+def test_plans_of_the_papers_pairs(module: torch.dtype, fast: bool, wanted: list[tuple[str, int]]) -> None:
+    """docs/kernel-notes.md says why; a student in channels_last is taken as it is stored."""
+    found = []
+    for shape, widest in PAPERS:
+        with stored(None, fast=fast):
+            made = plan.plan_for(torch.empty(shape), [widest], module)
+        found.append((made.arrangement.name, made.samples))
+    assert found == wanted
+    last = torch.empty(4, 1024, 16).transpose(1, 2)
+    assert plan.plan_for(last, [64], module).arrangement.name == "rows"
+
+
+@pytest.mark.parametrize("amp", [BF16, FP16], ids=short)
+@pytest.mark.parametrize("fast", [True, False], ids=["16-bit products", "fp32 products"])
+def test_an_fp16_students_gradient_survives_under_any_autocast(amp: torch.dtype, fast: bool) -> None:
+    """It is stored before a scaler's factor arrives: without k, whatever the layers give."""
+    regressor, alpha = layers("maps", 8, 16), spread_alpha(16)
+    student, target = features("maps", 16, 8, 24).half(), features("maps", 16, 16, 24)
+    wanted = exact(regressor, alpha, student, target, 1, 2.0**-8)
+    with stored("planes", fast=fast):
+        found = gradients(regressor, alpha, student, target, 1, amp, SCALER, weight=2.0**-8)
+    assert distance(found[1], wanted[1]) < 2 * torch.finfo(amp).eps
+
+
+@pytest.mark.parametrize("level", [1e5, 1e2, -30.0, -1000.0], ids="alpha {}".format)
+@pytest.mark.parametrize("eps", [1e-5, 1e-320, 1e4], ids="eps {}".format)
+def test_any_size_of_the_variances_in_fp16(level: float, eps: float) -> None:
+    """As near to fp64 as layer by layer, where those give numbers at all."""
+    regressor = layers("maps", 6, 8, 8).half()
+    alpha = torch.full((8,), level, requires_grad=True)
+    student, target = features("maps", 4, 6).half().requires_grad_(), features("maps", 4, 8)
+    weights = [regressor[0].weight, regressor[2].weight]
+    results = []
+    for together in (True, False):
+        with contextlib.nullcontext() if together else layer_by_layer():
+            loss = vidfast.vid_head(student, target, alpha, weights, eps=eps, reduction="sum")
+        results.append(
+            [x.double() for x in torch.autograd.grad(loss, [student, *weights], torch.tensor(1.0))]
+        )
+    for ours, apart in zip(*results, strict=True):
+        if bool(apart.isfinite().all()) and float(apart.abs().max()) > 1e-3:
+            assert distance(ours, apart) < 1e-2

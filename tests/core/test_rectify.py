@@ -54,12 +54,11 @@ def test_relu_and_its_gradient_are_torchs(isa: str, dtype: torch.dtype, rounded:
         assert torch.equal(bits(ours), bits(wanted))
     activation = x.relu()
     wanted = torch.where(activation == 0, torch.zeros_like(gradient), gradient).to(rounded).to(dtype)
-    for out in (torch.full_like(x, 5.0), gradient.clone(), activation.clone()):
-        inputs = [y.clone() if y is not out else out for y in (gradient, activation)]
-        g = out if torch.equal(bits(out), bits(gradient)) and n > 1 else inputs[0]
-        a = inputs[1] if g is out or not torch.equal(bits(out), bits(activation)) else out
+    for place in ("new memory", "the gradient's", "the activation's"):
+        g, a = gradient.clone(), activation.clone()
+        out = {"new memory": torch.full_like(x, 5.0), "the gradient's": g, "the activation's": a}[place]
         backend.rectify_backward(g, a, out, rounded)
-        assert torch.equal(bits(out), bits(wanted))
+        assert torch.equal(bits(out), bits(wanted)), place
 
 
 def test_a_gradient_goes_through_where_the_activation_is_nan(isa: str) -> None:
@@ -85,6 +84,11 @@ def test_nothing_is_written_beside_what_was_given(isa: str, threads: int) -> Non
             backend.rectify(whole[16:39_001], dtype, True)
             assert bool((whole[:16] == -1).all())
             assert bool((whole[16:39_001] == 0).all())
+            assert bool((whole[39_001:] == -1).all())
+            ones = torch.ones(40_000, dtype=dtype)
+            backend.rectify_backward(ones[16:39_001], ones[16:39_001], whole[16:39_001], dtype)
+            assert bool((whole[:16] == -1).all())
+            assert bool((whole[16:39_001] == 1).all())
             assert bool((whole[39_001:] == -1).all())
     finally:
         torch.set_num_threads(before)

@@ -134,7 +134,7 @@ class PartsBackend(Backend, Protocol):
     """
 
     def rectify(self, x: Tensor, rounded: torch.dtype, positive: bool) -> None:
-        """In place max(x, 0), if `positive`, and NaN where x is; then rounded to the values of `rounded`."""
+        """Replaces x by max(x, 0) where `positive` is True (NaN stays NaN), then rounds it to values of `rounded`."""
 
     def rectify_backward(
         self, gradient: Tensor, activation: Tensor, out: Tensor, rounded: torch.dtype

@@ -23,7 +23,7 @@ def train_mode(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
 def compiled(distiller: Distiller, how: bool | str) -> Iterator[None]:
     """Both networks run by torch.compile during the block. how: False for not, True, or a backend's name.
 
-    The losses stay eager: there they need fewer passes over memory than in a compiled graph.
+    The losses stay eager: their kernels are the same there, and nothing waits for a compiler.
     """
     if not how:
         yield

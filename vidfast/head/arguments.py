@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from vidfast.arguments import (
 )
 from vidfast.head.stack import Stack
 from vidfast.raw import DTYPES
+
+_HINT = ": of a module pass its .weight and .bias"
 
 
 def check_head(
@@ -39,9 +41,18 @@ def check_head(
     if reduction not in SCALAR_REDUCTIONS:
         raise ValueError(f"reduction must be one of {SCALAR_REDUCTIONS}, got {reduction!r}")
     eps, weight = check_options(eps, reduction, weight)
-    # target against itself: what is wrong with it or with alpha is said as gaussian_nll does
-    channel, alpha = check_tensors(target, target, alpha, channel_dim)
-    _check_student(student, target, channel, check_channel_dim(channel_dim))
+    _check_feature("target", target)
+    _check_feature("student", student)
+    given = check_channel_dim(channel_dim)
+    if isinstance(alpha, Tensor) and -target.dim() <= given < target.dim():
+        channels, found = target.shape[given], alpha.numel()
+        if found not in (1, channels) and found == target.shape[-1]:
+            raise ValueError(
+                f"alpha must be one number for each of the {channels} channels in dimension {given} of "
+                f"{tuple(target.shape)}, got {found}: where the channels are last, pass channel_dim=-1"
+            )
+    channel, alpha = check_tensors(target, target, alpha, given)
+    _check_student(student, target, channel, given)
     if reduction == "batchmean" and channel == 0:
         raise ValueError(
             "reduction='batchmean' needs a batch in dimension 0, but channel_dim=0 is the channels"
@@ -50,13 +61,18 @@ def check_head(
     return stack, alpha, Call(channel, eps, reduction, weight=weight, inplace=True, backend=backend)
 
 
+def _check_feature(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise ValueError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
+
+
 def _check_student(student: Tensor, target: Tensor, channel: int, given: int) -> None:
-    if not isinstance(student, Tensor):
-        raise TypeError(f"student must be a torch.Tensor, got {type(student).__name__}")
-    if student.layout is not torch.strided or student.is_nested:
-        raise ValueError(f"student must be a dense (strided) tensor, got layout {student.layout}")
-    if student.dtype not in DTYPES:
-        raise TypeError(f"student must be float16, bfloat16, float32 or float64, got {student.dtype}")
     wanted, got = list(target.shape), list(student.shape)
     if len(wanted) < 2:
         raise ValueError(f"student and target must have two or more dimensions, got {tuple(wanted)}")
@@ -66,7 +82,7 @@ def _check_student(student: Tensor, target: Tensor, channel: int, given: int) ->
     ):
         raise ValueError(
             f"student and target must have the same shape but for their channels in dimension {given}, got "
-            f"{tuple(got)} and {tuple(wanted)}"
+            f"{tuple(got)} and {tuple(wanted)}: pool the larger to the size of the other first, as VIDLoss does"
         )
     if student.device != target.device:
         raise ValueError(
@@ -81,12 +97,12 @@ def _check_layers(
     targets: int,
     channel: int,
 ) -> Stack:
-    layers = (weights,) if isinstance(weights, Tensor) else tuple(weights)
+    layers = _as_tuple("weights", weights)
     if not layers:
         raise ValueError("weights must be one or more tensors, got none")
     if biases is None:
         biases = (None,) * len(layers)
-    given = (biases,) if isinstance(biases, Tensor) else tuple(biases)
+    given = _as_tuple("biases", biases)
     if len(given) != len(layers):
         raise ValueError(f"biases must be as many as weights, {len(layers)}, got {len(given)}")
     channels, convolutions = student.shape[channel], False
@@ -94,11 +110,11 @@ def _check_layers(
     for number, (matrix, bias) in enumerate(zip(layers, given, strict=True)):
         name = f"weights[{number}]"
         if not isinstance(matrix, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(matrix).__name__}")
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(matrix).__name__}{_HINT}")
         if matrix.dim() < 2 or set(matrix.shape[2:]) - {1} or matrix.shape[1] != channels:
             raise ValueError(
-                f"{name} must be (out, {channels}), or (out, {channels}, 1, ...) of a 1x1 convolution, got "
-                f"{tuple(matrix.shape)}"
+                f"{name} must be (out, {channels}), or (out, {channels}, 1, ...) of a 1x1 convolution without groups, "
+                f"got {tuple(matrix.shape)}; for any other layer call gaussian_nll on its output"
             )
         channels, convolutions = matrix.shape[0], convolutions or matrix.dim() > 2
         _check_like(name, matrix, student, mixed)
@@ -115,9 +131,19 @@ def _check_layers(
     return Stack(layers, given, convolutions)
 
 
+def _as_tuple(name: str, given: object) -> tuple[Any, ...]:
+    if isinstance(given, Tensor):
+        return (given,)
+    if not isinstance(given, Sequence):
+        raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(given).__name__}{_HINT}")
+    return tuple(given)
+
+
 def _check_like(name: str, x: Tensor, student: Tensor, mixed: bool) -> None:
     if x.device != student.device:
         raise ValueError(f"{name} must be on student's device, {student.device}, got {x.device}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     casts = mixed and torch.float64 not in (x.dtype, student.dtype)

@@ -47,7 +47,8 @@ def vid_head(
         channel_dim: Which dimension of student and target is the channels: 1 for (B, C, *spatial), -1 for tokens.
         eps: The smallest variance.
         reduction: "mean" over the target's elements, "sum" or "batchmean".
-        weight: A factor of the loss; in here it costs nothing. Another value compiles no graph anew.
+        weight: A factor of the loss; in here it costs nothing. Compiled, its first change makes a second graph,
+            and no later one does.
         backend: "auto", "reference" (plain PyTorch), or a back end by name; see :func:`vidfast.info`.
 
     Returns:

@@ -87,7 +87,7 @@ def _dense(student: Tensor) -> Tensor:
 def _of_nothing(target: Tensor, alpha: Tensor, call: Call) -> Tensor:
     """The loss where there is no element to score."""
     return reference_nll(
-        target.new_empty(target.shape, dtype=torch.float32), target.float(), alpha, call
+        target.new_zeros(target.shape, dtype=torch.float32), target.float(), alpha, call
     ).float()
 
 
@@ -154,7 +154,7 @@ def _forward_grad(
         zeros = laid_out(torch.zeros_like(student), student) if of.student else student.new_empty(0)
         of_layers = student.new_zeros(sum(x.numel() for x in layers), dtype=torch.float32)
         nothing = alpha.new_zeros(alpha.shape, dtype=torch.float64)
-        rest = torch.ones((), dtype=torch.float64)
+        rest = torch.ones((), dtype=torch.float64, device="cpu")
         return _of_nothing(target, alpha, call), rest, zeros, nothing, of_layers
     samples, target = as_samples(_dense(student), target)
     plan = plan_for(samples, widths_of(stack.weights), module)
@@ -230,7 +230,8 @@ class _Head(torch.autograd.Function):
             (x.shape, x.dtype) if x is not None and need else None
             for x, need in zip(layers, needs[5:], strict=True)
         ]
-        ctx.alpha_dtype, (*_, ctx.module, ctx.backend) = alpha.dtype, options
+        *_, module, ctx.backend = options
+        ctx.alpha_dtype, ctx.has_rest = alpha.dtype, parts.stores_fp16(module, student.dtype)
         result: Tensor = loss
         return result
 
@@ -248,7 +249,7 @@ class _Head(torch.autograd.Function):
         ) -> tuple[Tensor | None, Tensor | None]:
             return scaled(g, grad, 1, grad_alpha, ctx.alpha_dtype, ctx.backend, loss, alpha)
 
-        if ctx.module is torch.float16:  # nothing is left of k in other types
+        if ctx.has_rest:  # else nothing is left of k
             student = times(g.double() * rest, student, None)[0]
             grad_alpha = times(g, None, grad_alpha)[1]
         else:

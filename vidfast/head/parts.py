@@ -39,7 +39,7 @@ class Gradients(NamedTuple):
 
     Attributes:
         loss: A scalar in fp32.
-        factor: What the student's gradient has to be multiplied with yet. 1 but for 16-bit modules in fp16.
+        factor: What the student's gradient has to be multiplied with yet. 1 where nothing is stored in fp16.
         student: In the student's dtype and order of dimensions; None where it is not wanted.
         alpha: (C,) in fp64.
         weights: (out, in) each in fp32, or None.
@@ -78,9 +78,10 @@ class _Layers:
         self.biases = [None if bias is None else self._as_products(bias.detach()) for bias in stack.biases]
         self.channels = [student.shape[1], *(weight.shape[0] for weight in self.weights)]
         self.rounds = plan.module is not plan.products
-        # The student's memory is used as it is where it can be.
+        # The student's memory is used as it is where it can be; what is to be rounded is copied.
         first = student[: plan.samples]
-        self.borrows = student.dtype is plan.products and plan.arrangement.native(first) is not None
+        may = student.dtype is plan.products and not self.rounds
+        self.borrows = may and plan.arrangement.native(first) is not None
         self.blocks = [
             self.block(0 if self.borrows and layer == 0 else channels)
             for layer, channels in enumerate(self.channels)
@@ -246,14 +247,20 @@ def gradients(
         plan: Of :func:`plan_for`.
         wanted: Which gradients.
     """
-    inside, factor = _divided(call.k, alpha, call.eps) if plan.module is torch.float16 else (call.k, 1.0)
+    narrow = stores_fp16(plan.module, student.dtype)
+    inside, factor = _divided(call.k, alpha, call.eps) if narrow else (call.k, 1.0)
     while True:
         found = _in_parts(
             stack, student, target, alpha, call._replace(k=inside), backend, plan, wanted, factor
         )
-        if plan.module is not torch.float16 or not _overflowed(found) or abs(inside) < _SMALLEST_INSIDE:
+        if not narrow or not _overflowed(found) or abs(inside) < _SMALLEST_INSIDE:
             return found
         inside, factor = inside * _LESS_IN_FP16, factor / _LESS_IN_FP16
+
+
+def stores_fp16(module: torch.dtype, student: torch.dtype) -> bool:
+    """Whether a gradient for g = 1 is stored in fp16, of an activation or of the student: it goes without k then."""
+    return torch.float16 in (module, student)
 
 
 def _in_parts(
@@ -315,14 +322,17 @@ def _scalar(value: float) -> Tensor:
 def _divided(k: float, alpha: Tensor, eps: float) -> tuple[float, float]:
     """(what of k goes into fp16 gradients, the power of two that is left of it).
 
-    1 / v_c times the first is at most about _MOST_IN_FP16 in every channel.
+    A gradient is r / v_c times the first. With the smallest variance v it is at most 16 r where v is below 1/16, and
+    where v is above 1 about what r is beside the standard deviation.
     """
     mantissa, exponent = math.frexp(k)
     smallest = float(F.softplus(alpha.detach().double()).min()) + eps
     down = 0
-    if math.isfinite(smallest):
-        down = max(0, math.ceil(-math.log2(_MOST_IN_FP16 * smallest)))
-    return math.ldexp(mantissa, -down), math.ldexp(1.0, exponent + down)
+    if math.isfinite(smallest) and smallest * _MOST_IN_FP16 < 1:
+        down = math.ceil(-math.log2(_MOST_IN_FP16 * smallest))
+    elif math.isfinite(smallest) and smallest > 1:
+        down = -math.floor(math.log2(smallest) / 2)
+    return math.ldexp(mantissa, -down), math.ldexp(1.0, min(exponent + down, 1023))
 
 
 def _overflowed(found: Gradients) -> bool:

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from vidfast.layers import is_as_defined
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # By the number of spatial axes that they take.
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVOLUTIONS: dict[int, type[nn.Module]] = dict(enumerate(CONVOLUTIONS, 1))
 
 
 class Stack(NamedTuple):
@@ -49,8 +50,8 @@ class Stack(NamedTuple):
         )
 
 
-def stack_of(regressor: nn.Module, dims: int, channel_dim: int, as_maps: bool = False) -> Stack | None:
-    """The stack that a module is, or None where it is anything else.
+def stack_of(regressor: nn.Module, dims: int, channel_dim: int, as_maps: bool = False) -> Stack | str:
+    """The stack that a module is, or why it is none.
 
     Args:
         regressor: One layer, or an nn.Sequential of layers and ReLUs in turn, by torch's own code.
@@ -59,25 +60,27 @@ def stack_of(regressor: nn.Module, dims: int, channel_dim: int, as_maps: bool = 
         as_maps: Whether nn.Conv2d are to be applied to features of any number of spatial axes.
     """
     parts = [*regressor] if type(regressor) is nn.Sequential else [regressor]
-    if len(parts) % 2 == 0 or not is_as_defined(regressor):
-        return None
-    if any(type(part) is not nn.ReLU for part in parts[1::2]):
-        return None
+    if len(parts) % 2 == 0:
+        return f"it has {len(parts)} parts, and not layers with ReLU between"
+    kind = nn.Linear if type(parts[0]) is nn.Linear else nn.Conv2d if as_maps else _CONVOLUTIONS.get(dims - 2)
+    if kind is None or channel_dim != (dims - 1 if kind is nn.Linear else 1):
+        return f"{type(parts[0]).__name__} does not mix the channels alone, dimension {channel_dim} of {dims}"
+    for place, part in enumerate(parts):
+        wanted = nn.ReLU if place % 2 else kind
+        if type(part) is not wanted:
+            return f"its part {place} is {type(part).__name__}, not {wanted.__name__}"
+        if wanted is kind and isinstance(part, CONVOLUTIONS) and not _is_pointwise(part):
+            return f"its part {place} is a convolution of other than 1x1"
+    if not is_as_defined(regressor):
+        return "a part of it, or a function of torch's, is not as torch defines it"
     layers: list[nn.Module] = parts[::2]
-    if all(type(layer) is nn.Linear for layer in layers):
-        if channel_dim != dims - 1:
-            return None
-    else:
-        wanted = nn.Conv2d if as_maps else _CONVOLUTIONS.get(dims - 2)
-        if channel_dim != 1 or not all(type(layer) is wanted and _is_pointwise(layer) for layer in layers):
-            return None
     weights, biases = (tuple(getattr(layer, name) for layer in layers) for name in ("weight", "bias"))
-    return Stack(weights, biases, not isinstance(layers[0], nn.Linear))
+    return Stack(weights, biases, kind is not nn.Linear)
 
 
 def _is_pointwise(layer: nn.Module) -> bool:
     """Whether a convolution mixes channels alone, and gives as many positions as it takes."""
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    assert isinstance(layer, CONVOLUTIONS)
     return (
         set(layer.kernel_size) == {1}
         and set(layer.stride) == {1}

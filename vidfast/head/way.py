@@ -93,20 +93,21 @@ def obstacle(
 ) -> str | None:
     """Why a head cannot be computed in one pass, or None."""
     tensors = (student, target, alpha, *stack.tensors)
-    if call.backend == "reference" or call.strategy == "two_pass" or call.reduction == "none" or call.full:
-        return "the loss is asked for by another way"
+    if call.backend == "reference" or call.reduction == "none":
+        return f"backend={call.backend!r}, reduction={call.reduction!r}"
     if not all(x.is_cpu for x in tensors):
         return "it is not on the CPU"
     if module not in (torch.float32, torch.bfloat16, torch.float16) or target.dtype is torch.float64:
-        return "it is computed in fp64, or in several types"
+        return f"student is {student.dtype}, the layers give {module or 'several types'}, target is {target.dtype}"
     if alpha.dtype not in DTYPES:
         return f"alpha is {alpha.dtype}"
     if not _fits(stack, student, target, alpha, call.channel):
-        return "its shapes do not fit"
+        shapes = "" if torch.compiler.is_compiling() else f", {tuple(student.shape)} to {tuple(target.shape)}"
+        return f"the layers do not lead from student to target{shapes}"
     if target.requires_grad:
         return "the target requires grad"
     if module is torch.float32 and stack.convolutions and products_differ_from_convolutions():
-        return "convolutions and products of matrices have different precisions"
+        return "torch.set_float32_matmul_precision or fp32_precision lets convolutions and products of matrices differ"
     grad = torch.is_grad_enabled()
     if grad and alpha.requires_grad and not any(x.requires_grad for x in (student, *stack.tensors)):
         return "only alpha's gradient is wanted"  # for which the sums of squares are enough
