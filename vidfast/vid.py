@@ -74,6 +74,7 @@ class VIDLoss(Weighted):
     VIDLoss that distillation repositories share; checkpoints that call the parameter `soft_plus_param` or `alpha` load
     too. Differing spatial sizes are pooled to the smaller along each axis, before the regressor, which may be exchanged
     for one of your own: `regressor` is a module from the student's feature to the teacher's shape.
+    For tokens (B, L, D) there are :func:`vidfast.vid_head` and the Distiller's VID with `channel_dim=-1`.
 
     Args:
         num_input_channels: The student feature's channels.

@@ -216,3 +216,34 @@ def test_the_stack_above_a_kernel_goes_down(backend: Place, monkeypatch: pytest.
     assert stack[0] == "nll"
     assert stack[-1] == "primitives"
     assert all(a == b or floor_of[a] < floor_of[b] for a, b in pairwise(stack)), stack
+
+
+@pytest.mark.skipif(memory._C is None, reason="the extension is not built")
+def test_the_stack_above_a_heads_kernel_goes_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likewise from `vid_head`, by way of its folder."""
+    from vidfast.backends.cpu import CpuBackend
+
+    stack: list[str] = []
+    right = CpuBackend.forward_grad
+
+    def seen(*args: Any, **options: Any) -> None:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            path = Path(frame.f_code.co_filename)
+            if path.is_relative_to(PACKAGE):
+                stack.insert(0, entry_of(module_of(path)))
+            frame = frame.f_back
+        right(*args, **options)
+
+    monkeypatch.setattr(CpuBackend, "forward_grad", seen)
+    weight = torch.randn(6, 5, requires_grad=True)
+    vidfast.vid_head(torch.randn(3, 5, 4), torch.randn(3, 6, 4), torch.zeros(6), weight)
+    floor_of = {name: number for number, floor in enumerate(floors()) for name in floor}
+    assert [name for name, _ in groupby(stack)] == [
+        "head/call",
+        "head/way",
+        "head/function",
+        "head/parts",
+        "primitives",
+    ]
+    assert all(a == b or floor_of[a] < floor_of[b] for a, b in pairwise(stack)), stack

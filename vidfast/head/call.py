@@ -30,17 +30,18 @@ def vid_head(
 ) -> Tensor:
     """-log q(t|s) of equation 5 (Ahn et al., CVPR 2019) with its mean function: a stack of layers and the loss at once.
 
-    mu(s) = W_n relu(... relu(W_1 s + b_1) ...) + b_n at every position, and then :func:`vidfast.gaussian_nll`. The
-    layers are 1x1 convolutions, or linear layers where the channels are the last dimension. On the CPU, in fp32, bf16
-    and fp16, under autocast too, all is computed a few samples at a time: the loss together with every gradient, and no
-    activation is ever whole. Inside torch.compile that stays one operator. Elsewhere (other devices, fp64, a target
-    that requires grad, alpha's gradient alone) the layers run one after the other, and the loss over their last output;
-    the logger "vidfast" says why, at level DEBUG.
+    mu(s) = W_n relu(... relu(W_1 s + b_1) ...) + b_n at every position, and then :func:`vidfast.gaussian_nll`: ReLU
+    between the layers, and none behind the last. They are those of 1x1 convolutions or of linear layers: either is a
+    matrix over the channels, wherever those are. On the CPU, in fp32, bf16 and fp16, under autocast too, all is
+    computed a few samples at a time: the loss and every gradient, and no activation is stored for the whole batch.
+    Inside torch.compile that stays one operator. Elsewhere (other devices, fp64, a target that requires grad, alpha's
+    gradient alone, convolutions after torch.set_float32_matmul_precision("high")) the layers run one after the other,
+    and the loss over their last output; the logger "vidfast" says why, at level DEBUG.
 
     Args:
         student: s, any shape of two or more dimensions, the batch in one of them; fp16, bf16, fp32 or fp64.
         target: t, student's shape but for its C channels; any of these dtypes, on student's device.
-        alpha: (C,), any of these dtypes; sigma_c^2 = softplus(alpha_c) + eps.
+        alpha: (C,), any of these dtypes; sigma_c^2 = softplus(alpha_c) + eps. VIDLoss starts at a variance of 5.
         weights: One or more, from the student to the target: (out, in) each, or a convolution's (out, in, 1, ...).
             Student's dtype, but under autocast, which casts all of it. One tensor is one layer.
         biases: As many, (out,) or None each; None: none has any.

@@ -161,13 +161,13 @@ class _Sums:
         self.down = [
             weight.t().contiguous() if self.kind is Planes else weight.t() for weight in layers.weights
         ]
-        crossed = layers.channels[max(self.lowest, 0 if self._is_copied() else 1) : -1]
+        widths_below = layers.channels[max(self.lowest, 0 if self._is_copied() else 1) : -1]
         # What is in there is read before anything else comes: a part's share of a weight's gradient, or a gradient.
         shares = [
             math.prod(s) if narrow and want else 0 for s, want in zip(shapes, wanted.weights, strict=True)
         ]
         self.spare = empty_scratch(
-            max(*shares, plan.samples * plan.positions * max(crossed, default=0)), plan.products
+            max(*shares, plan.samples * plan.positions * max(widths_below, default=0)), plan.products
         )
         self.products = [
             self.spare[:share].view(shape) if share else None
@@ -246,9 +246,12 @@ def gradients(
         backend: For the loss and what lies between the products.
         plan: Of :func:`plan_for`.
         wanted: Which gradients.
+
+    Returns:
+        The loss and the wanted gradients. Where fp16 overflowed on the way they are computed once more, smaller.
     """
     narrow = stores_fp16(plan.module, student.dtype)
-    inside, factor = _divided(call.k, alpha, call.eps) if narrow else (call.k, 1.0)
+    inside, factor = _split_factor(call.k, alpha, call.eps) if narrow else (call.k, 1.0)
     while True:
         found = _in_parts(
             stack, student, target, alpha, call._replace(k=inside), backend, plan, wanted, factor
@@ -279,9 +282,9 @@ def _in_parts(
     sums = _Sums(layers, wanted)
     alpha = alpha.contiguous()
     losses, of_alpha = [], torch.zeros_like(alpha, dtype=torch.float64)
-    for begin, n, activations, goal in layers.parts(target):
+    for begin, n, activations, target_part in layers.parts(target):
         mean = layers.part(activations[-1], n)
-        loss, _, part_of_alpha = primitives.forward_grad(backend, mean, goal, alpha, call)
+        loss, _, part_of_alpha = primitives.forward_grad(backend, mean, target_part, alpha, call)
         losses.append(loss.item())
         of_alpha += part_of_alpha
         if layers.rounds:
@@ -309,9 +312,9 @@ def loss_alone(
     layers = _Layers(stack, student, plan, backend)
     alpha = alpha.contiguous()
     losses = []
-    for _, n, activations, goal in layers.parts(target):
+    for _, n, activations, target_part in layers.parts(target):
         mean = layers.part(activations[-1], n)
-        losses.append(primitives.forward(backend, mean, goal, alpha, call)[0].item())
+        losses.append(primitives.forward(backend, mean, target_part, alpha, call)[0].item())
     return _scalar(math.fsum(losses))
 
 
@@ -319,7 +322,7 @@ def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
-def _divided(k: float, alpha: Tensor, eps: float) -> tuple[float, float]:
+def _split_factor(k: float, alpha: Tensor, eps: float) -> tuple[float, float]:
     """(what of k goes into fp16 gradients, the power of two that is left of it).
 
     A gradient is r / v_c times the first. With the smallest variance v it is at most 16 r where v is below 1/16, and

@@ -30,7 +30,7 @@ class Plan(NamedTuple):
         arrangement: How activations of a part are stored.
         samples: Of a part.
         positions: Of a sample.
-        module: The dtype of what a layer gives.
+        module: The dtype of what a layer gives: fp32, bf16 or fp16.
         products: The dtype in which activations are stored and multiplied.
     """
 
@@ -47,7 +47,10 @@ def plan_for(student: Tensor, widths: Sequence[int], module: torch.dtype) -> Pla
     Args:
         student: (B, C_s, positions), with elements.
         widths: What each layer gives.
-        module: The dtype of that.
+        module: The dtype of that: fp32, bf16 or fp16.
+
+    Returns:
+        The plan. It does not depend on values or on the number of threads.
     """
     products = torch.float32 if module is torch.float32 or not cpu_multiplies(module) else module
     batch, channels, positions = student.shape
