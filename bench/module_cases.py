@@ -85,19 +85,17 @@ def vid_loss_cases(suite: str, full: bool, device: str) -> list[Case]:
     return cases
 
 
-def head_cases(device: str, small: bool = False, linear: bool = True) -> list[Case]:
+def head_cases(device: str, small: bool = False) -> list[Case]:
     """What decides about the head on a GPU, in order of value, at g = 1.
 
     Args:
         device: Where their tensors are.
         small: SMALL_DEVICE_HEADS instead.
-        linear: Whether the pairs of linear layers are among them.
     """
     cases = []
     for pair, autocast in SMALL_DEVICE_HEADS if small else DEVICE_HEADS:
         case = replace(pair_case(HEAD, pair, device), gradients=(1.0,), fewest=0)
-        if linear or case.channel_dim == 1:
-            cases.append(under_autocast(case, torch.bfloat16) if autocast else case)
+        cases.append(under_autocast(case, torch.bfloat16) if autocast else case)
     return cases
 
 

@@ -58,27 +58,13 @@ class EagerVIDLoss(nn.Module):
 
 
 class LinearHead(EagerVIDLoss):
-    """The same by `vidfast.vid_head`, which takes the layers' weights; RuntimeError where vidfast has none."""
-
-    def __init__(self, case: Case, student_channels: int) -> None:
-        super().__init__(case, student_channels)
-        self.head = vid_head()
-        if self.head is None:
-            raise RuntimeError("a head of linear layers needs vidfast.vid_head, which this vidfast lacks")
+    """The same by `vidfast.vid_head`, which takes the layers' weights."""
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        assert self.head is not None
+        import vidfast
+
         weights = [layer.weight for layer in self.regressor.children() if isinstance(layer, nn.Linear)]
-        loss: torch.Tensor = self.head(student, teacher, self.log_scale, weights, channel_dim=-1, eps=EPS)
-        return loss
-
-
-def vid_head() -> Callable[..., torch.Tensor] | None:
-    """`vidfast.vid_head`, if there is one."""
-    import vidfast
-
-    found: Callable[..., torch.Tensor] | None = getattr(vidfast, "vid_head", None)
-    return found
+        return vidfast.vid_head(student, teacher, self.log_scale, weights, channel_dim=-1, eps=EPS)
 
 
 def linear_stack(convolutions: nn.Module) -> nn.Sequential:
@@ -104,7 +90,7 @@ class Watch(Protocol):
 
 
 class ModuleContender:
-    """A module's forward and backward to all of its parameters. `step` is made ready by whoever builds it.
+    """A module's forward and backward to all of its parameters. `step` is made ready by the caller.
 
     A call returns the loss and, where `outputs` are given, what the step left behind beside it: d student and d alpha,
     for the comparison with `exact`, the same numbers from fp64.
@@ -189,7 +175,7 @@ class ModuleContender:
         """Of the loss and d alpha over the largest exact value; of d student (as grad_mean) in the norm, over the norm.
 
         A ReLU whose input another precision rounds to the other side of 0 makes an error of some elements' own size:
-        a largest error would be that of the rounding before it, whoever computes the rest.
+        a largest error would be that of the rounding before it, in whatever code the rest is computed.
         """
         loss, left = result
         if left is None or self.exact is None:

@@ -136,14 +136,11 @@ def modules(job: Job) -> int | None:
 def head(job: Job) -> int | None:
     """VIDLoss, the head of a pair of layers: device time, host time and memory, in fp32 and under bf16 autocast."""
     from bench.module_cases import head_cases
-    from bench.modules import VID_LOSS, ModuleSuite, vid_head
+    from bench.modules import VID_LOSS, ModuleSuite
     from vidfast.report.results import HEAD
 
     suite = ModuleSuite(HEAD, lambda *_: [], True, DEVICE, VID_LOSS, graphs=True)
-    linear = vid_head() is not None
-    if not linear:
-        print("pairs of linear layers are not measured: this vidfast has no vid_head")
-    cases = head_cases(DEVICE, job.small, linear)
+    cases = head_cases(DEVICE, job.small)
     warm_heads(job, cases)
     return measured(job, [(suite, case) for case in cases], seconds=0.6)
 

@@ -102,7 +102,7 @@ def test_tokens_too(fused: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("where", ["regressor", "likelihood", "own forward", "transposed"])
-def test_whoever_watches_sees_both_apart(fused: list[bool], where: str) -> None:
+def test_what_watches_sees_both_apart(fused: list[bool], where: str) -> None:
     seen: list[tuple[int, ...]] = []
 
     def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
