@@ -37,6 +37,8 @@ vidfast.GaussianNLL(3, reduction="maen")  # mistake
 vidfast.VIDLoss(3, 4, 5, backend="cdua")  # mistake
 vidfast.gaussian_nll(x, x, x[0], wieght=0.5)  # mistake
 vidfast.gaussian_nll(x, x, "alpha")  # mistake
+vidfast.vid_head(x, x, x[0], [x], reduction="none")  # mistake
+vidfast.vid_head(x, x, x[0], "weights")  # mistake
 vidfast.GaussianNLL("256")  # mistake
 vidfast.VIDLoss(64, 512)  # mistake
 text: str = vidfast.gaussian_nll(x, x, x[0])  # mistake

@@ -51,6 +51,9 @@ def losses() -> Tensor:
     total = assert_type(nll(mean, target), Tensor) + assert_type(vid(input=mean, target=target), Tensor)
     total = total + assert_type(vidfast.gaussian_nll(mean, target, nll.alpha, weight=0.1), Tensor)
     total = total + assert_type(vidfast.functional.gaussian_nll(mean, target, nll.alpha), Tensor)
+    layer = torch.nn.Linear(mean.shape[1], mean.shape[1])
+    head = vidfast.vid_head(mean.detach(), target, nll.alpha, [layer.weight], [layer.bias], reduction="sum")
+    total = total + 0.0 * assert_type(head, Tensor)
     with torch.no_grad():
         per_element = assert_type(vidfast.log_likelihood_map(mean, target, nll.alpha), Tensor)
     vidfast.empty_cache()
