@@ -56,7 +56,9 @@ def donating(on: bool) -> Any:
 
 @pytest.mark.parametrize("strategy", ["auto", "one_pass", "two_pass"])
 @pytest.mark.parametrize("needs", ["", "m", "a", "t", "ma", "mt", "mta"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16], ids=str
+)  # the rule knows fp16 and all others
 @pytest.mark.parametrize("grad_mode", [True, False])
 def test_a_graph_takes_the_strategy_that_an_eager_call_takes(
     grad_mode: bool, dtype: torch.dtype, needs: str, strategy: Any, monkeypatch: pytest.MonkeyPatch
