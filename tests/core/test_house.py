@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby, pairwise
 from pathlib import Path
 from types import FrameType
@@ -192,12 +192,9 @@ def test_the_walk_sees_a_file_that_is_entered_again(monkeypatch: pytest.MonkeyPa
     assert files.count("nll") == 2
 
 
-def test_the_stack_above_a_kernel_goes_down(backend: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From `gaussian_nll` to a back end's primitive every frame is in the same file or on a lower floor."""
-    from vidfast import backends
-
+def stack_above(kind: Any, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The entries of the frames from a call down to `forward_grad` of a back end's class, the outermost first."""
     stack: list[str] = []
-    kind = type(backends.load(backend.name))
     right = kind.forward_grad
 
     def seen(*args: Any, **options: Any) -> None:
@@ -210,12 +207,23 @@ def test_the_stack_above_a_kernel_goes_down(backend: Place, monkeypatch: pytest.
         right(*args, **options)
 
     monkeypatch.setattr(kind, "forward_grad", seen)
-    mean = torch.randn(3, 6, device=backend.device, requires_grad=True)
-    backend.nll(mean, torch.randn_like(mean), mean.detach()[0])
+    call()
     floor_of = {name: number for number, floor in enumerate(floors()) for name in floor}
+    assert all(a == b or floor_of[a] < floor_of[b] for a, b in pairwise(stack)), stack
+    return stack
+
+
+def test_the_stack_above_a_kernel_goes_down(backend: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `gaussian_nll` to a back end's primitive every frame is in the same file or on a lower floor."""
+    from vidfast import backends
+
+    mean = torch.randn(3, 6, device=backend.device, requires_grad=True)
+    kind = type(backends.load(backend.name))
+    stack = stack_above(
+        kind, lambda: backend.nll(mean, torch.randn_like(mean), mean.detach()[0]), monkeypatch
+    )
     assert stack[0] == "nll"
     assert stack[-1] == "primitives"
-    assert all(a == b or floor_of[a] < floor_of[b] for a, b in pairwise(stack)), stack
 
 
 @pytest.mark.skipif(memory._C is None, reason="the extension is not built")
@@ -223,22 +231,9 @@ def test_the_stack_above_a_heads_kernel_goes_down(monkeypatch: pytest.MonkeyPatc
     """Likewise from `vid_head`, by way of its folder."""
     from vidfast.backends.cpu import CpuBackend
 
-    stack: list[str] = []
-    right = CpuBackend.forward_grad
-
-    def seen(*args: Any, **options: Any) -> None:
-        frame: FrameType | None = sys._getframe()
-        while frame is not None:
-            path = Path(frame.f_code.co_filename)
-            if path.is_relative_to(PACKAGE):
-                stack.insert(0, entry_of(module_of(path)))
-            frame = frame.f_back
-        right(*args, **options)
-
-    monkeypatch.setattr(CpuBackend, "forward_grad", seen)
     weight = torch.randn(6, 5, requires_grad=True)
-    vidfast.vid_head(torch.randn(3, 5, 4), torch.randn(3, 6, 4), torch.zeros(6), weight)
-    floor_of = {name: number for number, floor in enumerate(floors()) for name in floor}
+    features = torch.randn(3, 5, 4), torch.randn(3, 6, 4)
+    stack = stack_above(CpuBackend, lambda: vidfast.vid_head(*features, torch.zeros(6), weight), monkeypatch)
     assert [name for name, _ in groupby(stack)] == [
         "head/call",
         "head/way",
@@ -246,4 +241,3 @@ def test_the_stack_above_a_heads_kernel_goes_down(monkeypatch: pytest.MonkeyPatc
         "head/parts",
         "primitives",
     ]
-    assert all(a == b or floor_of[a] < floor_of[b] for a, b in pairwise(stack)), stack

@@ -104,6 +104,22 @@ class Planes:
         return g.sum((0, 2), dtype=torch.float32)
 
 
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = a b + bias, which is broadcast."""
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, product: Tensor | None) -> None:
+    """total += a b, by way of `product` where there is one."""
+    if product is None:
+        total.addmm_(a, b)
+    else:
+        total.add_(torch.mm(a, b, out=product))
+
+
 class Rows:
     """(n * positions, channels)."""
 
@@ -128,10 +144,7 @@ class Rows:
     @staticmethod
     def product(weight: Tensor, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """As the protocol says."""
-        if bias is None:
-            torch.mm(x, weight.t(), out=out)
-        else:
-            torch.addmm(bias, x, weight.t(), out=out)
+        _product(x, weight.t(), bias, out)
 
     @staticmethod
     def outer_shape(n: int, out: int, into: int) -> tuple[int, ...]:
@@ -141,10 +154,7 @@ class Rows:
     @staticmethod
     def add_outer(total: Tensor, g: Tensor, x: Tensor, product: Tensor | None) -> None:
         """As the protocol says."""
-        if product is None:
-            total.addmm_(g.t(), x)
-        else:
-            total.add_(torch.mm(g.t(), x, out=product))
+        _add_product(total, g.t(), x, product)
 
     @staticmethod
     def over_channels(g: Tensor) -> Tensor:
@@ -176,10 +186,7 @@ class Columns:
     @staticmethod
     def product(weight: Tensor, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """As the protocol says."""
-        if bias is None:
-            torch.mm(weight, x, out=out)
-        else:
-            torch.addmm(bias[:, None], weight, x, out=out)
+        _product(weight, x, None if bias is None else bias[:, None], out)
 
     @staticmethod
     def outer_shape(n: int, out: int, into: int) -> tuple[int, ...]:
@@ -189,10 +196,7 @@ class Columns:
     @staticmethod
     def add_outer(total: Tensor, g: Tensor, x: Tensor, product: Tensor | None) -> None:
         """As the protocol says."""
-        if product is None:
-            total.addmm_(g, x.t())
-        else:
-            total.add_(torch.mm(g, x.t(), out=product))
+        _add_product(total, g, x.t(), product)
 
     @staticmethod
     def over_channels(g: Tensor) -> Tensor:

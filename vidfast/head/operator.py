@@ -19,9 +19,8 @@ from vidfast._torch import has_tangent
 from vidfast.arguments import Call, check_options, loss_factor
 from vidfast.backends.plain import reference_nll
 from vidfast.head import parts
-from vidfast.head.plan import plan_for
-from vidfast.head.stack import Stack, as_samples, widths_of
-from vidfast.layout import rows_of
+from vidfast.head.plan import planned
+from vidfast.head.stack import Stack
 from vidfast.ops import differentiable
 from vidfast.primitive_ops import define, empty_like, laid_out, with_factor
 from vidfast.raw import DTYPES, NO_FORWARD_MODE, not_raw
@@ -47,8 +46,8 @@ def _checked(
     weight: float,
     module: torch.dtype,
     backend: str,
-) -> tuple[Stack, Any, Call]:
-    """(the layers, the back end, the call) of what an operator was given."""
+) -> tuple[Stack, Any, Call, torch.dtype]:
+    """(the layers, the back end, the call, what the layers give) of what an operator was given."""
     check_options(eps, reduction, weight)
     if module not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"module must be float32, bfloat16 or float16, got {module}")
@@ -76,12 +75,7 @@ def _checked(
         raise RuntimeError(f"backend={backend!r} cannot run here: {chosen.name} computes no head in parts")
     weight = with_factor(weight, factor)
     k = loss_factor(target.shape, reduction, weight)
-    return stack, chosen, Call(1, eps, reduction, weight=weight, inplace=True, backend=backend, k=k)
-
-
-def _dense(student: Tensor) -> Tensor:
-    """The student, copied where it is expanded, overlapping or a slice of its positions."""
-    return student.contiguous() if student.numel() and rows_of(student, 1).copies else student
+    return stack, chosen, Call(1, eps, reduction, weight=weight, inplace=True, backend=backend, k=k), module
 
 
 def _of_nothing(target: Tensor, alpha: Tensor, call: Call) -> Tensor:
@@ -91,28 +85,12 @@ def _of_nothing(target: Tensor, alpha: Tensor, call: Call) -> Tensor:
     ).float()
 
 
-def _forward(
-    student: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    factor: Tensor | None,
-    convolutions: bool,
-    eps: float,
-    reduction: str,
-    weight: float,
-    module: torch.dtype,
-    backend: str,
-) -> Tensor:
-    """The loss, a scalar in fp32, without gradients. `module` is what the layers give: fp32, bf16 or fp16."""
-    stack, chosen, call = _checked(
-        student, target, alpha, weights, biases, factor, convolutions, eps, reduction, weight, module, backend
-    )
+def _forward(student: Tensor, target: Tensor, alpha: Tensor, *rest: Any) -> Tensor:
+    """The loss, a scalar in fp32, without gradients; the arguments are those of `_checked`."""
+    stack, chosen, call, module = _checked(student, target, alpha, *rest)
     if student.numel() == 0 or target.numel() == 0:
         return _of_nothing(target, alpha, call)
-    student, target = as_samples(_dense(student), target)
-    plan = plan_for(student, widths_of(stack.weights), module)
+    student, target, plan = planned(student, target, stack.weights, module)
     return parts.loss_alone(stack, student, target, alpha, call, chosen, plan)
 
 
@@ -123,41 +101,36 @@ def _forward_fake(student: Tensor, *_: Any) -> Tensor:
 forward = define("vid_head_forward", f"{_TENSORS}{_OPTIONS}) -> Tensor", _forward, _forward_fake)
 
 
+def _wanted_numbers(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> int:
+    """How many numbers the gradients of the layers are that are wanted."""
+    layers = zip((*weights, *biases), wanted[1:], strict=True)
+    return sum(x.numel() for x, want in layers if want and x is not None)
+
+
 def _forward_grad(
-    student: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    factor: Tensor | None,
-    convolutions: bool,
-    eps: float,
-    reduction: str,
-    weight: float,
-    module: torch.dtype,
-    backend: str,
-    wanted: Sequence[bool],
+    student: Tensor, target: Tensor, alpha: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, rest, d student, d alpha, d layers), for g = 1.
+    """(loss, rest, d student, d alpha, d layers), for g = 1; the arguments are those of `_checked`, and `wanted`.
 
     `wanted` says whether the gradients of the student, of each weight and of each bias are. d student is of the
     student's dtype and order of dimensions, and has to be multiplied with `rest` yet, a scalar in fp64. d alpha is (C,)
     in fp64; d layers is one vector in fp32 of all that are wanted, weights first. What is not wanted has no elements.
     """
-    stack, chosen, call = _checked(
-        student, target, alpha, weights, biases, factor, convolutions, eps, reduction, weight, module, backend
-    )
+    *given, wanted = rest
+    stack, chosen, call, module = _checked(student, target, alpha, *given)
     n = len(stack.weights)
     of = parts.Wanted(wanted[0], wanted[1 : 1 + n], wanted[1 + n :])
-    layers = [x for x, want in zip((*weights, *biases), wanted[1:], strict=True) if want and x is not None]
     if student.numel() == 0 or target.numel() == 0:
         zeros = laid_out(torch.zeros_like(student), student) if of.student else student.new_empty(0)
-        of_layers = student.new_zeros(sum(x.numel() for x in layers), dtype=torch.float32)
+        of_layers = student.new_zeros(
+            _wanted_numbers(stack.weights, stack.biases, wanted), dtype=torch.float32
+        )
         nothing = alpha.new_zeros(alpha.shape, dtype=torch.float64)
-        rest = torch.ones((), dtype=torch.float64, device="cpu")
-        return _of_nothing(target, alpha, call), rest, zeros, nothing, of_layers
-    samples, target = as_samples(_dense(student), target)
-    plan = plan_for(samples, widths_of(stack.weights), module)
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        return _of_nothing(target, alpha, call), one, zeros, nothing, of_layers
+    samples, target, plan = planned(student, target, stack.weights, module)
     found = parts.gradients(stack, samples, target, alpha, call, chosen, plan, of)
     of_student = found.student
     if of_student is not None and of_student.shape != student.shape:
@@ -182,13 +155,12 @@ def _forward_grad_fake(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wanted = options[-1]
-    layers = [x for x, want in zip((*weights, *biases), wanted[1:], strict=True) if want and x is not None]
     return (
         student.new_empty((), dtype=torch.float32),
         student.new_empty((), dtype=torch.float64),
         empty_like(student, student.dtype) if wanted[0] else student.new_empty(0),
         alpha.new_empty(alpha.shape, dtype=torch.float64),
-        student.new_empty(sum(x.numel() for x in layers), dtype=torch.float32),
+        student.new_empty(_wanted_numbers(weights, biases, wanted), dtype=torch.float32),
     )
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from vidfast._torch import cpu_multiplies
 from vidfast.head.arrangement import Arrangement, Columns, Planes, Rows
+from vidfast.head.stack import as_samples
+from vidfast.layout import rows_of
 
 # The widest activation of a part of the batch, in fp32 and in 16 bits: it stays in the cache, and a product over it is
 # worth starting. docs/kernel-notes.md, "The head".
@@ -60,6 +62,23 @@ def plan_for(student: Tensor, widths: Sequence[int], module: torch.dtype) -> Pla
     sample = products.itemsize * widest * positions
     most = min(limits[arrangement.name], max(batch * sample // FEWEST_PARTS, FEWEST_BYTES))
     return Plan(arrangement, evenly(batch, max(most // sample, 1)), positions, module, products)
+
+
+def planned(
+    student: Tensor, target: Tensor, weights: Sequence[Tensor], module: torch.dtype
+) -> tuple[Tensor, Tensor, Plan]:
+    """(student, target, how to compute the head), the features as they are cut and read.
+
+    Args:
+        student: (B, C_s, positions), with elements; copied where it is expanded, overlapping or cut in its positions.
+        target: (B, C, positions).
+        weights: (out, in) each, or (out, in, 1, ...).
+        module: The dtype of what a layer gives.
+    """
+    if rows_of(student, 1).copies:
+        student = student.contiguous()
+    student, target = as_samples(student, target)
+    return student, target, plan_for(student, [weight.shape[0] for weight in weights], module)
 
 
 def _arrangement(student: Tensor, widest: int, products: torch.dtype) -> type[Arrangement]:

@@ -6,7 +6,6 @@ dimension. What such a stack computes follows from its weights alone, so that it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -99,10 +98,7 @@ def apply(stack: Stack, student: Tensor, channel_dim: int) -> Tensor:
         channel_dim: The dimension of its channels, not negative.
     """
     may_write = not torch.compiler.is_compiling()
-    x = student.movedim(channel_dim, -1) if not stack.convolutions else student.movedim(channel_dim, 1)
-    shape = x.shape
-    if stack.convolutions:
-        x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    x = flat_positions(student, channel_dim) if stack.convolutions else student.movedim(channel_dim, -1)
     for index, (weight, bias) in enumerate(zip(stack.weights, stack.biases, strict=True)):
         if index:
             x = torch.relu_(x) if may_write else torch.relu(x)
@@ -110,6 +106,7 @@ def apply(stack: Stack, student: Tensor, channel_dim: int) -> Tensor:
         x = F.conv1d(x, matrix.unsqueeze(2), bias) if stack.convolutions else F.linear(x, matrix, bias)
     if not stack.convolutions:
         return x.movedim(-1, channel_dim)
+    shape = student.movedim(channel_dim, 1).shape
     return x.reshape(shape[0], x.shape[1], *shape[2:]).movedim(1, channel_dim)
 
 
@@ -132,8 +129,3 @@ def as_samples(student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if student.shape[2] == 1 or not all(x.is_contiguous() for x in rows):
         return student, target
     return rows[0].reshape(-1, student.shape[1], 1), rows[1].reshape(-1, target.shape[1], 1)
-
-
-def widths_of(weights: Sequence[Tensor]) -> list[int]:
-    """What each layer gives."""
-    return [weight.shape[0] for weight in weights]

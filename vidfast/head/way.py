@@ -20,9 +20,8 @@ from vidfast.dispatch import compiles_to_operator
 from vidfast.head import parts
 from vidfast.head.function import InParts
 from vidfast.head.operator import call_operator
-from vidfast.head.plan import plan_for
-from vidfast.head.stack import Stack, as_samples, flat_positions, widths_of
-from vidfast.layout import rows_of
+from vidfast.head.plan import planned
+from vidfast.head.stack import Stack, flat_positions
 from vidfast.raw import DTYPES, not_raw
 
 log = logging.getLogger("vidfast")
@@ -149,10 +148,7 @@ def _in_parts(
     k = loss_factor(target.shape, call.reduction, call.weight)  # of the whole, for each of its parts
     student, target = (flat_positions(x, call.channel) for x in (student, target))
     call = call._replace(channel=1, inplace=True, k=k)
-    student, target = as_samples(student, target)
-    if rows_of(student, 1).copies:  # expanded, overlapping or a slice of its positions
-        student = student.contiguous()
-    plan = plan_for(student, widths_of(stack.weights), module)
+    student, target, plan = planned(student, target, stack.weights, module)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (student, *stack.tensors)):
         loss: Tensor = InParts.apply(  # type: ignore[no-untyped-call]
             student, target, alpha, call, in_parts, plan, stack.convolutions, *stack.weights, *stack.biases
