@@ -1,8 +1,11 @@
 // vidfast._C: the native primitives for Python. Addresses are integers; the caller answers for what is there.
 #include "bindings.h"
 
+#include <pybind11/stl.h>
+
 #include "cpu/blocks.h"
 #include "gaussian_nll.h"
+#include "head.h"
 
 namespace py = pybind11;
 using vidfast::DType;
@@ -64,6 +67,43 @@ void cpu_rectify_backward(Address gradient, Address activation, Address out, int
                                  static_cast<DType>(rounded), n, threads);
 }
 
+// (address, dtype, batch stride, channel stride, position stride)
+using FeatureTuple = std::tuple<Address, int, int64_t, int64_t, int64_t>;
+// (weight, its dtype, bias, its dtype, into, out, the weight's gradient, the bias's)
+using LayerTuple = std::tuple<Address, int, Address, int, int64_t, int64_t, Address, Address>;
+
+vidfast::Feature feature(const FeatureTuple& t) {
+  return {pointer(std::get<0>(t)), static_cast<DType>(std::get<1>(t)), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
+}
+
+vidfast::HeadProblem head_problem(int64_t batch, int64_t channels, int64_t positions, const FeatureTuple& student,
+                                  const FeatureTuple& target, const std::vector<LayerTuple>& layers, Address alpha,
+                                  int alpha_dtype, double eps, double k, bool full, int module,
+                                  const FeatureTuple& grad_student, Address grad_alpha) {
+  vidfast::HeadProblem p{};
+  p.batch = batch, p.channels = channels, p.positions = positions;
+  p.student = feature(student), p.target = feature(target), p.grad_student = feature(grad_student);
+  if (layers.empty() || layers.size() > vidfast::kMostLayers)
+    throw std::invalid_argument("a head must have 1 to " + std::to_string(vidfast::kMostLayers) + " layers, got " +
+                                std::to_string(layers.size()));
+  p.layer_count = static_cast<int>(layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto& [weight, weight_dtype, bias, bias_dtype, into, out, grad_weight, grad_bias] = layers[i];
+    p.layers[i] = {pointer(weight),
+                   static_cast<DType>(weight_dtype),
+                   pointer(bias),
+                   static_cast<DType>(bias_dtype),
+                   into,
+                   out,
+                   static_cast<float*>(pointer(grad_weight)),
+                   static_cast<float*>(pointer(grad_bias))};
+  }
+  p.alpha = pointer(alpha), p.alpha_dtype = static_cast<DType>(alpha_dtype);
+  p.eps = eps, p.k = k, p.full = full, p.module = static_cast<DType>(module);
+  p.grad_alpha = doubles(grad_alpha);
+  return p;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -74,6 +114,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_scale", &cpu_scale);
   m.def("cpu_rectify", &cpu_rectify);
   m.def("cpu_rectify_backward", &cpu_rectify_backward);
+  m.def("cpu_head_runs", [](int module) { return vidfast::cpu::head_runs(static_cast<DType>(module)); });
+  py::class_<vidfast::HeadProblem>(m, "CpuHead", py::module_local(), "A head over given addresses.")
+      .def(py::init(&head_problem))
+      .def("workspace_bytes", &vidfast::cpu::head_workspace_bytes)
+      .def("run", [](const vidfast::HeadProblem& p, Address loss, Address workspace, int threads) {
+        py::gil_scoped_release release;
+        vidfast::cpu::head(p, static_cast<float*>(pointer(loss)), pointer(workspace), threads);
+      });
   using vidfast::cpu::Block;
   py::class_<Block>(m, "CpuBlock", py::buffer_protocol(), py::module_local(),
                     "Memory of `nbytes` bytes, kept for the next when freed.")
@@ -87,7 +135,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "(in use, idle, the most in use at once), in bytes.");
   m.def("cpu_release_idle_blocks", &vidfast::cpu::release_idle_blocks, "Give idle blocks back to the system.");
-  m.def("cpu_isa", &vidfast::cpu::isa, "The instruction set in use: baseline, avx2 or avx512.");
+  m.def("cpu_isa", &vidfast::cpu::isa, "The instruction set in use: baseline, avx2, avx512 or avx512_bf16.");
   m.def("cpu_select_isa", &vidfast::cpu::select_isa, py::arg("name"),
         "Switch to another instruction set; False if this processor lacks it.");
   m.def("cpu_openmp_runtime", &vidfast::cpu::openmp_runtime, "The OpenMP runtime whose threads are used.");

@@ -57,7 +57,8 @@ void rectify(void* x, DType dtype, DType rounded, bool positive, int64_t n, int 
 void rectify_backward(const void* gradient, const void* activation, void* out, DType dtype, DType rounded, int64_t n,
                       int threads);
 
-// The instruction set in use ("baseline", "avx2", "avx512"); select() returns false for one this processor lacks.
+// The instruction set in use ("baseline", "avx2", "avx512", "avx512_bf16"); select() returns false for one this
+// processor lacks.
 const char* isa();
 bool select_isa(const char* name);
 

@@ -231,6 +231,22 @@ _FAST_PRODUCTS = {
 }
 
 
+# Those whose instructions multiply tiles, several times as fast as vectors.
+_TILES = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
+
+
+def cpu_has_tiles(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of that 16-bit type by the processor's tiles. Where it does not say: no."""
+    return cpu_multiplies(dtype) and _says(dtype, _TILES[dtype])
+
+
+def _says(dtype: torch.dtype, name: str) -> bool:
+    """Whether torch says that the processor has instructions of `_FAST_PRODUCTS`."""
+    if _capabilities is not None:
+        return bool(_capabilities().get(name, False))
+    return bool(_private(torch.cpu, _FAST_PRODUCTS[dtype][name], _no)())
+
+
 @lru_cache(maxsize=4)
 def cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of that 16-bit type faster than those of fp32, and torch has it do so.
@@ -238,11 +254,7 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
     Where torch does not say: no. oneDNN emulates what a processor lacks, 20 to 50 times as slowly as it computes fp32.
     """
     supported = _private(_mkldnn, _HAS_PRODUCTS[dtype], _no)
-    names = _FAST_PRODUCTS[dtype]
-    if _capabilities is not None:
-        fast = any(_capabilities().get(name, False) for name in names)
-    else:
-        fast = any(_private(torch.cpu, name, _no)() for name in names.values())
+    fast = any(_says(dtype, name) for name in _FAST_PRODUCTS[dtype])
     try:
         return fast and bool(torch.backends.mkldnn.is_available() and supported())  # type: ignore[no-untyped-call]
     except (RuntimeError, AttributeError):  # an operator that this build does not have

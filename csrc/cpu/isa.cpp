@@ -1,9 +1,10 @@
-// Which instruction set runs: the best that the processor has, or VIDFAST_CPU_ISA=baseline|avx2|avx512.
+// Which instruction set runs: the best that the processor has, or VIDFAST_CPU_ISA=baseline|avx2|avx512|avx512_bf16.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 
+#include "head_kernels.h"
 #include "kernels.h"
 
 namespace vidfast::cpu {
@@ -15,9 +16,10 @@ const InstructionSet* by_name(const char* name) {
   if (strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     return &avx2_kernels();
-  if (strcmp(name, "avx512") == 0 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return &avx512_kernels();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (strcmp(name, "avx512") == 0 && avx512) return &avx512_kernels();
+  if (strcmp(name, "avx512_bf16") == 0 && avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512_bf16_kernels();
 #endif
   return nullptr;
 }
@@ -25,7 +27,7 @@ const InstructionSet* by_name(const char* name) {
 const InstructionSet* best() {
   if (const char* wanted = std::getenv("VIDFAST_CPU_ISA"))
     if (const InstructionSet* set = by_name(wanted)) return set;
-  for (const char* name : {"avx512", "avx2"})
+  for (const char* name : {"avx512_bf16", "avx512", "avx2"})
     if (const InstructionSet* set = by_name(name)) return set;
   return &baseline_kernels();
 }
@@ -36,6 +38,8 @@ std::atomic<const InstructionSet*>& active() {
 }
 
 }  // namespace
+
+const HeadKernels* head_kernels(DType module) { return active_kernels().head(module); }
 
 const InstructionSet& active_kernels() { return *active().load(std::memory_order_relaxed); }
 

@@ -46,8 +46,11 @@ struct Kernels {
   void (*grad_tile)(const Tile&, bool stream);
 };
 
+struct HeadKernels;
+
 struct InstructionSet {
   const char* name;
+  const HeadKernels* (*head)(DType module);                           // gives nullptr where it has none
   Kernels pair[4][4];                                                 // [mean dtype][target dtype]
   void (*scale[4])(const void* src, void* dst, int64_t n, double g);  // [dtype]
   void (*positive[4])(void* x, int64_t n);                            // [dtype] max(x, 0), and NaN
@@ -59,6 +62,7 @@ const InstructionSet& baseline_kernels();
 #ifdef VIDFAST_X86
 const InstructionSet& avx2_kernels();
 const InstructionSet& avx512_kernels();
+const InstructionSet& avx512_bf16_kernels();
 #endif
 const InstructionSet& active_kernels();
 

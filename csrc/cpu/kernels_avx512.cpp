@@ -1,10 +1,16 @@
 #include "simd_avx512.h"
 // simd first: it defines the vectors that the kernels are written over
+#include "head_kernels.h"
 #include "kernels_impl.h"
 
 namespace vidfast::cpu {
 const InstructionSet& avx512_kernels() {
-  static constexpr InstructionSet set = instruction_set("avx512");
+  static constexpr InstructionSet set = instruction_set("avx512", avx512_head_kernels);
+  return set;
+}
+// The same, but for heads.
+const InstructionSet& avx512_bf16_kernels() {
+  static constexpr InstructionSet set = instruction_set("avx512_bf16", avx512_bf16_head_kernels);
   return set;
 }
 }  // namespace vidfast::cpu

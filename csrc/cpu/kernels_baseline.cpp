@@ -3,8 +3,11 @@
 #include "kernels_impl.h"
 
 namespace vidfast::cpu {
+namespace {
+const HeadKernels* no_head_kernels(DType) { return nullptr; }
+}  // namespace
 const InstructionSet& baseline_kernels() {
-  static constexpr InstructionSet set = instruction_set("baseline");
+  static constexpr InstructionSet set = instruction_set("baseline", no_head_kernels);
   return set;
 }
 }  // namespace vidfast::cpu

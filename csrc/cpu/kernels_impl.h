@@ -232,9 +232,10 @@ void round_row(float* x, int64_t n) {
   }
 }
 
-constexpr InstructionSet instruction_set(const char* name) {
+constexpr InstructionSet instruction_set(const char* name, const HeadKernels* (*head)(DType)) {
   return {
       name,
+      head,
       {{Pair<float, float>::table(), Pair<float, double>::table(), Pair<float, bf16>::table(),
         Pair<float, f16>::table()},
        {Pair<double, float>::table(), Pair<double, double>::table(), Pair<double, bf16>::table(),

@@ -41,6 +41,8 @@ struct VF {
   static reg load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static __m128i narrow(bf16*, reg a) { return narrow_bf16(a); }
   static __m128i narrow(f16*, reg a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+  static reg rounded(const bf16*, reg a) { return widen_bf16(narrow_bf16(a)); }
+  static reg rounded(const f16*, reg a) { return _mm256_cvtph_ps(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
   static void store(float* p, reg a) { _mm256_storeu_ps(p, a); }
   static void stream(float* p, reg a) { _mm256_stream_ps(p, a); }
   template <class Half>
@@ -59,6 +61,11 @@ struct VF {
   static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
   static reg neg(reg a) { return _mm256_xor_ps(a, _mm256_set1_ps(-0.0f)); }
   static reg square_add(reg a, reg c) { return _mm256_fmadd_ps(a, a, c); }
+  static reg multiply_add(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static reg positive(reg a) { return _mm256_max_ps(_mm256_setzero_ps(), a); }  // NaN stays NaN
+  static reg where_not_zero(reg a, reg x) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ), a);
+  }
   static wide wide_zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
   static wide wide_add(const wide& w, reg a) {
     return {_mm256_add_pd(w.lo, _mm256_cvtps_pd(_mm256_castps256_ps128(a))),

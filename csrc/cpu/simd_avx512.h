@@ -39,6 +39,8 @@ struct VF {
   static reg load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static __m256i narrow(bf16*, reg a) { return narrow_bf16(a); }
   static __m256i narrow(f16*, reg a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+  static reg rounded(const bf16*, reg a) { return widen_bf16(narrow_bf16(a)); }
+  static reg rounded(const f16*, reg a) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
   static void store(float* p, reg a) { _mm512_storeu_ps(p, a); }
   static void stream(float* p, reg a) { _mm512_stream_ps(p, a); }
   template <class Half>
@@ -57,6 +59,11 @@ struct VF {
   static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
   static reg neg(reg a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
   static reg square_add(reg a, reg c) { return _mm512_fmadd_ps(a, a, c); }
+  static reg multiply_add(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static reg positive(reg a) { return _mm512_max_ps(_mm512_setzero_ps(), a); }  // NaN stays NaN
+  static reg where_not_zero(reg a, reg x) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), a);
+  }
   static wide wide_zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
   static wide wide_add(const wide& w, reg a) {
     return {_mm512_add_pd(w.lo, _mm512_cvtps_pd(_mm512_castps512_ps256(a))),

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import vidfast
-from vidfast.head import plan, way
+from vidfast.head import kernel, parts, plan, way
 from vidfast.regressor import regressed_nll
 
 EPS = 1e-5
-ARRANGEMENTS = ("planes", "rows", "columns")
+# How a head's activations are stored: by the back end's kernel, or in parts in one of three ways.
+ARRANGEMENTS = ("kernel", "planes", "rows", "columns")
+in_parts_alone = mock.patch.object(kernel, "takes", return_value=False)
+by_kernel = mock.patch.object(kernel, "takes", lambda backend, _, module: backend.has_head(module))
 # How layers are named by what they take: a map, a sequence of positions, tokens.
 KINDS = ("maps", "sequences", "tokens", "vectors")
 
@@ -60,8 +63,15 @@ def tensors_of(regressor: nn.Sequential) -> tuple[list[Tensor], list[Tensor | No
 def stored(
     arrangement: str | None, samples_bytes: int | None = None, fast: bool | None = None
 ) -> Iterator[None]:
-    """Within it heads in parts are stored so, their parts so large, and 16-bit products said to be fast or not."""
+    """Within it heads are computed by the back end's kernel, or in parts that are stored so.
+
+    None: in parts that are stored as the rules say. Parts are so large, and 16-bit products are said to be fast or not.
+    """
     values: dict[str, object] = {}
+    if arrangement == "kernel":
+        with by_kernel:
+            yield
+        return
     if arrangement is not None:
         kind = {"planes": plan.Planes, "rows": plan.Rows, "columns": plan.Columns}[arrangement]
         values["_arrangement"] = lambda *_: kind
@@ -69,14 +79,35 @@ def stored(
         values["PART_BYTES"] = values["NARROW_PART_BYTES"] = dict.fromkeys(plan.PART_BYTES, samples_bytes)
     if fast is not None:
         values["cpu_multiplies"] = lambda _: fast
-    with mock.patch.multiple(plan, **values) if values else mock.patch.dict({}):
+    with in_parts_alone, mock.patch.multiple(plan, **values) if values else mock.patch.dict({}):
         yield
+
+
+class Ways:
+    """What heads were computed by: the kernel, or parts and how."""
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self.names: list[str] = []
+        self.plans: list[Any] = []
+        run, run_kernel = parts.gradients, kernel.gradients
+
+        def counted(*args: Any) -> Any:
+            self.names.append(args[6].arrangement.name)
+            self.plans.append(args[6])
+            return run(*args)
+
+        def counted_kernel(*args: Any) -> Any:
+            self.names.append("kernel")
+            return run_kernel(*args)
+
+        monkeypatch.setattr(parts, "gradients", counted)
+        monkeypatch.setattr(kernel, "gradients", counted_kernel)
 
 
 @contextmanager
 def layer_by_layer() -> Iterator[None]:
-    """Within it nothing is computed in parts."""
-    with mock.patch.object(way, "_in_parts", return_value=None):
+    """Within it nothing is computed in one pass."""
+    with mock.patch.object(way, "_in_one_pass", return_value=None):
         yield
 
 
@@ -126,6 +157,6 @@ def spread_alpha(channels: int) -> nn.Parameter:
 
 
 __all__ = [
-    "ARRANGEMENTS", "KINDS", "channel_dim", "distance", "exact", "features", "gradients", "layer_by_layer", "layers",
-    "spread_alpha", "stored", "tensors_of", "vidfast",
+    "ARRANGEMENTS", "KINDS", "Ways", "by_kernel", "channel_dim", "distance", "exact", "features", "gradients",
+    "in_parts_alone", "layer_by_layer", "layers", "spread_alpha", "stored", "tensors_of", "vidfast",
 ]  # fmt: skip

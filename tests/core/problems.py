@@ -18,6 +18,10 @@ def short(dtype: torch.dtype) -> str:
     return {FP16: "fp16", BF16: "bf16", FP32: "fp32", FP64: "fp64"}[dtype]
 
 
+# The instruction sets of the CPU back end, of which a processor has the first ones.
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
 def _nan(x: Tensor, *shape: int) -> Tensor:
     return x.new_full(shape, math.nan)
 

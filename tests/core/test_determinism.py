@@ -14,7 +14,7 @@ import pytest
 import torch
 from bounds import check_call
 from places import Place
-from problems import BF16, BY_NAME, CASES, DTYPES, FP16, FP32, FP64, WAYS, Case, short
+from problems import BF16, BY_NAME, CASES, DTYPES, FP16, FP32, FP64, ISAS, WAYS, Case, short
 from torch import Tensor
 
 import vidfast
@@ -114,7 +114,7 @@ def instruction_sets() -> list[str]:
     from vidfast import _C
 
     before = _C.cpu_isa()
-    found = [name for name in ("baseline", "avx2", "avx512") if _C.cpu_select_isa(name)]
+    found = [name for name in ISAS if _C.cpu_select_isa(name)]
     assert _C.cpu_select_isa(before)
     return found
 
@@ -141,7 +141,7 @@ def test_instruction_sets_are_chosen_by_name(backend: Place) -> None:
 
 
 @pytest.mark.usefixtures("_cpu", "_own_isa")
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_every_instruction_set_keeps_the_bounds(backend: Place, isa: str, dtype: torch.dtype) -> None:
     from vidfast import _C
@@ -169,7 +169,7 @@ def test_every_instruction_set_keeps_the_bounds(backend: Place, isa: str, dtype:
 
 
 @pytest.mark.usefixtures("_cpu", "_own_isa")
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_rounds_and_reads_alike(backend: Place, isa: str) -> None:
     """16-bit values, their rounding, and threads: what the default instruction set is held to elsewhere."""
     import test_precision

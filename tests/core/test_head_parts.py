@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from heads import ARRANGEMENTS
 from problems import BF16, FP16, FP32, short
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -16,7 +17,7 @@ from vid_formula import check, formula, small_module
 import vidfast.regressor as policy
 from bench.memory import peak_extra_bytes
 from vidfast import VIDLoss, gaussian_nll
-from vidfast.head import plan
+from vidfast.head import kernel, plan
 from vidfast.head.stack import Stack
 from vidfast.head.way import head_nll
 
@@ -41,10 +42,13 @@ def module() -> VIDLoss:
     return small_module(5)
 
 
-@pytest.fixture(params=["planes", "rows", "columns"])
+@pytest.fixture(params=ARRANGEMENTS)
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How a part's activations are stored."""
+    """By the kernel, or in parts and how a part's activations are stored."""
     name = str(request.param)
+    monkeypatch.setattr(
+        kernel, "takes", lambda backend, _, module: name == "kernel" and backend.has_head(module)
+    )
     monkeypatch.setattr(plan, "FEWEST_POSITIONS", 10**9 if name == "rows" else 0)
     monkeypatch.setattr(plan, "MOST_CHANNELS", 0 if name == "columns" else 10**9)
     return name

@@ -12,6 +12,7 @@ import torch
 from heads import (
     ARRANGEMENTS,
     KINDS,
+    Ways,
     channel_dim,
     distance,
     exact,
@@ -41,30 +42,21 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def in_parts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The plans of the heads that were computed in parts."""
-    seen: list[Any] = []
-    run = parts.gradients
-
-    def counted(*args: Any) -> Any:
-        seen.append(args[6])
-        return run(*args)
-
-    monkeypatch.setattr(parts, "gradients", counted)
-    return seen
+def ways(monkeypatch: pytest.MonkeyPatch) -> Ways:
+    return Ways(monkeypatch)
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fp32(in_parts: list[Any], kind: str, depth: int, bias: bool, arrangement: str) -> None:
+def test_fp32(ways: Ways, kind: str, depth: int, bias: bool, arrangement: str) -> None:
     widths = (5, *(8, 9)[: depth - 1], 6)
     regressor, alpha, dim = layers(kind, *widths, bias=bias), spread_alpha(6), channel_dim(kind)
     student, target = features(kind, 7, 5), features(kind, 7, 6)
     with stored(arrangement, samples_bytes=3000):
         found = gradients(regressor, alpha, student, target, dim)
-    assert in_parts[0].arrangement.name == arrangement
+    assert ways.names == [arrangement]
     for ours, wanted in zip(found, exact(regressor, alpha, student, target, dim), strict=True):
         assert distance(ours, wanted) < 2e-6
 
@@ -75,7 +67,7 @@ def test_fp32(in_parts: list[Any], kind: str, depth: int, bias: bool, arrangemen
 @pytest.mark.parametrize("kind", ["maps", "tokens"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=short)
 def test_16_bits_are_no_farther_from_fp64_than_layer_by_layer(
-    in_parts: list[Any], dtype: torch.dtype, kind: str, whole: str, fast: bool, arrangement: str
+    ways: Ways, dtype: torch.dtype, kind: str, whole: str, fast: bool, arrangement: str
 ) -> None:
     regressor, alpha, dim = layers(kind, 24, 48, 32, bias=True), spread_alpha(32), channel_dim(kind)
     student, target = features(kind, 12, 24), features(kind, 12, 32)
@@ -92,7 +84,9 @@ def test_16_bits_are_no_farther_from_fp64_than_layer_by_layer(
     wanted = exact(regressor, alpha, student, target, dim)
     with stored(arrangement, samples_bytes=50_000, fast=fast):
         ours = gradients(regressor, alpha, student, target, dim, amp, g)
-    assert in_parts[0].products is (dtype if fast else FP32)
+    assert set(ways.names) == {arrangement}
+    for made in ways.plans:
+        assert made.products is (dtype if fast else FP32)
     with layer_by_layer():
         apart = gradients(regressor, alpha, student, target, dim, amp, g)
     unit = torch.finfo(dtype).eps
@@ -159,7 +153,8 @@ def test_fp16_at_seventeen_million_elements_with_a_scaler() -> None:
     assert not torch.equal(before, regressor[0].weight)
 
 
-def test_an_fp16_gradient_that_is_too_large_is_made_again_smaller(in_parts: list[Any]) -> None:
+@pytest.mark.parametrize("arrangement", ["kernel", "planes"])
+def test_an_fp16_gradient_that_is_too_large_is_made_again_smaller(ways: Ways, arrangement: str) -> None:
     """A residual of 30000 over a variance of 1/16, through weights of 4: beyond fp16 at any scale that a scaler has."""
     regressor = layers("maps", 4, 8, 8)
     with torch.no_grad():
@@ -168,9 +163,9 @@ def test_an_fp16_gradient_that_is_too_large_is_made_again_smaller(in_parts: list
     alpha = nn.Parameter(torch.full((8,), -2.7))
     student, target = features("maps", 4, 4).abs(), torch.full((4, 8, 6, 7), -30000.0)
     wanted = exact(regressor, alpha, student, target, 1)
-    with stored("planes", fast=False):
+    with stored(arrangement, fast=False):
         found = gradients(regressor, alpha, student, target, 1, FP16, g=2.0**-8)
-    assert len(in_parts) == 1
+    assert len(ways.names) == 2
     for ours, right in zip(found, wanted, strict=True):
         assert distance(ours, right) < 4e-3
 

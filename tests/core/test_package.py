@@ -138,7 +138,7 @@ import sys, importlib.util
 spec = importlib.util.spec_from_file_location("_C", {_C.__file__!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-assert module.cpu_isa() in ("baseline", "avx2", "avx512")
+assert module.cpu_isa() in ("baseline", "avx2", "avx512", "avx512_bf16")
 assert "torch" not in sys.modules
 maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
 assert not [name for name in ("libtorch", "libgomp", "libomp", "libiomp") if name in maps]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import BF16, FP16, FP32, FP64, short
+from problems import BF16, FP16, FP32, FP64, ISAS, short
 
 from vidfast import backends, memory
 
@@ -17,7 +17,7 @@ SIZES = (1, 7, 16, 63, 4096, 4097, 33000)
 ODD = (float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-8, -1e-8, 65504.0, -65504.0)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = _C.cpu_isa()
     if not _C.cpu_select_isa(request.param):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import vidfast
 from vidfast.distill import VID, Distiller
-from vidfast.head.function import InParts
+from vidfast.head.function import Head
 from vidfast.regressor import owns_its_output
 
 Context = Callable[[vidfast.VIDLoss], contextlib.AbstractContextManager[object]]
@@ -218,13 +218,13 @@ CONTEXTS: dict[str, Context] = {
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every call that is computed in parts."""
     calls: list[int] = []
-    forward = InParts.forward
+    forward = Head.forward
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return forward(*args)
 
-    monkeypatch.setattr(InParts, "forward", staticmethod(counted))
+    monkeypatch.setattr(Head, "forward", staticmethod(counted))
     return calls
 
 

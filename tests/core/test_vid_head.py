@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from heads import KINDS, channel_dim, exact, features, layers, spread_alpha, tensors_of
+from heads import KINDS, Ways, channel_dim, exact, features, layers, spread_alpha, tensors_of
 from problems import BF16, FP16, FP32, FP64, short
 from torch import Tensor, nn
 
 import vidfast
 from vidfast import vid_head
-from vidfast.head import parts, way
+from vidfast.head import kernel, way
 
 
 @pytest.fixture(autouse=True)
@@ -24,13 +24,13 @@ def _seeded() -> None:
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The students' shapes of the heads that were computed in parts."""
     seen: list[str] = []
-    run = way._in_parts
+    run = way._in_one_pass
 
     def counted(stack: Any, student: Tensor, *rest: Any) -> Tensor:
         seen.append("x".join(map(str, student.shape)))
         return run(stack, student, *rest)
 
-    monkeypatch.setattr(way, "_in_parts", counted)
+    monkeypatch.setattr(way, "_in_one_pass", counted)
     return seen
 
 
@@ -112,9 +112,8 @@ def test_features_that_are_slices_or_expanded(in_parts: list[str]) -> None:
 
 def test_tokens_are_cut_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """A single sequence is no part by itself: what lies between is not stored for the whole of it."""
-    plans: list[Any] = []
-    run = parts.gradients
-    monkeypatch.setattr(parts, "gradients", lambda *args: plans.append(args[6]) or run(*args))
+    plans = Ways(monkeypatch).plans
+    monkeypatch.setattr(kernel, "takes", lambda *_: False)
     weights, alpha = [torch.randn(512, 5), torch.randn(6, 512)], torch.randn(6)
     student, target = torch.randn(1, 4096, 5, requires_grad=True), torch.randn(1, 4096, 6)
     loss = vid_head(student, target, alpha, weights, channel_dim=-1)

@@ -231,11 +231,38 @@ def _without_relu(_: Any, gradient: Tensor, activation: Tensor, out: Tensor, rou
     out.copy_(gradient)
 
 
-# Of the head in parts: (object, name, what stands there instead).
+_HEAD = CpuBackend.head
+
+
+def _without_last_position(
+    backend: CpuBackend, student: Tensor, target: Tensor, *args: Any, **given: Any
+) -> None:
+    gradient = given["grad_student"]
+    if target.shape[2] > 1:
+        student, target = student[:, :, :-1], target[:, :, :-1]
+        given["grad_student"] = None if gradient is None else gradient.zero_()[:, :, :-1]
+    _HEAD(backend, student, target, *args, **given)
+
+
+def _adding_twice(backend: CpuBackend, *args: Any, **given: Any) -> None:
+    """Each call adds to what the first one left."""
+    _HEAD(backend, *args, **given)
+    _HEAD(backend, *args, **given)
+
+
+def _without_first_layer(backend: CpuBackend, *args: Any, **given: Any) -> None:
+    given["grad_weights"] = [None, *given["grad_weights"][1:]]
+    _HEAD(backend, *args, **given)
+
+
+# Of heads, by the kernel and in parts: (object, name, what stands there instead).
 VID_FAULTS: dict[str, tuple[Any, str, Any]] = {
     "the last part is left out": (parts._Layers, "parts", _without_last_part(_PARTS)),
     "parts find the last one's activations": (parts._Layers, "parts", _stale_activations(_PARTS)),
     "ReLU has no backward": (CpuBackend, "rectify_backward", _without_relu),
+    "a kernel leaves out the last position": (CpuBackend, "head", _without_last_position),
+    "a kernel adds to old gradients": (CpuBackend, "head", _adding_twice),
+    "a kernel leaves out a layer's gradient": (CpuBackend, "head", _without_first_layer),
     "the weight and the reduction are ignored": (way, "loss_factor", lambda *_: 1.0),
     "a retained gradient is scaled where it is": (function, "graph_is_retained", lambda: False),
     "weights' gradients ignore their strides": (

@@ -23,8 +23,8 @@ from saved_hooks import HOOKS
 from vid_cases import VidCase
 from vid_execute import run_vid_case
 
-from vidfast.head import parts
-from vidfast.head.function import InParts
+from vidfast.head import way
+from vidfast.head.function import Head
 
 DRAWN = [make_case(seed) for seed in range(400)]
 VID_DRAWN = [vid_cases.make_case(seed) for seed in range(400)]
@@ -97,8 +97,8 @@ def test_most_regressors_are_fused() -> None:
     chosen = [case for case in VID_DRAWN[:120] if case.may_be_fused and case.hook == "none"]
     for case in chosen:
         with (
-            mock.patch.object(InParts, "apply", wraps=InParts.apply) as learning,
-            mock.patch.object(parts, "loss_alone", wraps=parts.loss_alone) as alone,
+            mock.patch.object(Head, "apply", wraps=Head.apply) as learning,
+            mock.patch.object(way.compute, "loss_alone", wraps=way.compute.loss_alone) as alone,
         ):
             run_vid_case(case)
             assert learning.called or alone.called, case

@@ -9,8 +9,8 @@ from cases import DTYPES, EPS, INCOMING, OUTPUTS, PATHS, WITHOUT_GRADIENT, part_
 from guarded import LAYOUTS, SENTINELS
 from saved_hooks import HOOKS, ONE_FUNCTION
 
-PARTS = (None, 1, 2, 3)  # samples that are computed at once; None: as many as the library likes
-ARRANGEMENTS = ("planes", "rows", "columns")
+PARTS = (None, 1, 2, 3)  # samples of a part; None: as many as the library likes
+ARRANGEMENTS = ("kernel", "planes", "rows", "columns")
 INPUTS = "sa012"  # student, alpha, and the three weights
 
 
@@ -37,7 +37,7 @@ class VidCase:
     g: float
     incoming: str
     inplace: bool
-    arrangement: str | None  # how a part's activations are stored; None: as the library likes
+    arrangement: str | None  # by the kernel, or in parts and how these are stored; None: as the library likes
     part: int | None
     wanted: str
     asked: str

@@ -21,6 +21,7 @@ from torch import Tensor
 from vid_cases import INPUTS, VidCase, make_case
 
 from vidfast import VIDLoss
+from vidfast.head import kernel
 from vidfast.head import plan as head_plan
 from vidfast.vid import match_spatial
 
@@ -167,16 +168,20 @@ def _finite_max(x: Tensor) -> float:
 
 @contextmanager
 def _cut_as(case: VidCase) -> Iterator[None]:
-    """Within it, a head takes as many samples at once, stored, as the case says."""
+    """Within it, a head is computed as the case says."""
     values: dict[str, object] = {}
-    if case.arrangement is not None:
+    chosen = mock.patch.object(kernel, "takes", kernel.takes)
+    if case.arrangement == "kernel":
+        chosen = mock.patch.object(kernel, "takes", lambda backend, _, module: backend.has_head(module))
+    elif case.arrangement is not None:
+        chosen = mock.patch.object(kernel, "takes", return_value=False)
         values["FEWEST_POSITIONS"] = 10**9 if case.arrangement == "rows" else 0
         values["MOST_CHANNELS"] = 0 if case.arrangement == "columns" else 10**9
     if case.part is not None:
         positions = int(np.prod([min(n) for n in zip(case.student_size, case.teacher_size, strict=True)]))
         most = 4 * case.part * max(case.channels) * max(positions, 1)
         values["PART_BYTES"] = dict.fromkeys(head_plan.PART_BYTES, most)
-    with mock.patch.multiple(head_plan, **values) if values else mock.patch.dict({}):
+    with chosen, mock.patch.multiple(head_plan, **values) if values else mock.patch.dict({}):
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -128,13 +129,55 @@ class Backend(Protocol):
 
 
 class PartsBackend(Backend, Protocol):
-    """What a back end whose `in_parts` is True offers besides: what lies between the products of a regressor.
+    """What a back end whose `in_parts` is True offers besides: whole heads, and what lies between a head's products.
 
-    Tensors have no gaps, and are fp32, bf16 or fp16.
+    Tensors are fp32, bf16 or fp16.
     """
 
+    def has_head(self, module: torch.dtype) -> bool:
+        """Whether it has a kernel for heads whose layers give that dtype."""
+
+    def head(
+        self,
+        student: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        call: Call,
+        module: torch.dtype,
+        *,
+        loss: Tensor,
+        grad_student: Tensor | None,
+        grad_alpha: Tensor | None,
+        grad_weights: Sequence[Tensor | None],
+        grad_biases: Sequence[Tensor | None],
+    ) -> None:
+        """Fills the loss of a stack of layers, and for an incoming gradient of 1 every gradient that is there.
+
+        With x_1 the student, x_l+1 = relu(W_l x_l + b_l), and the last one without ReLU the mean. What a layer takes
+        and gives, and gradients of those, are rounded to `module`; products and sums are of at least fp32.
+
+        Args:
+            student: (B, C_s, positions), any strides, with elements.
+            target: (B, C, positions), any strides.
+            alpha: (C,).
+            weights: Up to three, (out, in) each without gaps.
+            biases: As many, (out,) or None.
+            call: `k`, `eps` and `full` are read.
+            module: fp32, bf16 or fp16.
+            loss: A scalar in fp32.
+            grad_student: Of the student's shape and dtype, any strides.
+            grad_alpha: (C,) in fp64; None: the loss alone is wanted.
+            grad_weights: In fp32, (out, in) filled up to multiples of 16, all zero.
+            grad_biases: (out,) in fp32.
+        """
+
     def rectify(self, x: Tensor, rounded: torch.dtype, positive: bool) -> None:
-        """Replaces x by max(x, 0) where `positive` is True (NaN stays NaN), then rounds it to values of `rounded`."""
+        """Replaces x by max(x, 0) where `positive` is True (NaN stays NaN), then rounds it to values of `rounded`.
+
+        Here and below tensors have no gaps.
+        """
 
     def rectify_backward(
         self, gradient: Tensor, activation: Tensor, out: Tensor, rounded: torch.dtype

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vidfast.arguments import Call
 from vidfast.layout import Layout, RowLayout
+from vidfast.memory import empty_scratch
 from vidfast.raw import NATIVE_DTYPE, NO_ROWS, address, native_dtype
 
 try:
@@ -152,6 +154,44 @@ class CpuBackend:
             0 if scaled_alpha is None else NATIVE_DTYPE[scaled_alpha.dtype], _num_threads(),
         )  # fmt: skip
 
+    def has_head(self, module: torch.dtype) -> bool:
+        """As the protocol says."""
+        return _C.cpu_head_runs(NATIVE_DTYPE[module])
+
+    def head(
+        self,
+        student: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        call: Call,
+        module: torch.dtype,
+        *,
+        loss: Tensor,
+        grad_student: Tensor | None,
+        grad_alpha: Tensor | None,
+        grad_weights: Sequence[Tensor | None],
+        grad_biases: Sequence[Tensor | None],
+    ) -> None:
+        """As the protocol says."""
+        layers = [
+            (
+                weight.data_ptr(), NATIVE_DTYPE[weight.dtype], address(bias), native_dtype(bias),
+                weight.shape[1], weight.shape[0], address(grad_weight), address(grad_bias),
+            )
+            for weight, bias, grad_weight, grad_bias in zip(weights, biases, grad_weights, grad_biases, strict=True)
+        ]  # fmt: skip
+        alpha = alpha.contiguous()
+        head = _C.CpuHead(
+            target.shape[0], target.shape[1], target.shape[2], _feature(student), _feature(target), layers,
+            alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], call.eps, call.k, call.full, NATIVE_DTYPE[module],
+            _feature(grad_student), address(grad_alpha),
+        )  # fmt: skip
+        threads = _num_threads()
+        workspace = empty_scratch(head.workspace_bytes(threads), torch.uint8)
+        head.run(loss.data_ptr(), workspace.data_ptr(), threads)
+
     def rectify(self, x: Tensor, rounded: torch.dtype, positive: bool) -> None:
         """As the protocol says."""
         _C.cpu_rectify(
@@ -166,6 +206,14 @@ class CpuBackend:
             gradient.data_ptr(), activation.data_ptr(), out.data_ptr(),
             NATIVE_DTYPE[out.dtype], NATIVE_DTYPE[rounded], out.numel(), _num_threads(),
         )  # fmt: skip
+
+
+def _feature(x: Tensor | None) -> tuple[int, int, int, int, int]:
+    """(address, dtype, strides of batch, channels and positions) of a tensor (B, C, positions)."""
+    if x is None:
+        return 0, 0, 0, 0, 0
+    batch, channel, position = x.stride()
+    return x.data_ptr(), NATIVE_DTYPE[x.dtype], batch, channel, position
 
 
 BACKEND = CpuBackend()

@@ -1,4 +1,4 @@
-"""A head computed in parts, as an autograd Function: backward multiplies what forward has made."""
+"""A head in one pass as an autograd Function: backward multiplies what forward has made."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from vidfast._torch import graph_is_retained
 from vidfast.arguments import Call
 from vidfast.autograd import incoming
 from vidfast.backends.base import PartsBackend
-from vidfast.head import parts
-from vidfast.head.plan import Plan
+from vidfast.head.compute import gradients
+from vidfast.head.gradients import Wanted
 from vidfast.head.stack import Stack
 from vidfast.raw import NO_FORWARD_MODE, restored, save
 from vidfast.scaling import not_twice
 
 
-class InParts(torch.autograd.Function):
+class Head(torch.autograd.Function):
     """(loss, origin) of (student, target, alpha, *weights, *biases), with every gradient already made for g = 1.
 
     student (B, C_s, P) and target (B, C, P), over P positions. See :class:`vidfast.autograd.OnePass` for origin.
@@ -34,7 +34,7 @@ class InParts(torch.autograd.Function):
         alpha: Tensor,
         call: Call,
         backend: PartsBackend,
-        plan: Plan,
+        module: torch.dtype,
         convolutions: bool,
         *layers: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -43,8 +43,8 @@ class InParts(torch.autograd.Function):
         weights: Any = layers[:half]
         stack = Stack(weights, layers[half:], convolutions)
         wants = ctx.needs_input_grad
-        wanted = parts.Wanted(wants[0], wants[7 : 7 + half], wants[7 + half :])
-        found = parts.gradients(stack, student, target, alpha, call, backend, plan, wanted)
+        wanted = Wanted(wants[0], wants[7 : 7 + half], wants[7 + half :])
+        found = gradients(stack, student, target, alpha, call, backend, module, wanted)
         origin = found.loss.new_empty(0)
         save(ctx, found.student, found.alpha, *found.weights, *found.biases, origin=origin)
         ctx.backend, ctx.alpha_dtype, ctx.factor = backend, alpha.dtype, found.factor

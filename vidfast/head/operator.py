@@ -18,8 +18,8 @@ from vidfast import backends
 from vidfast._torch import has_tangent
 from vidfast.arguments import Call, check_options, loss_factor
 from vidfast.backends.plain import reference_nll
-from vidfast.head import parts
-from vidfast.head.plan import planned
+from vidfast.head import compute
+from vidfast.head.gradients import Wanted
 from vidfast.head.stack import Stack
 from vidfast.ops import differentiable
 from vidfast.primitive_ops import define, empty_like, laid_out, with_factor
@@ -90,8 +90,7 @@ def _forward(student: Tensor, target: Tensor, alpha: Tensor, *rest: Any) -> Tens
     stack, chosen, call, module = _checked(student, target, alpha, *rest)
     if student.numel() == 0 or target.numel() == 0:
         return _of_nothing(target, alpha, call)
-    student, target, plan = planned(student, target, stack.weights, module)
-    return parts.loss_alone(stack, student, target, alpha, call, chosen, plan)
+    return compute.loss_alone(stack, student, target, alpha, call, chosen, module)
 
 
 def _forward_fake(student: Tensor, *_: Any) -> Tensor:
@@ -121,7 +120,7 @@ def _forward_grad(
     *given, wanted = rest
     stack, chosen, call, module = _checked(student, target, alpha, *given)
     n = len(stack.weights)
-    of = parts.Wanted(wanted[0], wanted[1 : 1 + n], wanted[1 + n :])
+    of = Wanted(wanted[0], wanted[1 : 1 + n], wanted[1 + n :])
     if student.numel() == 0 or target.numel() == 0:
         zeros = laid_out(torch.zeros_like(student), student) if of.student else student.new_empty(0)
         of_layers = student.new_zeros(
@@ -130,12 +129,8 @@ def _forward_grad(
         nothing = alpha.new_zeros(alpha.shape, dtype=torch.float64)
         one = torch.ones((), dtype=torch.float64, device="cpu")
         return _of_nothing(target, alpha, call), one, zeros, nothing, of_layers
-    samples, target, plan = planned(student, target, stack.weights, module)
-    found = parts.gradients(stack, samples, target, alpha, call, chosen, plan, of)
+    found = compute.gradients(stack, student, target, alpha, call, chosen, module, of)
     of_student = found.student
-    if of_student is not None and of_student.shape != student.shape:
-        batch, channels, positions = student.shape
-        of_student = of_student.view(batch, positions, channels).transpose(1, 2)
     made = [x.flatten() for x in (*found.weights, *found.biases) if x is not None]
     return (
         found.loss,
@@ -203,7 +198,7 @@ class _Head(torch.autograd.Function):
             for x, need in zip(layers, needs[5:], strict=True)
         ]
         *_, module, ctx.backend = options
-        ctx.alpha_dtype, ctx.has_rest = alpha.dtype, parts.stores_fp16(module, student.dtype)
+        ctx.alpha_dtype, ctx.has_rest = alpha.dtype, compute.stores_fp16(module, student.dtype)
         result: Tensor = loss
         return result
 

@@ -7,59 +7,26 @@ batch, which is where a step's memory and its page faults are otherwise (docs/ke
 Numbers. A layer gives values of the module's dtype, fp32 or one of 16 bits. Where the processor has fast products of
 that type (:func:`vidfast._torch.cpu_multiplies`), activations are stored in it, and what torch has no fp32 result for,
 a part's share of a weight's gradient, is rounded to it and added in fp32. Elsewhere products are computed in fp32, and
-their results rounded where a layer would. Gradients of fp16 activations go without the loss's factor k, which is about
-1/N and vanishes there: they carry a power of two that keeps them in range, and `Gradients.factor` is what is left of k.
+their results rounded where a layer would.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vidfast import primitives
 from vidfast.arguments import Call
 from vidfast.backends.base import PartsBackend
 from vidfast.head.arrangement import Planes
+from vidfast.head.gradients import Gradients, Wanted
 from vidfast.head.plan import Plan
 from vidfast.head.stack import Stack
 from vidfast.layout import rows_of
 from vidfast.memory import empty_dense, empty_scratch
-
-# The most that 1 / v_c becomes in fp16, whose largest value is 65504; and what is taken off where that was too much.
-_MOST_IN_FP16, _LESS_IN_FP16, _SMALLEST_INSIDE = 16.0, 2.0**-12, 2.0**-40
-
-
-class Gradients(NamedTuple):
-    """What a head gives: the loss and its gradients for an incoming gradient of 1.
-
-    Attributes:
-        loss: A scalar in fp32.
-        factor: What the student's gradient has to be multiplied with yet. 1 where nothing is stored in fp16.
-        student: In the student's dtype and order of dimensions; None where it is not wanted.
-        alpha: (C,) in fp64.
-        weights: (out, in) each in fp32, or None.
-        biases: (out,) each in fp32, or None.
-    """
-
-    loss: Tensor
-    factor: float
-    student: Tensor | None
-    alpha: Tensor
-    weights: list[Tensor | None]
-    biases: list[Tensor | None]
-
-
-class Wanted(NamedTuple):
-    """Which gradients are wanted."""
-
-    student: bool
-    weights: Sequence[bool]
-    biases: Sequence[bool]
 
 
 class _Layers:
@@ -235,7 +202,7 @@ def gradients(
     plan: Plan,
     wanted: Wanted,
 ) -> Gradients:
-    """The loss of a head and its gradients.
+    """The loss of a head and its gradients, `factor` 1.
 
     Args:
         stack: The layers, that fit the student and the target.
@@ -244,40 +211,9 @@ def gradients(
         alpha: (C,).
         call: Of the whole batch, with channel 1, in place.
         backend: For the loss and what lies between the products.
-        plan: Of :func:`plan_for`.
+        plan: Of :func:`vidfast.head.plan.plan_for`.
         wanted: Which gradients.
-
-    Returns:
-        The loss and the wanted gradients. Where fp16 overflowed on the way they are computed once more, smaller.
     """
-    narrow = stores_fp16(plan.module, student.dtype)
-    inside, factor = _split_factor(call.k, alpha, call.eps) if narrow else (call.k, 1.0)
-    while True:
-        found = _in_parts(
-            stack, student, target, alpha, call._replace(k=inside), backend, plan, wanted, factor
-        )
-        if not narrow or not _overflowed(found) or abs(inside) < _SMALLEST_INSIDE:
-            return found
-        inside, factor = inside * _LESS_IN_FP16, factor / _LESS_IN_FP16
-
-
-def stores_fp16(module: torch.dtype, student: torch.dtype) -> bool:
-    """Whether a gradient for g = 1 is stored in fp16, of an activation or of the student: it goes without k then."""
-    return torch.float16 in (module, student)
-
-
-def _in_parts(
-    stack: Stack,
-    student: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    call: Call,
-    backend: PartsBackend,
-    plan: Plan,
-    wanted: Wanted,
-    factor: float,
-) -> Gradients:
-    """As :func:`gradients`, with call.k inside of what is stored and `factor` outside."""
     layers = _Layers(stack, student, plan, backend)
     sums = _Sums(layers, wanted)
     alpha = alpha.contiguous()
@@ -290,13 +226,7 @@ def _in_parts(
         if layers.rounds:
             backend.rectify(activations[-1], plan.module, False)
         sums.add(activations, begin, n)
-    weights, biases = sums.of_weights(), sums.biases
-    if factor != 1.0:
-        of_alpha *= factor
-        weights, biases = (
-            [None if x is None else x.mul_(factor) for x in found] for found in (weights, biases)
-        )
-    return Gradients(_scalar(factor * math.fsum(losses)), factor, sums.student, of_alpha, weights, biases)
+    return Gradients(_scalar(math.fsum(losses)), 1.0, sums.student, of_alpha, sums.of_weights(), sums.biases)
 
 
 def loss_alone(
@@ -320,27 +250,3 @@ def loss_alone(
 
 def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device="cpu")
-
-
-def _split_factor(k: float, alpha: Tensor, eps: float) -> tuple[float, float]:
-    """(what of k goes into fp16 gradients, the power of two that is left of it).
-
-    A gradient is r / v_c times the first. With the smallest variance v it is at most 16 r where v is below 1/16, and
-    where v is above 1 about what r is beside the standard deviation.
-    """
-    mantissa, exponent = math.frexp(k)
-    smallest = float(F.softplus(alpha.detach().double()).min()) + eps
-    down = 0
-    if math.isfinite(smallest) and smallest * _MOST_IN_FP16 < 1:
-        down = math.ceil(-math.log2(_MOST_IN_FP16 * smallest))
-    elif math.isfinite(smallest) and smallest > 1:
-        down = -math.floor(math.log2(smallest) / 2)
-    return math.ldexp(mantissa, -down), math.ldexp(1.0, min(exponent + down, 1023))
-
-
-def _overflowed(found: Gradients) -> bool:
-    """Whether a gradient is not finite though the loss is: an fp16 value became too large on the way."""
-    if not math.isfinite(found.loss.item()):
-        return False
-    tensors = (x for x in (found.student, *found.weights, *found.biases) if x is not None)
-    return not all(bool(torch.isfinite(x).all()) for x in tensors)

@@ -1,4 +1,4 @@
-"""Which way a head takes: in parts, as an operator of a compiled graph, or not at all, layer by layer."""
+"""Which way a head takes: in one pass, as an operator of a compiled graph, or layer by layer."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from vidfast._torch import (
 from vidfast.arguments import Call, loss_factor
 from vidfast.backends.base import Backend, PartsBackend
 from vidfast.dispatch import compiles_to_operator
-from vidfast.head import parts
-from vidfast.head.function import InParts
+from vidfast.head import compute
+from vidfast.head.function import Head
 from vidfast.head.operator import call_operator
-from vidfast.head.plan import planned
 from vidfast.head.stack import Stack, flat_positions
 from vidfast.raw import DTYPES, not_raw
 
@@ -53,7 +52,7 @@ def head_nll(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call:
         if not chosen.in_parts:
             reason = f"the back end {chosen.name} computes the loss alone"
         else:
-            return _in_parts(stack, student, target, alpha, call, chosen, module)
+            return _in_one_pass(stack, student, target, alpha, call, chosen, module)
     note(reason)
     return None
 
@@ -134,7 +133,7 @@ def _fits(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, channel:
     )
 
 
-def _in_parts(
+def _in_one_pass(
     stack: Stack,
     student: Tensor,
     target: Tensor,
@@ -145,13 +144,12 @@ def _in_parts(
 ) -> Tensor:
     assert module is not None
     in_parts: PartsBackend = backend  # type: ignore[assignment]
-    k = loss_factor(target.shape, call.reduction, call.weight)  # of the whole, for each of its parts
+    k = loss_factor(target.shape, call.reduction, call.weight)
     student, target = (flat_positions(x, call.channel) for x in (student, target))
     call = call._replace(channel=1, inplace=True, k=k)
-    student, target, plan = planned(student, target, stack.weights, module)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (student, *stack.tensors)):
-        loss: Tensor = InParts.apply(  # type: ignore[no-untyped-call]
-            student, target, alpha, call, in_parts, plan, stack.convolutions, *stack.weights, *stack.biases
+        loss: Tensor = Head.apply(  # type: ignore[no-untyped-call]
+            student, target, alpha, call, in_parts, module, stack.convolutions, *stack.weights, *stack.biases
         )[0]
         return loss
-    return parts.loss_alone(stack, student, target, alpha, call, in_parts, plan)
+    return compute.loss_alone(stack, student, target, alpha, call, in_parts, module)

@@ -1,0 +1,476 @@
+// The tasks of a head, written once over the vectors of whichever simd_*.h was included before this file, and over
+// `Words`: what a 32-bit word of a matrix is. Everything is in an unnamed namespace: each instruction set's translation
+// unit keeps its own copy.
+//
+// One product serves all three: sums[r][n] = sum_k a[r][k] b[k][n] for a few rows r and up to three vectors of columns
+// n, the rows' words broadcast, the columns' as they lie, the sums in registers. Forward and back the rows are
+// positions and b a weight's panel; for a weight's gradient k runs over the positions.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "head_kernels.h"
+#include "transpose.h"
+
+namespace vidfast::cpu {
+namespace {
+
+using Reg = VF::reg;
+constexpr int kMostVectors = 3;
+constexpr int64_t kMostColumns = kMostVectors * VF::W;
+static_assert(kHeadTile % (2 * kGroup) == 0 && kHeadBlock % kGroup == 0 && kHeadPad % VF::W == 0, "no remainders");
+
+// Columns are shared evenly among the fewest panels of up to kMostVectors vectors.
+int64_t panels(int64_t columns) { return (columns / VF::W + kMostVectors - 1) / kMostVectors; }
+int64_t panel_begin(int64_t columns, int64_t panel) { return columns / VF::W * panel / panels(columns) * VF::W; }
+
+// f.template operator()<the number of vectors>() for a panel.
+template <class F>
+inline void with_vectors(int64_t columns, int64_t panel, const F& f) {
+  switch ((panel_begin(columns, panel + 1) - panel_begin(columns, panel)) / VF::W) {
+    case 1: f(std::integral_constant<int, 1>()); break;
+    case 2: f(std::integral_constant<int, 2>()); break;
+    default: f(std::integral_constant<int, kMostVectors>()); break;
+  }
+}
+
+template <int N>
+struct Sums {
+  Reg at[kGroup][N];
+};
+
+template <int N>
+inline void clear(Sums<N>& sums) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kGroup; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums.at[r][n] = VF::set1(0);
+}
+
+template <class Words, int N>
+inline void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t depth,
+                     Sums<N>& result) {
+  Sums<N> sums = result;  // a copy, which no store can be to
+  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
+    Reg columns[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) columns[n] = VF::load(b + n * VF::W);
+#pragma GCC unroll 8
+    for (int r = 0; r < kGroup; ++r) {
+      const Reg row = VF::set1(a[r * a_row]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums.at[r][n] = Words::multiply_add(row, columns[n], sums.at[r][n]);
+    }
+  }
+  result = sums;
+}
+
+template <class Words, int N>
+__attribute__((noinline)) void multiply_apart(const float* a, int64_t a_row, int64_t a_step, const float* b,
+                                              int64_t b_step, int64_t depth, Sums<N>& result) {
+  multiply<Words, N>(a, a_row, a_step, b, b_step, depth, result);
+}
+
+// ---- features: positions of the whole, which may lie in several samples
+
+// f(row of the tile, elements from the feature's start, how many) for each run of positions of one sample.
+template <class F>
+inline void runs_of(const HeadProblem& p, const Feature& x, int64_t begin, int64_t count, const F& f) {
+  for (int64_t row = 0; row < count;) {
+    const int64_t sample = (begin + row) / p.positions, position = (begin + row) % p.positions;
+    const int64_t n = std::min(count - row, p.positions - position);
+    f(row, sample * x.batch_stride + position * x.position_stride, n);
+    row += n;
+  }
+}
+
+// to[row][kMostColumns] = the feature's channels [channel, channel + wanted) at the tile's positions; zeros elsewhere.
+template <class P>
+void read_as(const HeadProblem& p, const Feature& x, int64_t channels, int64_t begin, int64_t count, int64_t channel,
+             int64_t wanted, float* to) {
+  const int64_t there = std::clamp<int64_t>(channels - channel, 0, wanted);
+  if (there < wanted || count < kHeadTile)
+    for (int64_t r = 0; r < kHeadTile; ++r)
+      for (int64_t c = 0; c < wanted; ++c) to[r * kMostColumns + c] = 0;
+  runs_of(p, x, begin, count, [&](int64_t row, int64_t offset, int64_t n) {
+    const P* from = static_cast<const P*>(x.data) + offset + channel * x.channel_stride;
+    float* out = to + row * kMostColumns;
+    int64_t turned = 0, whole = 0;  // channels and positions that were taken in blocks
+    if (x.position_stride == 1) {
+      turned = there / 8 * 8, whole = n / 8 * 8;
+      for (int64_t c = 0; c < turned; c += 8)
+        for (int64_t r = 0; r < whole; r += 8) {
+          __m256 block[8];
+          for (int i = 0; i < 8; ++i) block[i] = load8(from + (c + i) * x.channel_stride + r);
+          transpose8(block);
+          for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + (r + i) * kMostColumns + c, block[i]);
+        }
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      const P* at = from + r * x.position_stride;
+      int64_t c = r < whole ? turned : 0;
+      if (x.channel_stride == 1)
+        for (; there - c >= 8; c += 8) _mm256_storeu_ps(out + r * kMostColumns + c, load8(at + c));
+      for (; c < there; ++c) out[r * kMostColumns + c] = VF::get(at + c * x.channel_stride);
+    }
+  });
+}
+
+inline void read(const HeadProblem& p, const Feature& x, int64_t channels, int64_t begin, int64_t count,
+                 int64_t channel, int64_t wanted, float* to) {
+  switch (x.dtype) {
+    case DType::bf16: read_as<bf16>(p, x, channels, begin, count, channel, wanted, to); break;
+    case DType::f16: read_as<f16>(p, x, channels, begin, count, channel, wanted, to); break;
+    default: read_as<float>(p, x, channels, begin, count, channel, wanted, to); break;
+  }
+}
+
+// The opposite, for the channels and positions that there are.
+template <class P>
+void write_as(const HeadProblem& p, const Feature& x, int64_t channels, int64_t begin, int64_t count, int64_t channel,
+              int64_t wanted, const float* from) {
+  const int64_t there = std::min(channels - channel, wanted);
+  runs_of(p, x, begin, count, [&](int64_t row, int64_t offset, int64_t n) {
+    P* to = static_cast<P*>(x.data) + offset + channel * x.channel_stride;
+    const float* in = from + row * kMostColumns;
+    int64_t turned = 0, whole = 0;
+    if (x.position_stride == 1) {
+      turned = there / 8 * 8, whole = n / 8 * 8;
+      for (int64_t c = 0; c < turned; c += 8)
+        for (int64_t r = 0; r < whole; r += 8) {
+          __m256 block[8];
+          for (int i = 0; i < 8; ++i) block[i] = _mm256_loadu_ps(in + (r + i) * kMostColumns + c);
+          transpose8(block);
+          for (int i = 0; i < 8; ++i) store8(to + (c + i) * x.channel_stride + r, block[i]);
+        }
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      P* at = to + r * x.position_stride;
+      int64_t c = r < whole ? turned : 0;
+      if (x.channel_stride == 1)
+        for (; there - c >= 8; c += 8) store8(at + c, _mm256_loadu_ps(in + r * kMostColumns + c));
+      for (; c < there; ++c) VF::put(at + c * x.channel_stride, in[r * kMostColumns + c]);
+    }
+  });
+}
+
+inline void write(const HeadProblem& p, const Feature& x, int64_t channels, int64_t begin, int64_t count,
+                  int64_t channel, int64_t wanted, const float* from) {
+  switch (x.dtype) {
+    case DType::bf16: write_as<bf16>(p, x, channels, begin, count, channel, wanted, from); break;
+    case DType::f16: write_as<f16>(p, x, channels, begin, count, channel, wanted, from); break;
+    default: write_as<float>(p, x, channels, begin, count, channel, wanted, from); break;
+  }
+}
+
+// ---- the tasks
+
+template <class Words>
+struct HeadTasks {
+  // Where the tile's rows begin.
+  static float* rows(const HeadMatrix& m, int64_t row) { return m.rows + row * m.row; }
+  static float* pairs(const HeadMatrix& m, int64_t row) { return m.pairs + row / Words::kValues * m.pair; }
+
+  // Two rows' vectors at a column into both forms.
+  static void put(const HeadMatrix& m, int64_t row, int64_t column, Reg first, Reg second) {
+    Words::put(rows(m, row) + column / Words::kValues, m.row, pairs(m, row) + column, m.pair, first, second);
+  }
+
+  // Some rows of a part, of which `count` are positions.
+  struct Rows {
+    int64_t first, count;
+  };
+
+  // Zeros where there is no position or no channel: there a product is a bias, or a zero times infinity.
+  static void clear_outside(const HeadMatrix& m, const Rows& tile, int64_t channels) {
+    if (tile.count == kHeadTile && channels % kHeadPad == 0) return;
+    for (int64_t r = 0; r < kHeadTile; ++r)
+      for (int64_t c = r < tile.count ? channels : 0; c < padded(channels); ++c)
+        Words::clear(rows(m, tile.first + r), pairs(m, tile.first + r), r, c);
+  }
+
+  // A weight as the second matrix of a product, in panels, with the vector that its sums begin with or nullptr.
+  struct Weight {
+    const float* words;
+    const float* start;
+    int64_t into, columns;
+  };
+
+  static Weight forward(const HeadPart& part, int l) {
+    const HeadLayerPlan& layer = part.layers[l];
+    return {layer.forward, layer.bias, layer.into, layer.out};
+  }
+
+  static Weight backward(const HeadPart& part, int l) {
+    const HeadLayerPlan& layer = part.layers[l];
+    return {layer.backward, nullptr, layer.out, layer.into};
+  }
+
+  // For each panel of the weight before(column, columns), and for each group of rows in it finish(row of the tile,
+  // column, sums, how many vectors they are as a type).
+  template <class Before, class Finish>
+  static void product(const HeadMatrix& a, const Rows& tile, const Weight& w, const Before& before,
+                      const Finish& finish) {
+    const int64_t depth = w.into / Words::kValues, columns = w.columns;
+    for (int64_t panel = 0; panel < panels(columns); ++panel) {
+      const int64_t column = panel_begin(columns, panel);
+      const float* b = w.words + column * depth;
+      before(column, panel_begin(columns, panel + 1) - column);
+      with_vectors(columns, panel, [&](auto vectors) {
+        constexpr int N = decltype(vectors)::value;
+        for (int64_t row = 0; row < kHeadTile; row += kGroup) {
+          Sums<N> sums;
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) {
+            const Reg begin = w.start == nullptr ? VF::set1(0) : VF::load(w.start + column + n * VF::W);
+#pragma GCC unroll 8
+            for (int r = 0; r < kGroup; ++r) sums.at[r][n] = begin;
+          }
+          // Of 16 registers rounding to 16 bits would keep some for its constants.
+          constexpr bool apart = VF::W < 16 && Words::kRounds;
+          (apart ? multiply_apart<Words, N> : multiply<Words, N>)(rows(a, tile.first + row), a.row, 1, b, N * VF::W,
+                                                                  depth, sums);
+          finish(row, column, sums, vectors);
+        }
+      });
+    }
+  }
+
+  static void nothing(int64_t, int64_t) {}
+
+  static void tile(const HeadPart& part, int64_t index) {
+    const int64_t first = index * kHeadTile;
+    const Rows tile{first, std::clamp<int64_t>(part.count - first, 0, kHeadTile)};
+    alignas(64) float strip[kHeadTile * kMostColumns];
+    const int last = part.problem->layer_count - 1;
+    read_student(part, tile, strip);
+    for (int l = 0; l < last; ++l) hidden(part, tile, l);
+    loss(part, tile, part.sum_sq + index * part.layers[last].out, strip);
+    for (int64_t l = last; l >= std::max<int64_t>(part.lowest, 1); --l)
+      hidden_backward(part, tile, static_cast<int>(l));
+    if (part.lowest == 0) write_student(part, tile, strip);
+    for (int l = 0; l <= last; ++l)
+      if (part.layers[l].bias_sums != nullptr)
+        add_up(part.gradients[l + 1], first, part.layers[l].out, part.layers[l].bias_sums + index * part.layers[l].out);
+  }
+
+  static void read_student(const HeadPart& part, const Rows& tile, float* strip) {
+    const HeadProblem& p = *part.problem;
+    const HeadMatrix& to = part.activations[0];
+    for (int64_t column = 0; column < part.layers[0].into; column += kHeadPad) {
+      read(p, p.student, p.layers[0].into, part.begin + tile.first, tile.count, column, kHeadPad, strip);
+      for (int64_t r = 0; r < kHeadTile; r += 2)
+        for (int64_t c = 0; c < kHeadPad; c += VF::W)
+          put(to, tile.first + r, column + c, VF::load(strip + r * kMostColumns + c),
+              VF::load(strip + (r + 1) * kMostColumns + c));
+    }
+  }
+
+  // What a layer with a ReLU behind it gives.
+  static void hidden(const HeadPart& part, const Rows& tile, int l) {
+    const HeadMatrix& out = part.activations[l + 1];
+    product(part.activations[l], tile, forward(part, l), nothing,
+            [&](int64_t row, int64_t column, auto& sums, auto vectors) {
+#pragma GCC unroll 8
+              for (int r = 0; r < kGroup; r += 2)
+#pragma GCC unroll 8
+                for (int n = 0; n < vectors.value; ++n)
+                  put(out, tile.first + row + r, column + n * VF::W, VF::positive(sums.at[r][n]),
+                      VF::positive(sums.at[r + 1][n]));
+            });
+    clear_outside(out, tile, part.problem->layers[l].out);
+  }
+
+  // The last product and, as long as its sums are in registers, the residuals and the mean's gradient.
+  static void loss(const HeadPart& part, const Rows& tile, double* sum_sq, float* strip) {
+    const HeadProblem& p = *part.problem;
+    const int last = p.layer_count - 1;
+    const bool keep = part.lowest <= p.layer_count;
+    const HeadMatrix& out = part.gradients[last + 1];
+    alignas(64) float sums_sq[kMostColumns];
+    product(
+        part.activations[last], tile, forward(part, last),
+        [&](int64_t column, int64_t columns) {
+          read(p, p.target, p.channels, part.begin + tile.first, tile.count, column, columns, strip);
+          for (int64_t c = 0; c < columns; ++c) sums_sq[c] = 0;
+        },
+        [&](int64_t row, int64_t column, auto& sums, auto vectors) {
+          constexpr int N = decltype(vectors)::value;
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) {
+            const Reg scale = VF::load(part.scale + column + n * VF::W);
+            Reg sum = VF::load(sums_sq + n * VF::W);
+#pragma GCC unroll 8
+            for (int r = 0; r < kGroup; ++r) {
+              const Reg target = VF::load(strip + (row + r) * kMostColumns + n * VF::W);
+              Reg residual = VF::sub(Words::rounded(sums.at[r][n]), target);
+              if (row + r >= tile.count) residual = VF::set1(0);
+              sum = VF::square_add(residual, sum);
+              sums.at[r][n] = VF::mul(residual, scale);
+            }
+            VF::store(sums_sq + n * VF::W, sum);
+            if (keep)
+#pragma GCC unroll 8
+              for (int r = 0; r < kGroup; r += 2)
+                put(out, tile.first + row + r, column + n * VF::W, sums.at[r][n], sums.at[r + 1][n]);
+          }
+          if (row + kGroup == kHeadTile)
+            for (int64_t c = 0; c < N * VF::W; ++c) sum_sq[column + c] = static_cast<double>(sums_sq[c]);
+        });
+    if (keep) clear_outside(out, tile, p.channels);
+  }
+
+  // The gradient of what goes into a layer that has a ReLU before it.
+  static void hidden_backward(const HeadPart& part, const Rows& tile, int l) {
+    const HeadMatrix& activation = part.activations[l];
+    const HeadMatrix& out = part.gradients[l];
+    product(part.gradients[l + 1], tile, backward(part, l), nothing,
+            [&](int64_t row, int64_t column, auto& sums, auto vectors) {
+#pragma GCC unroll 8
+              for (int r = 0; r < kGroup; r += 2)
+#pragma GCC unroll 8
+                for (int n = 0; n < vectors.value; ++n) {
+                  const int64_t at = column + n * VF::W;
+                  const float* x = rows(activation, tile.first + row + r) + at / Words::kValues;
+                  put(out, tile.first + row + r, at, Words::where_not_zero(sums.at[r][n], x),
+                      Words::where_not_zero(sums.at[r + 1][n], x + activation.row));
+                }
+            });
+  }
+
+  static void write_student(const HeadPart& part, const Rows& tile, float* strip) {
+    const HeadProblem& p = *part.problem;
+    product(part.gradients[1], tile, backward(part, 0), nothing,
+            [&](int64_t row, int64_t column, auto& sums, auto vectors) {
+#pragma GCC unroll 8
+              for (int r = 0; r < kGroup; ++r)
+#pragma GCC unroll 8
+                for (int n = 0; n < vectors.value; ++n)
+                  VF::store(strip + (row + r) * kMostColumns + n * VF::W, sums.at[r][n]);
+              if (row + kGroup == kHeadTile)
+                write(p, p.grad_student, p.layers[0].into, part.begin + tile.first, tile.count, column,
+                      vectors.value * VF::W, strip);
+            });
+  }
+
+  // A bias's gradient over the tile.
+  static void add_up(const HeadMatrix& gradient, int64_t first, int64_t channels, float* to) {
+    for (int64_t column = 0; column < channels; column += VF::W) {
+      Reg sum = VF::set1(0);
+      for (int64_t r = 0; r < kHeadTile; ++r)
+        sum = VF::add(sum, Words::load(rows(gradient, first + r) + column / Words::kValues));
+      VF::store(to + column, sum);
+    }
+  }
+
+  static void outer(const HeadPart& part, int64_t index, int64_t panel, int64_t block) {
+    const HeadLayerPlan& layer = part.layers[index];
+    const int64_t column = panel_begin(layer.into, panel), row = block * kHeadBlock;
+    float* to = part.problem->layers[index].grad_weight + row * layer.into + column;
+    const int64_t count = (part.count + kHeadTile - 1) / kHeadTile * kHeadTile;
+    with_vectors(layer.into, panel, [&](auto vectors) {
+      constexpr int N = decltype(vectors)::value;
+      for (int64_t begin = 0; begin < count; begin += part.together)
+        add_block<N>(part.gradients[index + 1], part.activations[index], begin, std::min(begin + part.together, count),
+                     row, column, to, layer.into);
+    });
+  }
+
+  // A block of kHeadBlock rows, with the sums over the positions [begin, end) in two steps: what is added one by one
+  // loses more, the more there is of it.
+  template <int N>
+  static void add_block(const HeadMatrix& g, const HeadMatrix& x, int64_t begin, int64_t end, int64_t row,
+                        int64_t column, float* to, int64_t to_row) {
+    constexpr int kGroups = kHeadBlock / kGroup;
+    Sums<N> totals[kGroups];
+    for (Sums<N>& total : totals) clear(total);
+    for (; begin < end; begin += kHeadDepth) {
+      const int64_t depth = std::min(kHeadDepth, end - begin) / Words::kValues;
+      for (int group = 0; group < kGroups; ++group) {
+        Sums<N> sums;
+        clear(sums);
+        multiply<Words, N>(pairs(g, begin) + row + group * kGroup, 1, g.pair, pairs(x, begin) + column, x.pair, depth,
+                           sums);
+#pragma GCC unroll 8
+        for (int r = 0; r < kGroup; ++r)
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) totals[group].at[r][n] = VF::add(totals[group].at[r][n], sums.at[r][n]);
+      }
+    }
+    for (int r = 0; r < kHeadBlock; ++r)
+      for (int n = 0; n < N; ++n) {
+        float* at = to + r * to_row + n * VF::W;
+        VF::store(at, VF::add(VF::load(at), totals[r / kGroup].at[r % kGroup][n]));
+      }
+  }
+
+  // A weight [out, into] as columns of a product: forward over its outputs, back over its inputs.
+  static void pack(const HeadLayer& layer, bool forward, int64_t panel, float* to) {
+    switch (layer.weight_dtype) {
+      case DType::bf16: pack_as<bf16>(layer, forward, panel, to); break;
+      case DType::f16: pack_as<f16>(layer, forward, panel, to); break;
+      default: pack_as<float>(layer, forward, panel, to); break;
+    }
+  }
+
+  template <class P>
+  static void pack_as(const HeadLayer& layer, bool forward, int64_t panel, float* to) {
+    const P* weight = static_cast<const P*>(layer.weight);
+    const int64_t columns = forward ? layer.out : layer.into, depth = forward ? layer.into : layer.out;
+    const int64_t begin = panel_begin(padded(columns), panel), end = panel_begin(padded(columns), panel + 1);
+    const auto value = [&](int64_t k, int64_t n) {
+      if (k >= depth || n >= columns) return 0.0f;
+      return VF::get(weight + (forward ? n * layer.into + k : k * layer.into + n));
+    };
+    const int64_t words = padded(depth) / Words::kValues;
+    to += begin * words;
+    for (int64_t k = 0; k < words; ++k)
+      for (int64_t n = begin; n < end; ++n, ++to)
+        *to = Words::word(value(k * Words::kValues, n), value(k * Words::kValues + Words::kValues - 1, n));
+  }
+
+  static constexpr HeadKernels table(const char* name) {
+    return {name, Words::kValues == 2, panels, pack, tile, outer};
+  }
+};
+
+// A word is a value, one of the module's: fp32, or rounded to 16 bits where the processor has no products of those.
+template <class P>
+struct Words32 {
+  static constexpr int kValues = 1;
+  static constexpr bool kRounds = !std::is_same_v<P, float>;
+  static Reg multiply_add(Reg a, Reg b, Reg c) { return VF::multiply_add(a, b, c); }
+  static Reg rounded(Reg a) {
+    if constexpr (kRounds)
+      return VF::rounded(static_cast<const P*>(nullptr), a);
+    else
+      return a;
+  }
+  static Reg load(const float* x) { return VF::load(x); }
+  static Reg where_not_zero(Reg a, const float* x) { return VF::where_not_zero(a, VF::load(x)); }
+  static float word(float a, float) {
+    P value;
+    VF::put(&value, a);
+    return VF::get(&value);
+  }
+  static void clear(float* rows, float*, int64_t, int64_t column) { rows[column] = 0; }
+  static void put(float* rows, int64_t row, float*, int64_t, Reg first, Reg second) {
+    VF::store(rows, rounded(first));
+    VF::store(rows + row, rounded(second));
+  }
+};
+
+inline const HeadKernels* with_words32(DType module, const char* name) {
+  static const HeadKernels kernels[] = {HeadTasks<Words32<float>>::table(name), HeadTasks<Words32<bf16>>::table(name),
+                                        HeadTasks<Words32<f16>>::table(name)};
+  switch (module) {
+    case DType::f32: return &kernels[0];
+    case DType::bf16: return &kernels[1];
+    case DType::f16: return &kernels[2];
+    default: return nullptr;
+  }
+}
+
+}  // namespace
+}  // namespace vidfast::cpu

@@ -1,0 +1,70 @@
+// What a head's driver (head.cpp) asks of an instruction set: three tasks over tiles of positions, and their memory.
+//
+// A layer's activations are matrices of 32-bit words in one of two forms. `rows`: a position after the other, the
+// channels fastest. `pairs`: two positions after the other, where 16-bit values of both share a word, so that a product
+// over the positions multiplies words too; in fp32 a word is one value and the two forms are one.
+#pragma once
+
+#include <cstdint>
+
+#include "../head.h"
+
+namespace vidfast::cpu {
+
+constexpr int64_t kHeadTile = 32;   // positions of a task; sums of squares run over so many in fp32
+constexpr int64_t kHeadDepth = 64;  // positions that a product over them adds in fp32 before the sum takes them
+constexpr int64_t kHeadPad = 16;    // channels are filled up with zeros to a multiple of this
+constexpr int64_t kHeadBlock = 16;  // rows of a weight's gradient that are one task
+
+inline int64_t padded(int64_t channels) { return (channels + kHeadPad - 1) / kHeadPad * kHeadPad; }
+
+struct HeadMatrix {
+  float* rows = nullptr;
+  float* pairs = nullptr;
+  int64_t row = 0, pair = 0;  // words from one to the next
+};
+
+// A layer for one call: its sizes, filled up, and its weight in panels for the product forward and for the one back.
+struct HeadLayerPlan {
+  int64_t into = 0, out = 0;
+  float* forward = nullptr;
+  float* backward = nullptr;
+  float* bias = nullptr;       // [out] or nullptr
+  float* bias_sums = nullptr;  // [tiles of a part, out] or nullptr
+};
+
+// A part of the positions.
+struct HeadPart {
+  const HeadProblem* problem;
+  HeadLayerPlan layers[kMostLayers];
+  HeadMatrix activations[kMostLayers];    // what goes into a layer
+  HeadMatrix gradients[kMostLayers + 1];  // of what goes into a layer, and at last of the mean
+  const float* scale;                     // [C, filled up] k / v_c
+  double* sum_sq;                         // [tiles of a part, C, filled up]
+  int64_t together;      // positions whose products a weight's gradient takes at once, a multiple of kHeadDepth
+  int64_t begin, count;  // positions of the whole
+  int64_t lowest;        // of `gradients` the lowest that is needed; 0: the student's; above layer_count: none
+};
+
+struct HeadKernels {
+  const char* name;
+  int64_t words(int64_t channels) const { return pairs ? channels / 2 : channels; }  // of a row
+  bool pairs;
+  // A weight's panels, forward or back; `panel` is one of panels(columns).
+  int64_t (*panels)(int64_t columns);
+  void (*pack)(const HeadLayer& layer, bool forward, int64_t panel, float* to);
+  // Forward, loss, and back as far as needed, of the tile'th kHeadTile positions of a part.
+  void (*tile)(const HeadPart& part, int64_t tile);
+  // A weight's gradient: its block'th kHeadBlock rows in one panel's columns, over all positions of a part.
+  void (*outer)(const HeadPart& part, int64_t layer, int64_t panel, int64_t block);
+};
+
+// Those of the instruction set in use for what a layer gives, or nullptr.
+const HeadKernels* head_kernels(DType module);
+#ifdef VIDFAST_X86
+const HeadKernels* avx2_head_kernels(DType module);
+const HeadKernels* avx512_head_kernels(DType module);
+const HeadKernels* avx512_bf16_head_kernels(DType module);
+#endif
+
+}  // namespace vidfast::cpu

@@ -1,0 +1,36 @@
+"""What computing a head gives, and what of it is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Gradients(NamedTuple):
+    """What a head gives: the loss and its gradients for an incoming gradient of 1.
+
+    Attributes:
+        loss: A scalar in fp32.
+        factor: What the student's gradient has to be multiplied with yet. 1 where nothing is stored in fp16.
+        student: (B, C_s, positions), of the student's dtype and order of dimensions; None where it is not wanted.
+        alpha: (C,) in fp64.
+        weights: (out, in) each in fp32, or None.
+        biases: (out,) each in fp32, or None.
+    """
+
+    loss: Tensor
+    factor: float
+    student: Tensor | None
+    alpha: Tensor
+    weights: list[Tensor | None]
+    biases: list[Tensor | None]
+
+
+class Wanted(NamedTuple):
+    """Which gradients are wanted."""
+
+    student: bool
+    weights: Sequence[bool]
+    biases: Sequence[bool]
