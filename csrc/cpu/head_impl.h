@@ -367,13 +367,14 @@ struct HeadTasks {
   static void outer(const HeadPart& part, int64_t index, int64_t panel, int64_t block) {
     const HeadLayerPlan& layer = part.layers[index];
     const int64_t column = panel_begin(layer.into, panel), row = block * kHeadBlock;
-    float* to = part.problem->layers[index].grad_weight + row * layer.into + column;
     const int64_t count = (part.count + kHeadTile - 1) / kHeadTile * kHeadTile;
     with_vectors(layer.into, panel, [&](auto vectors) {
       constexpr int N = decltype(vectors)::value;
-      for (int64_t begin = 0; begin < count; begin += part.together)
-        add_block<N>(part.gradients[index + 1], part.activations[index], begin, std::min(begin + part.together, count),
-                     row, column, to, layer.into);
+      for (int64_t begin = 0; begin < count; begin += part.unit) {
+        float* to = part.grad_weight(index, part.begin + begin) + row * layer.into + column;
+        add_block<N>(part.gradients[index + 1], part.activations[index], begin, std::min(begin + part.unit, count), row,
+                     column, to, layer.into);
+      }
     });
   }
 

@@ -30,20 +30,29 @@ struct HeadLayerPlan {
   float* forward = nullptr;
   float* backward = nullptr;
   float* bias = nullptr;       // [out] or nullptr
-  float* bias_sums = nullptr;  // [tiles of a part, out] or nullptr
+  float* bias_sums = nullptr;  // [tiles of the memory, out] or nullptr
 };
 
-// A part of the positions.
+// Some neighbouring positions, what is to be done with them, and the memory for it.
 struct HeadPart {
   const HeadProblem* problem;
   HeadLayerPlan layers[kMostLayers];
   HeadMatrix activations[kMostLayers];    // what goes into a layer
   HeadMatrix gradients[kMostLayers + 1];  // of what goes into a layer, and at last of the mean
   const float* scale;                     // [C, filled up] k / v_c
-  double* sum_sq;                         // [tiles of a part, C, filled up]
-  int64_t together;      // positions whose products a weight's gradient takes at once, a multiple of kHeadDepth
-  int64_t begin, count;  // positions of the whole
-  int64_t lowest;        // of `gradients` the lowest that is needed; 0: the student's; above layer_count: none
+  double* sum_sq;                         // [tiles of the memory, C, filled up]
+  int64_t begin, count;                   // positions of the whole; begin is a multiple of `unit`
+  int64_t lowest;  // of `gradients` the lowest that is needed; 0: the student's; above layer_count: none
+  // A weight's gradient takes the products of `unit` positions at once, a multiple of kHeadDepth. Those of the n'th
+  // unit are added to its (n % lanes)'th sum; the first one is the problem's grad_weight.
+  int64_t unit, lanes;
+  float* lane_weights[kMostLayers];  // [lanes - 1, out, into]
+
+  float* grad_weight(int64_t layer, int64_t position) const {
+    const int64_t lane = position / unit % lanes;
+    if (lane == 0) return problem->layers[layer].grad_weight;
+    return lane_weights[layer] + (lane - 1) * layers[layer].out * layers[layer].into;
+  }
 };
 
 struct HeadKernels {
