@@ -19,7 +19,9 @@ namespace {
 using Reg = VF::reg;
 constexpr int kMostVectors = 3;
 constexpr int64_t kMostColumns = kMostVectors * VF::W;
-static_assert(kHeadTile % (2 * kGroup) == 0 && kHeadBlock % kGroup == 0 && kHeadPad % VF::W == 0, "no remainders");
+int64_t whole_groups(int64_t rows) { return (rows + kGroup - 1) / kGroup * kGroup; }
+static_assert(kGroup % 2 == 0 && kHeadTile % kGroup == 0 && kHeadBlock % kGroup == 0 && kHeadPad % VF::W == 0,
+              "no remainders");
 
 // Columns are shared evenly among the fewest panels of up to kMostVectors vectors.
 int64_t panels(int64_t columns) { return (columns / VF::W + kMostVectors - 1) / kMostVectors; }
@@ -90,8 +92,8 @@ template <class P>
 void read_as(const HeadProblem& p, const Feature& x, int64_t channels, int64_t begin, int64_t count, int64_t channel,
              int64_t wanted, float* to) {
   const int64_t there = std::clamp<int64_t>(channels - channel, 0, wanted);
-  if (there < wanted || count < kHeadTile)
-    for (int64_t r = 0; r < kHeadTile; ++r)
+  if (there < wanted || count < whole_groups(count))
+    for (int64_t r = 0; r < whole_groups(count); ++r)
       for (int64_t c = 0; c < wanted; ++c) to[r * kMostColumns + c] = 0;
   runs_of(p, x, begin, count, [&](int64_t row, int64_t offset, int64_t n) {
     const P* from = static_cast<const P*>(x.data) + offset + channel * x.channel_stride;
@@ -177,15 +179,15 @@ struct HeadTasks {
     Words::put(rows(m, row) + column / Words::kValues, m.row, pairs(m, row) + column, m.pair, first, second);
   }
 
-  // Some rows of a part, of which `count` are positions.
+  // Some rows of a part, of which `count` are positions; whole groups of rows are computed.
   struct Rows {
-    int64_t first, count;
+    int64_t first, count, computed;
   };
 
   // Zeros where there is no position or no channel: there a product is a bias, or a zero times infinity.
   static void clear_outside(const HeadMatrix& m, const Rows& tile, int64_t channels) {
-    if (tile.count == kHeadTile && channels % kHeadPad == 0) return;
-    for (int64_t r = 0; r < kHeadTile; ++r)
+    if (tile.count == tile.computed && channels % kHeadPad == 0) return;
+    for (int64_t r = 0; r < tile.computed; ++r)
       for (int64_t c = r < tile.count ? channels : 0; c < padded(channels); ++c)
         Words::clear(rows(m, tile.first + r), pairs(m, tile.first + r), r, c);
   }
@@ -219,7 +221,7 @@ struct HeadTasks {
       before(column, panel_begin(columns, panel + 1) - column);
       with_vectors(columns, panel, [&](auto vectors) {
         constexpr int N = decltype(vectors)::value;
-        for (int64_t row = 0; row < kHeadTile; row += kGroup) {
+        for (int64_t row = 0; row < tile.computed; row += kGroup) {
           Sums<N> sums;
 #pragma GCC unroll 8
           for (int n = 0; n < N; ++n) {
@@ -241,7 +243,8 @@ struct HeadTasks {
 
   static void tile(const HeadPart& part, int64_t index) {
     const int64_t first = index * kHeadTile;
-    const Rows tile{first, std::clamp<int64_t>(part.count - first, 0, kHeadTile)};
+    const int64_t count = std::min(part.count - first, kHeadTile);
+    const Rows tile{first, count, whole_groups(count)};
     alignas(64) float strip[kHeadTile * kMostColumns];
     const int last = part.problem->layer_count - 1;
     read_student(part, tile, strip);
@@ -252,7 +255,7 @@ struct HeadTasks {
     if (part.lowest == 0) write_student(part, tile, strip);
     for (int l = 0; l <= last; ++l)
       if (part.layers[l].bias_sums != nullptr)
-        add_up(part.gradients[l + 1], first, part.layers[l].out, part.layers[l].bias_sums + index * part.layers[l].out);
+        add_up(part.gradients[l + 1], tile, part.layers[l].out, part.layers[l].bias_sums + index * part.layers[l].out);
   }
 
   static void read_student(const HeadPart& part, const Rows& tile, float* strip) {
@@ -260,7 +263,7 @@ struct HeadTasks {
     const HeadMatrix& to = part.activations[0];
     for (int64_t column = 0; column < part.layers[0].into; column += kHeadPad) {
       read(p, p.student, p.layers[0].into, part.begin + tile.first, tile.count, column, kHeadPad, strip);
-      for (int64_t r = 0; r < kHeadTile; r += 2)
+      for (int64_t r = 0; r < tile.computed; r += 2)
         for (int64_t c = 0; c < kHeadPad; c += VF::W)
           put(to, tile.first + r, column + c, VF::load(strip + r * kMostColumns + c),
               VF::load(strip + (r + 1) * kMostColumns + c));
@@ -315,7 +318,7 @@ struct HeadTasks {
               for (int r = 0; r < kGroup; r += 2)
                 put(out, tile.first + row + r, column + n * VF::W, sums.at[r][n], sums.at[r + 1][n]);
           }
-          if (row + kGroup == kHeadTile)
+          if (row + kGroup == tile.computed)
             for (int64_t c = 0; c < N * VF::W; ++c) sum_sq[column + c] = static_cast<double>(sums_sq[c]);
         });
     if (keep) clear_outside(out, tile, p.channels);
@@ -348,18 +351,18 @@ struct HeadTasks {
 #pragma GCC unroll 8
                 for (int n = 0; n < vectors.value; ++n)
                   VF::store(strip + (row + r) * kMostColumns + n * VF::W, sums.at[r][n]);
-              if (row + kGroup == kHeadTile)
+              if (row + kGroup == tile.computed)
                 write(p, p.grad_student, p.layers[0].into, part.begin + tile.first, tile.count, column,
                       vectors.value * VF::W, strip);
             });
   }
 
   // A bias's gradient over the tile.
-  static void add_up(const HeadMatrix& gradient, int64_t first, int64_t channels, float* to) {
+  static void add_up(const HeadMatrix& gradient, const Rows& tile, int64_t channels, float* to) {
     for (int64_t column = 0; column < channels; column += VF::W) {
       Reg sum = VF::set1(0);
-      for (int64_t r = 0; r < kHeadTile; ++r)
-        sum = VF::add(sum, Words::load(rows(gradient, first + r) + column / Words::kValues));
+      for (int64_t r = 0; r < tile.computed; ++r)
+        sum = VF::add(sum, Words::load(rows(gradient, tile.first + r) + column / Words::kValues));
       VF::store(to + column, sum);
     }
   }
@@ -367,7 +370,7 @@ struct HeadTasks {
   static void outer(const HeadPart& part, int64_t index, int64_t panel, int64_t block) {
     const HeadLayerPlan& layer = part.layers[index];
     const int64_t column = panel_begin(layer.into, panel), row = block * kHeadBlock;
-    const int64_t count = (part.count + kHeadTile - 1) / kHeadTile * kHeadTile;
+    const int64_t count = whole_groups(part.count);
     with_vectors(layer.into, panel, [&](auto vectors) {
       constexpr int N = decltype(vectors)::value;
       for (int64_t begin = 0; begin < count; begin += part.unit) {

@@ -11,7 +11,7 @@
 
 namespace vidfast::cpu {
 
-constexpr int64_t kHeadTile = 32;   // positions of a task; sums of squares run over so many in fp32
+constexpr int64_t kHeadTile = 64;   // positions of a task; sums of squares run over so many in fp32
 constexpr int64_t kHeadDepth = 64;  // positions that a product over them adds in fp32 before the sum takes them
 constexpr int64_t kHeadPad = 16;    // channels are filled up with zeros to a multiple of this
 constexpr int64_t kHeadBlock = 16;  // rows of a weight's gradient that are one task
