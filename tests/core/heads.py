@@ -20,7 +20,7 @@ EPS = 1e-5
 # How a head's activations are stored: by the back end's kernel, or in parts in one of three ways.
 ARRANGEMENTS = ("kernel", "planes", "rows", "columns")
 in_parts_alone = mock.patch.object(kernel, "takes", return_value=False)
-by_kernel = mock.patch.object(kernel, "takes", lambda backend, _, module: backend.has_head(module))
+by_kernel = mock.patch.object(kernel, "takes", lambda backend, *rest: backend.has_head(rest[-1]))
 # How layers are named by what they take: a map, a sequence of positions, tokens.
 KINDS = ("maps", "sequences", "tokens", "vectors")
 

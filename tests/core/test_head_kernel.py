@@ -312,6 +312,18 @@ def test_it_is_taken_where_nothing_is_faster(isa: str, ways: Ways, monkeypatch: 
     assert way(ways, 4) != "kernel"
 
 
+def test_weights_far_larger_than_activations_are_not_copied(
+    isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del isa
+    monkeypatch.setattr(kernel, "MOST_COPIED", 2000)
+    stack = Stack((torch.empty(40, 30), torch.empty(20, 40)), (None, None), False)
+    for positions, taken in ((30, False), (31, True)):
+        assert kernel.takes(BACKEND, stack, torch.empty(1, 30, positions), FP32) == taken
+    small = Stack((torch.empty(20, 50),), (None,), False)
+    assert kernel.takes(BACKEND, small, torch.empty(1, 50, 1), FP32)
+
+
 def test_tiles_of_the_processor_are_faster(ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "cpu_has_tiles", lambda dtype: dtype is BF16)
     assert way(ways, amp=BF16) != "kernel"

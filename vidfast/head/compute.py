@@ -50,7 +50,7 @@ def gradients(
     """
     narrow = stores_fp16(module, student.dtype)
     inside, factor = _split_factor(call.k, alpha, call.eps) if narrow else (call.k, 1.0)
-    compute = kernel.gradients if kernel.takes(backend, stack, module) else _in_parts
+    compute = kernel.gradients if kernel.takes(backend, stack, student, module) else _in_parts
     while True:
         found = compute(stack, student, target, alpha, call._replace(k=inside), backend, module, wanted)
         if factor != 1.0:
@@ -70,7 +70,7 @@ def loss_alone(
     module: torch.dtype,
 ) -> Tensor:
     """The loss, a scalar in fp32, where no gradient is wanted. The arguments are those of :func:`gradients`."""
-    if kernel.takes(backend, stack, module):
+    if kernel.takes(backend, stack, student, module):
         return kernel.loss_alone(stack, student, target, alpha, call, backend, module)
     samples, target, plan = planned(student, target, stack.weights, module)
     return parts.loss_alone(stack, samples, target, alpha, call, backend, plan)

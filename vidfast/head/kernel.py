@@ -23,13 +23,23 @@ from vidfast.memory import empty_dense
 MOST_LAYERS, FILLED_UP_TO = 3, 16
 
 
-def takes(backend: PartsBackend, stack: Stack, module: torch.dtype) -> bool:
+# A kernel keeps each weight twice, as its products read it: so many numbers, or what a step's activations are.
+MOST_COPIED = 2 << 20
+
+
+def takes(backend: PartsBackend, stack: Stack, student: Tensor, module: torch.dtype) -> bool:
     """Whether a head is computed by the back end's kernel, and not by a library's products.
 
     Not where a library has the processor's tiles (AMX), several times as fast as vectors are; nor where torch was asked
-    for fp32 products of less precision, which it has and the kernel has not.
+    for fp32 products of less precision, which it has and the kernel has not; nor where weights are so large beside the
+    activations that copies of them would be most of a step's memory.
     """
     if len(stack.weights) > MOST_LAYERS or not backend.has_head(module):
+        return False
+    sizes = [weight.shape[:2] for weight in stack.weights]
+    copied = 2 * sum(out * into for out, into in sizes)
+    activations = student.shape[0] * student.shape[2] * sum(sum(size) for size in sizes)
+    if copied > max(MOST_COPIED, activations):
         return False
     if module is torch.float32:
         return not products_differ_from_convolutions()
