@@ -85,8 +85,8 @@ class VIDLoss(Weighted):
         weight: A factor of the loss; in here it costs nothing.
         reduction: "mean", "sum" or "batchmean", as in :func:`vidfast.gaussian_nll`.
         inplace: The gradient is written over the regressor's output, and its ReLUs over their inputs, which nothing
-            is allocated for. On the CPU, in fp32, bf16 and fp16, the regressor and the loss are computed a few samples
-            at a time, gradients included, and their activations are never whole (:mod:`vidfast.head`). Where a hook
+            is allocated for. On the CPU, in fp32, bf16 and fp16, the regressor and the loss are computed some
+            positions at a time, gradients included, and their activations are never whole (:mod:`vidfast.head`). Where a hook
             or a mode of torch's sees them, or the regressor is one of your own that may return what it was given,
             nothing is written over (:mod:`vidfast.regressor`).
         backend: As in :func:`vidfast.gaussian_nll`.

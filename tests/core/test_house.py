@@ -192,10 +192,12 @@ def test_the_walk_sees_a_file_that_is_entered_again(monkeypatch: pytest.MonkeyPa
     assert files.count("nll") == 2
 
 
-def stack_above(kind: Any, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The entries of the frames from a call down to `forward_grad` of a back end's class, the outermost first."""
+def stack_above(
+    kind: Any, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch, method: str = "forward_grad"
+) -> list[str]:
+    """The entries of the frames from a call down to a method of a back end's class, the outermost first."""
     stack: list[str] = []
-    right = kind.forward_grad
+    right = getattr(kind, method)
 
     def seen(*args: Any, **options: Any) -> None:
         frame: FrameType | None = sys._getframe()
@@ -206,7 +208,7 @@ def stack_above(kind: Any, call: Callable[[], object], monkeypatch: pytest.Monke
             frame = frame.f_back
         right(*args, **options)
 
-    monkeypatch.setattr(kind, "forward_grad", seen)
+    monkeypatch.setattr(kind, method, seen)
     call()
     floor_of = {name: number for number, floor in enumerate(floors()) for name in floor}
     assert all(a == b or floor_of[a] < floor_of[b] for a, b in pairwise(stack)), stack
@@ -227,17 +229,27 @@ def test_the_stack_above_a_kernel_goes_down(backend: Place, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(memory._C is None, reason="the extension is not built")
-def test_the_stack_above_a_heads_kernel_goes_down(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_kernel", [True, False], ids=["kernel", "parts"])
+def test_the_stack_above_a_heads_kernel_goes_down(monkeypatch: pytest.MonkeyPatch, by_kernel: bool) -> None:
     """Likewise from `vid_head`, by way of its folder."""
-    from vidfast.backends.cpu import CpuBackend
+    from vidfast.backends.cpu import BACKEND, CpuBackend
+    from vidfast.head import kernel
 
+    if by_kernel and not BACKEND.has_head(torch.float32):
+        pytest.skip("this processor has no kernel for heads")
+    monkeypatch.setattr(kernel, "takes", lambda *_: by_kernel)
     weight = torch.randn(6, 5, requires_grad=True)
     features = torch.randn(3, 5, 4), torch.randn(3, 6, 4)
-    stack = stack_above(CpuBackend, lambda: vidfast.vid_head(*features, torch.zeros(6), weight), monkeypatch)
+    stack = stack_above(
+        CpuBackend,
+        lambda: vidfast.vid_head(*features, torch.zeros(6), weight),
+        monkeypatch,
+        "head" if by_kernel else "forward_grad",
+    )
     assert [name for name, _ in groupby(stack)] == [
         "head/call",
         "head/way",
         "head/function",
-        "head/parts",
-        "primitives",
+        "head/compute",
+        *(["head/kernel"] if by_kernel else ["head/parts", "primitives"]),
     ]

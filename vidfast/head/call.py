@@ -33,7 +33,7 @@ def vid_head(
     mu(s) = W_n relu(... relu(W_1 s + b_1) ...) + b_n at every position, and then :func:`vidfast.gaussian_nll`: ReLU
     between the layers, and none behind the last. They are those of 1x1 convolutions or of linear layers: either is a
     matrix over the channels, wherever those are. On the CPU, in fp32, bf16 and fp16, under autocast too, all is
-    computed a few samples at a time: the loss and every gradient, and no activation is stored for the whole batch.
+    computed some positions at a time: the loss and every gradient, and no activation is stored for the whole batch.
     Inside torch.compile that stays one operator. Elsewhere (other devices, fp64, a target that requires grad, alpha's
     gradient alone, convolutions after torch.set_float32_matmul_precision("high")) the layers run one after the other,
     and the loss over their last output; the logger "vidfast" says why, at level DEBUG.

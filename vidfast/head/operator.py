@@ -72,7 +72,7 @@ def _checked(
         raise RuntimeError(NO_FORWARD_MODE)
     chosen = backends.choose(backend, student, target, alpha, not_raw(*tensors))
     if not chosen.in_parts:
-        raise RuntimeError(f"backend={backend!r} cannot run here: {chosen.name} computes no head in parts")
+        raise RuntimeError(f"backend={backend!r} cannot run here: {chosen.name} computes no head in one pass")
     weight = with_factor(weight, factor)
     k = loss_factor(target.shape, reduction, weight)
     return stack, chosen, Call(1, eps, reduction, weight=weight, inplace=True, backend=backend, k=k), module
