@@ -78,8 +78,8 @@ vidfast::Feature feature(const FeatureTuple& t) {
 
 vidfast::HeadProblem head_problem(int64_t batch, int64_t channels, int64_t positions, const FeatureTuple& student,
                                   const FeatureTuple& target, const std::vector<LayerTuple>& layers, Address alpha,
-                                  int alpha_dtype, double eps, double k, bool full, int module,
-                                  const FeatureTuple& grad_student, Address grad_alpha) {
+                                  int alpha_dtype, double eps, double k, int module, const FeatureTuple& grad_student,
+                                  Address grad_alpha) {
   vidfast::HeadProblem p{};
   p.batch = batch, p.channels = channels, p.positions = positions;
   p.student = feature(student), p.target = feature(target), p.grad_student = feature(grad_student);
@@ -99,7 +99,7 @@ vidfast::HeadProblem head_problem(int64_t batch, int64_t channels, int64_t posit
                    static_cast<float*>(pointer(grad_bias))};
   }
   p.alpha = pointer(alpha), p.alpha_dtype = static_cast<DType>(alpha_dtype);
-  p.eps = eps, p.k = k, p.full = full, p.module = static_cast<DType>(module);
+  p.eps = eps, p.k = k, p.module = static_cast<DType>(module);
   p.grad_alpha = doubles(grad_alpha);
   return p;
 }
@@ -114,7 +114,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_scale", &cpu_scale);
   m.def("cpu_rectify", &cpu_rectify);
   m.def("cpu_rectify_backward", &cpu_rectify_backward);
-  m.def("cpu_head_runs", [](int module) { return vidfast::cpu::head_runs(static_cast<DType>(module)); });
+  m.def("cpu_head_instructions",
+        [](int module, int64_t layers) { return vidfast::cpu::head_instructions(static_cast<DType>(module), layers); });
   py::class_<vidfast::HeadProblem>(m, "CpuHead", py::module_local(), "A head over given addresses.")
       .def(py::init(&head_problem))
       .def("workspace_bytes", &vidfast::cpu::head_workspace_bytes)

@@ -22,7 +22,7 @@ struct HeadLayer {
   const void* bias;  // [out] or nullptr, likewise
   DType bias_dtype;
   int64_t into, out;
-  float* grad_weight;  // [out and into filled up with zeros to multiples of 16], zeroed by the caller; or nullptr
+  float* grad_weight;  // [out, into] or nullptr
   float* grad_bias;    // [out] or nullptr
 };
 
@@ -34,7 +34,6 @@ struct HeadProblem {
   const void* alpha;
   DType alpha_dtype;
   double eps, k;
-  bool full;
   DType module;          // what a layer gives: f32, bf16 or f16
   Feature grad_student;  // data nullptr: not wanted
   double* grad_alpha;    // [C]; nullptr: the loss alone
@@ -42,8 +41,9 @@ struct HeadProblem {
 
 namespace cpu {
 
-// Whether the instruction set in use has kernels for heads whose layers give that dtype.
-bool head_runs(DType module);
+// The kernels for heads of so many layers that give that dtype, by the name of their instructions; nullptr: the
+// instruction set in use has none.
+const char* head_instructions(DType module, int64_t layer_count);
 // Bytes of the workspace that `head` needs, on a 64-byte address.
 int64_t head_workspace_bytes(const HeadProblem& p, int threads);
 void head(const HeadProblem& p, float* loss, void* workspace, int threads);

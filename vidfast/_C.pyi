@@ -34,14 +34,14 @@ def cpu_rectify(x: int, dtype: int, rounded: int, positive: bool, n: int, thread
 def cpu_rectify_backward(
     gradient: int, activation: int, out: int, dtype: int, rounded: int, n: int, threads: int, /,
 ) -> None: ...  # fmt: skip
-def cpu_head_runs(module: int, /) -> bool: ...
+def cpu_head_instructions(module: int, layers: int, /) -> str | None: ...
 
 class CpuHead:
     def __init__(
         self, batch: int, channels: int, positions: int,
         student: tuple[int, int, int, int, int], target: tuple[int, int, int, int, int],
         layers: list[tuple[int, int, int, int, int, int, int, int]], alpha: int, alpha_dtype: int,
-        eps: float, k: float, full: bool, module: int, grad_student: tuple[int, int, int, int, int], grad_alpha: int, /,
+        eps: float, k: float, module: int, grad_student: tuple[int, int, int, int, int], grad_alpha: int, /,
     ) -> None: ...  # fmt: skip
     def workspace_bytes(self, threads: int, /) -> int: ...
     def run(self, loss: int, workspace: int, threads: int, /) -> None: ...

@@ -231,10 +231,11 @@ _FAST_PRODUCTS = {
 }
 
 
-# Those whose instructions multiply tiles, several times as fast as vectors.
+# The instructions that multiply tiles, several times as fast as vectors; of fp16 these are the only fast ones.
 _TILES = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
 
 
+@lru_cache(maxsize=4)
 def cpu_has_tiles(dtype: torch.dtype) -> bool:
     """Whether torch multiplies matrices of that 16-bit type by the processor's tiles. Where it does not say: no."""
     return cpu_multiplies(dtype) and _says(dtype, _TILES[dtype])

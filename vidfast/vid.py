@@ -86,9 +86,9 @@ class VIDLoss(Weighted):
         reduction: "mean", "sum" or "batchmean", as in :func:`vidfast.gaussian_nll`.
         inplace: The gradient is written over the regressor's output, and its ReLUs over their inputs, which nothing
             is allocated for. On the CPU, in fp32, bf16 and fp16, the regressor and the loss are computed some
-            positions at a time, gradients included, and their activations are never whole (:mod:`vidfast.head`). Where a hook
-            or a mode of torch's sees them, or the regressor is one of your own that may return what it was given,
-            nothing is written over (:mod:`vidfast.regressor`).
+            positions at a time, gradients included, and their activations are never whole (:mod:`vidfast.head`).
+            Where a hook or a mode of torch's sees them, or the regressor is one of your own that may return what it
+            was given, nothing is written over (:mod:`vidfast.regressor`).
         backend: As in :func:`vidfast.gaussian_nll`.
         device: Where the parameters are made; None: torch's default.
         dtype: Of the parameters; None: torch's default.

@@ -2,10 +2,10 @@
 //
 // A unit of the positions goes through all layers, the loss, and back, tile by tile, while its activations are in the
 // second cache; then the weights' gradients take what it adds. The loss is a sum over positions, so nothing waits for
-// the whole batch and no activation is stored for it. No number depends on threads: the sums are those of lanes, which
-// shapes decide, a lane's are added up in the order of its units, and lanes in their own order.
+// the whole batch and no activation is stored for it. Sums are made in lanes: a lane's over its units, in their order,
+// and then over the lanes, in theirs. Units and lanes follow from shapes and the dtype: no number depends on the
+// threads, or on which other gradients are wanted.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "channels.h"
@@ -17,7 +17,7 @@ namespace vidfast::cpu {
 namespace {
 
 // Multiply-adds that one thread does while another wakes up.
-constexpr int64_t kMultipliesAsleep = int64_t{4} << 20;
+constexpr int64_t kWakeupMultiplies = int64_t{4} << 20;
 
 float rounded(double x, DType dtype) {
   const float value = static_cast<float>(x);
@@ -69,7 +69,7 @@ struct Blocks {
   }
 };
 
-// Of a part, with so many threads: everything but its lanes' sums over tiles.
+// Everything of a part, by so many threads; what its tiles have summed is added to the sums of their lanes.
 void compute(const HeadPlan& plan, const HeadPart& part, const Blocks& blocks, int threads) {
   const int64_t tiles = (part.count + kHeadTile - 1) / kHeadTile;
   parallel_for(tiles, threads, [&](int64_t tile) { plan.kernels.tile(part, tile); });
@@ -89,10 +89,11 @@ void compute(const HeadPlan& plan, const HeadPart& part, const Blocks& blocks, i
 }
 
 // Each thread takes lanes of its own, unit by unit.
-void compute_apart(HeadPlan& plan, const Blocks& blocks) {
-  parallel_for(plan.apart, plan.apart, [&](int64_t thread) {
+void compute_by_lanes(HeadPlan& plan, const Blocks& blocks) {
+  parallel_for(plan.lane_threads, plan.lane_threads, [&](int64_t thread) {
     HeadPart& part = plan.parts[thread];
-    for (int64_t lane = plan.lanes * thread / plan.apart; lane < plan.lanes * (thread + 1) / plan.apart; ++lane)
+    for (int64_t lane = plan.lanes * thread / plan.lane_threads; lane < plan.lanes * (thread + 1) / plan.lane_threads;
+         ++lane)
       for (part.begin = lane * plan.unit; part.begin < plan.positions; part.begin += plan.lanes * plan.unit) {
         part.count = std::min(plan.unit, plan.positions - part.begin);
         compute(plan, part, blocks, 1);
@@ -114,7 +115,10 @@ void clear_sums(const HeadProblem& p, const HeadPlan& plan) {
   std::fill_n(plan.sums.sum_sq, plan.lanes * padded(p.channels), 0.0);
   for (int l = 0; l < p.layer_count; ++l) {
     const int64_t size = part.layers[l].out * part.layers[l].into;
-    if (part.lane_weights[l] != nullptr) std::fill_n(part.lane_weights[l], (plan.lanes - 1) * size, 0.0f);
+    if (part.first_lane[l] != nullptr) {
+      std::fill_n(part.first_lane[l], size, 0.0f);
+      std::fill_n(part.other_lanes[l], (plan.lanes - 1) * size, 0.0f);
+    }
     if (plan.sums.biases[l] != nullptr) std::fill_n(plan.sums.biases[l], plan.lanes * part.layers[l].out, 0.0);
   }
 }
@@ -131,9 +135,13 @@ void add_lanes(const HeadProblem& p, const HeadPlan& plan) {
   const int64_t wide = padded(p.channels);
   add_lanes(plan.sums.sum_sq, plan.sums.sum_sq + wide, plan.lanes, wide);
   for (int l = 0; l < p.layer_count; ++l) {
-    const int64_t out = part.layers[l].out;
-    if (p.layers[l].grad_weight != nullptr)
-      add_lanes(p.layers[l].grad_weight, part.lane_weights[l], plan.lanes, out * part.layers[l].into);
+    const int64_t out = part.layers[l].out, into = part.layers[l].into;
+    if (part.first_lane[l] != nullptr) {
+      add_lanes(part.first_lane[l], part.other_lanes[l], plan.lanes, out * into);
+      if (part.first_lane[l] != p.layers[l].grad_weight)
+        for (int64_t o = 0; o < p.layers[l].out; ++o)
+          std::copy_n(part.first_lane[l] + o * into, p.layers[l].into, p.layers[l].grad_weight + o * p.layers[l].into);
+    }
     if (plan.sums.biases[l] == nullptr) continue;
     add_lanes(plan.sums.biases[l], plan.sums.biases[l] + out, plan.lanes, out);
     for (int64_t c = 0; c < p.layers[l].out; ++c) p.layers[l].grad_bias[c] = static_cast<float>(plan.sums.biases[l][c]);
@@ -141,39 +149,41 @@ void add_lanes(const HeadProblem& p, const HeadPlan& plan) {
 }
 
 // Threads that are worth waking.
-int awake(const HeadProblem& p, int threads) {
+int useful_threads(const HeadProblem& p, int threads) {
   int64_t multiplies = 0;
   for (int l = 0; l < p.layer_count; ++l) multiplies += 3 * p.layers[l].into * p.layers[l].out;
-  return worth_waking(threads, multiplies * p.batch * p.positions, kMultipliesAsleep);
+  return worth_waking(threads, multiplies * p.batch * p.positions, kWakeupMultiplies);
 }
 
 }  // namespace
 
-bool head_runs(DType module) { return head_kernels(module) != nullptr; }
+const char* head_instructions(DType module, int64_t layer_count) {
+  const HeadKernels* kernels = head_kernels(module);
+  return layer_count <= kMostLayers && kernels != nullptr ? kernels->name : nullptr;
+}
 
 int64_t head_workspace_bytes(const HeadProblem& p, int threads) {
-  return HeadPlan(p, nullptr, awake(p, threads)).bytes;
+  return HeadPlan(p, nullptr, useful_threads(p, threads)).bytes;
 }
 
 void head(const HeadProblem& p, float* loss, void* workspace, int threads) {
-  threads = awake(p, threads);
+  threads = useful_threads(p, threads);
   HeadPlan plan(p, workspace, threads);
-  const int64_t channels = p.channels;
-  const Channels of(p.alpha, p.alpha_dtype, channels, p.eps, static_cast<double>(plan.positions), threads);
-  for (int64_t c = 0; c < padded(channels); ++c)
-    plan.scale[c] = c < channels ? static_cast<float>(p.k / of.values[c].variance) : 0.0f;
+  const Channels channels(p.alpha, p.alpha_dtype, p.channels, p.eps, static_cast<double>(plan.positions), threads);
+  for (int64_t c = 0; c < padded(p.channels); ++c)
+    plan.scale[c] = c < p.channels ? static_cast<float>(p.k / channels.values[c].variance) : 0.0f;
   pack(p, plan, threads);
   clear_sums(p, plan);
   const Blocks blocks(plan);
-  if (plan.apart > 1)
-    compute_apart(plan, blocks);
+  if (plan.lane_threads > 1)
+    compute_by_lanes(plan, blocks);
   else
     compute_together(plan, blocks, threads);
   add_lanes(p, plan);
-  *loss = static_cast<float>(of.loss(plan.sums.sum_sq, p.k, p.full));
+  *loss = static_cast<float>(channels.loss(plan.sums.sum_sq, p.k, false));
   if (p.grad_alpha == nullptr) return;
-  for (int64_t c = 0; c < channels; ++c)
-    p.grad_alpha[c] = p.k * channel_grad_alpha(of.values[c], plan.sums.sum_sq[c], of.m);
+  for (int64_t c = 0; c < p.channels; ++c)
+    p.grad_alpha[c] = p.k * channel_grad_alpha(channels.values[c], plan.sums.sum_sq[c], channels.m);
 }
 
 }  // namespace vidfast::cpu

@@ -2,169 +2,18 @@
 // `Words`: what a 32-bit word of a matrix is. Everything is in an unnamed namespace: each instruction set's translation
 // unit keeps its own copy.
 //
-// One product serves all three: sums[r][n] = sum_k a[r][k] b[k][n] for a few rows r and up to three vectors of columns
-// n, the rows' words broadcast, the columns' as they lie, the sums in registers. Forward and back the rows are
-// positions and b a weight's panel; for a weight's gradient k runs over the positions.
+// With x_1 the student, x_l+1 = relu(W_l x_l + b_l) and the last one, without ReLU, the mean mu(s) of equation 5 (Ahn
+// et al., CVPR 2019), for an incoming gradient of 1:
+//   d mean_c = k (mean_c - t_c) / v_c,  d x_l = W_l^T d x_l+1 where x_l > 0,  d W_l = sum over positions d x_l+1 x_l^T
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
-#include "head_kernels.h"
-#include "transpose.h"
+#include "head_features.h"
 
 namespace vidfast::cpu {
 namespace {
-
-using Reg = VF::reg;
-constexpr int kMostVectors = 3;
-constexpr int64_t kMostColumns = kMostVectors * VF::W;
-int64_t whole_groups(int64_t rows) { return (rows + kGroup - 1) / kGroup * kGroup; }
-static_assert(kGroup % 2 == 0 && kHeadTile % kGroup == 0 && kHeadBlock % kGroup == 0 && kHeadPad % VF::W == 0,
-              "no remainders");
-
-// Columns are shared evenly among the fewest panels of up to kMostVectors vectors.
-int64_t panels(int64_t columns) { return (columns / VF::W + kMostVectors - 1) / kMostVectors; }
-int64_t panel_begin(int64_t columns, int64_t panel) { return columns / VF::W * panel / panels(columns) * VF::W; }
-
-// f.template operator()<the number of vectors>() for a panel.
-template <class F>
-inline void with_vectors(int64_t columns, int64_t panel, const F& f) {
-  switch ((panel_begin(columns, panel + 1) - panel_begin(columns, panel)) / VF::W) {
-    case 1: f(std::integral_constant<int, 1>()); break;
-    case 2: f(std::integral_constant<int, 2>()); break;
-    default: f(std::integral_constant<int, kMostVectors>()); break;
-  }
-}
-
-template <int N>
-struct Sums {
-  Reg at[kGroup][N];
-};
-
-template <int N>
-inline void clear(Sums<N>& sums) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kGroup; ++r)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sums.at[r][n] = VF::set1(0);
-}
-
-template <class Words, int N>
-inline void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_step, int64_t depth,
-                     Sums<N>& result) {
-  Sums<N> sums = result;  // a copy, which no store can be to
-  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
-    Reg columns[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) columns[n] = VF::load(b + n * VF::W);
-#pragma GCC unroll 8
-    for (int r = 0; r < kGroup; ++r) {
-      const Reg row = VF::set1(a[r * a_row]);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sums.at[r][n] = Words::multiply_add(row, columns[n], sums.at[r][n]);
-    }
-  }
-  result = sums;
-}
-
-template <class Words, int N>
-__attribute__((noinline)) void multiply_apart(const float* a, int64_t a_row, int64_t a_step, const float* b,
-                                              int64_t b_step, int64_t depth, Sums<N>& result) {
-  multiply<Words, N>(a, a_row, a_step, b, b_step, depth, result);
-}
-
-// ---- features: positions of the whole, which may lie in several samples
-
-// f(row of the tile, elements from the feature's start, how many) for each run of positions of one sample.
-template <class F>
-inline void runs_of(const HeadProblem& p, const Feature& x, int64_t begin, int64_t count, const F& f) {
-  for (int64_t row = 0; row < count;) {
-    const int64_t sample = (begin + row) / p.positions, position = (begin + row) % p.positions;
-    const int64_t n = std::min(count - row, p.positions - position);
-    f(row, sample * x.batch_stride + position * x.position_stride, n);
-    row += n;
-  }
-}
-
-// to[row][kMostColumns] = the feature's channels [channel, channel + wanted) at the tile's positions; zeros elsewhere.
-template <class P>
-void read_as(const HeadProblem& p, const Feature& x, int64_t channels, int64_t begin, int64_t count, int64_t channel,
-             int64_t wanted, float* to) {
-  const int64_t there = std::clamp<int64_t>(channels - channel, 0, wanted);
-  if (there < wanted || count < whole_groups(count))
-    for (int64_t r = 0; r < whole_groups(count); ++r)
-      for (int64_t c = 0; c < wanted; ++c) to[r * kMostColumns + c] = 0;
-  runs_of(p, x, begin, count, [&](int64_t row, int64_t offset, int64_t n) {
-    const P* from = static_cast<const P*>(x.data) + offset + channel * x.channel_stride;
-    float* out = to + row * kMostColumns;
-    int64_t turned = 0, whole = 0;  // channels and positions that were taken in blocks
-    if (x.position_stride == 1) {
-      turned = there / 8 * 8, whole = n / 8 * 8;
-      for (int64_t c = 0; c < turned; c += 8)
-        for (int64_t r = 0; r < whole; r += 8) {
-          __m256 block[8];
-          for (int i = 0; i < 8; ++i) block[i] = load8(from + (c + i) * x.channel_stride + r);
-          transpose8(block);
-          for (int i = 0; i < 8; ++i) _mm256_storeu_ps(out + (r + i) * kMostColumns + c, block[i]);
-        }
-    }
-    for (int64_t r = 0; r < n; ++r) {
-      const P* at = from + r * x.position_stride;
-      int64_t c = r < whole ? turned : 0;
-      if (x.channel_stride == 1)
-        for (; there - c >= 8; c += 8) _mm256_storeu_ps(out + r * kMostColumns + c, load8(at + c));
-      for (; c < there; ++c) out[r * kMostColumns + c] = VF::get(at + c * x.channel_stride);
-    }
-  });
-}
-
-inline void read(const HeadProblem& p, const Feature& x, int64_t channels, int64_t begin, int64_t count,
-                 int64_t channel, int64_t wanted, float* to) {
-  switch (x.dtype) {
-    case DType::bf16: read_as<bf16>(p, x, channels, begin, count, channel, wanted, to); break;
-    case DType::f16: read_as<f16>(p, x, channels, begin, count, channel, wanted, to); break;
-    default: read_as<float>(p, x, channels, begin, count, channel, wanted, to); break;
-  }
-}
-
-// The opposite, for the channels and positions that there are.
-template <class P>
-void write_as(const HeadProblem& p, const Feature& x, int64_t channels, int64_t begin, int64_t count, int64_t channel,
-              int64_t wanted, const float* from) {
-  const int64_t there = std::min(channels - channel, wanted);
-  runs_of(p, x, begin, count, [&](int64_t row, int64_t offset, int64_t n) {
-    P* to = static_cast<P*>(x.data) + offset + channel * x.channel_stride;
-    const float* in = from + row * kMostColumns;
-    int64_t turned = 0, whole = 0;
-    if (x.position_stride == 1) {
-      turned = there / 8 * 8, whole = n / 8 * 8;
-      for (int64_t c = 0; c < turned; c += 8)
-        for (int64_t r = 0; r < whole; r += 8) {
-          __m256 block[8];
-          for (int i = 0; i < 8; ++i) block[i] = _mm256_loadu_ps(in + (r + i) * kMostColumns + c);
-          transpose8(block);
-          for (int i = 0; i < 8; ++i) store8(to + (c + i) * x.channel_stride + r, block[i]);
-        }
-    }
-    for (int64_t r = 0; r < n; ++r) {
-      P* at = to + r * x.position_stride;
-      int64_t c = r < whole ? turned : 0;
-      if (x.channel_stride == 1)
-        for (; there - c >= 8; c += 8) store8(at + c, _mm256_loadu_ps(in + r * kMostColumns + c));
-      for (; c < there; ++c) VF::put(at + c * x.channel_stride, in[r * kMostColumns + c]);
-    }
-  });
-}
-
-inline void write(const HeadProblem& p, const Feature& x, int64_t channels, int64_t begin, int64_t count,
-                  int64_t channel, int64_t wanted, const float* from) {
-  switch (x.dtype) {
-    case DType::bf16: write_as<bf16>(p, x, channels, begin, count, channel, wanted, from); break;
-    case DType::f16: write_as<f16>(p, x, channels, begin, count, channel, wanted, from); break;
-    default: write_as<float>(p, x, channels, begin, count, channel, wanted, from); break;
-  }
-}
 
 // ---- the tasks
 
@@ -223,10 +72,10 @@ struct HeadTasks {
         constexpr int N = decltype(vectors)::value;
         for (int64_t row = 0; row < tile.computed; row += kGroup) {
           Sums<N> sums;
-#pragma GCC unroll 8
+          VIDFAST_UNROLL
           for (int n = 0; n < N; ++n) {
             const Reg begin = w.start == nullptr ? VF::set1(0) : VF::load(w.start + column + n * VF::W);
-#pragma GCC unroll 8
+            VIDFAST_UNROLL
             for (int r = 0; r < kGroup; ++r) sums.at[r][n] = begin;
           }
           // Of 16 registers rounding to 16 bits would keep some for its constants.
@@ -275,12 +124,11 @@ struct HeadTasks {
     const HeadMatrix& out = part.activations[l + 1];
     product(part.activations[l], tile, forward(part, l), nothing,
             [&](int64_t row, int64_t column, auto& sums, auto vectors) {
-#pragma GCC unroll 8
-              for (int r = 0; r < kGroup; r += 2)
-#pragma GCC unroll 8
-                for (int n = 0; n < vectors.value; ++n)
-                  put(out, tile.first + row + r, column + n * VF::W, VF::positive(sums.at[r][n]),
-                      VF::positive(sums.at[r + 1][n]));
+              VIDFAST_UNROLL
+              for (int r = 0; r < kGroup; r += 2) VIDFAST_UNROLL
+              for (int n = 0; n < vectors.value; ++n)
+                put(out, tile.first + row + r, column + n * VF::W, VF::positive(sums.at[r][n]),
+                    VF::positive(sums.at[r + 1][n]));
             });
     clear_outside(out, tile, part.problem->layers[l].out);
   }
@@ -300,11 +148,11 @@ struct HeadTasks {
         },
         [&](int64_t row, int64_t column, auto& sums, auto vectors) {
           constexpr int N = decltype(vectors)::value;
-#pragma GCC unroll 8
+          VIDFAST_UNROLL
           for (int n = 0; n < N; ++n) {
             const Reg scale = VF::load(part.scale + column + n * VF::W);
             Reg sum = VF::load(sums_sq + n * VF::W);
-#pragma GCC unroll 8
+            VIDFAST_UNROLL
             for (int r = 0; r < kGroup; ++r) {
               const Reg target = VF::load(strip + (row + r) * kMostColumns + n * VF::W);
               Reg residual = VF::sub(Words::rounded(sums.at[r][n]), target);
@@ -313,10 +161,9 @@ struct HeadTasks {
               sums.at[r][n] = VF::mul(residual, scale);
             }
             VF::store(sums_sq + n * VF::W, sum);
-            if (keep)
-#pragma GCC unroll 8
-              for (int r = 0; r < kGroup; r += 2)
-                put(out, tile.first + row + r, column + n * VF::W, sums.at[r][n], sums.at[r + 1][n]);
+            if (keep) VIDFAST_UNROLL
+            for (int r = 0; r < kGroup; r += 2)
+              put(out, tile.first + row + r, column + n * VF::W, sums.at[r][n], sums.at[r + 1][n]);
           }
           if (row + kGroup == tile.computed)
             for (int64_t c = 0; c < N * VF::W; ++c) sum_sq[column + c] = static_cast<double>(sums_sq[c]);
@@ -330,15 +177,14 @@ struct HeadTasks {
     const HeadMatrix& out = part.gradients[l];
     product(part.gradients[l + 1], tile, backward(part, l), nothing,
             [&](int64_t row, int64_t column, auto& sums, auto vectors) {
-#pragma GCC unroll 8
-              for (int r = 0; r < kGroup; r += 2)
-#pragma GCC unroll 8
-                for (int n = 0; n < vectors.value; ++n) {
-                  const int64_t at = column + n * VF::W;
-                  const float* x = rows(activation, tile.first + row + r) + at / Words::kValues;
-                  put(out, tile.first + row + r, at, Words::where_not_zero(sums.at[r][n], x),
-                      Words::where_not_zero(sums.at[r + 1][n], x + activation.row));
-                }
+              VIDFAST_UNROLL
+              for (int r = 0; r < kGroup; r += 2) VIDFAST_UNROLL
+              for (int n = 0; n < vectors.value; ++n) {
+                const int64_t at = column + n * VF::W;
+                const float* x = rows(activation, tile.first + row + r) + at / Words::kValues;
+                put(out, tile.first + row + r, at, Words::where_not_zero(sums.at[r][n], x),
+                    Words::where_not_zero(sums.at[r + 1][n], x + activation.row));
+              }
             });
   }
 
@@ -346,11 +192,10 @@ struct HeadTasks {
     const HeadProblem& p = *part.problem;
     product(part.gradients[1], tile, backward(part, 0), nothing,
             [&](int64_t row, int64_t column, auto& sums, auto vectors) {
-#pragma GCC unroll 8
-              for (int r = 0; r < kGroup; ++r)
-#pragma GCC unroll 8
-                for (int n = 0; n < vectors.value; ++n)
-                  VF::store(strip + (row + r) * kMostColumns + n * VF::W, sums.at[r][n]);
+              VIDFAST_UNROLL
+              for (int r = 0; r < kGroup; ++r) VIDFAST_UNROLL
+              for (int n = 0; n < vectors.value; ++n)
+                VF::store(strip + (row + r) * kMostColumns + n * VF::W, sums.at[r][n]);
               if (row + kGroup == tile.computed)
                 write(p, p.grad_student, p.layers[0].into, part.begin + tile.first, tile.count, column,
                       vectors.value * VF::W, strip);
@@ -396,10 +241,9 @@ struct HeadTasks {
         clear(sums);
         multiply<Words, N>(pairs(g, begin) + row + group * kGroup, 1, g.pair, pairs(x, begin) + column, x.pair, depth,
                            sums);
-#pragma GCC unroll 8
-        for (int r = 0; r < kGroup; ++r)
-#pragma GCC unroll 8
-          for (int n = 0; n < N; ++n) totals[group].at[r][n] = VF::add(totals[group].at[r][n], sums.at[r][n]);
+        VIDFAST_UNROLL
+        for (int r = 0; r < kGroup; ++r) VIDFAST_UNROLL
+        for (int n = 0; n < N; ++n) totals[group].at[r][n] = VF::add(totals[group].at[r][n], sums.at[r][n]);
       }
     }
     for (int r = 0; r < kHeadBlock; ++r)

@@ -1,4 +1,5 @@
-// What a head's driver (head.cpp) asks of an instruction set: three tasks over tiles of positions, and their memory.
+// What a head's driver (head.cpp) asks of an instruction set: to pack weights, to compute a tile of positions, and to
+// add up a block of a weight's gradient; and the memory of these.
 //
 // A layer's activations are matrices of 32-bit words in one of two forms. `rows`: a position after the other, the
 // channels fastest. `pairs`: two positions after the other, where 16-bit values of both share a word, so that a product
@@ -15,6 +16,7 @@ constexpr int64_t kHeadTile = 64;   // positions of a task; sums of squares run 
 constexpr int64_t kHeadDepth = 64;  // positions that a product over them adds in fp32 before the sum takes them
 constexpr int64_t kHeadPad = 16;    // channels are filled up with zeros to a multiple of this
 constexpr int64_t kHeadBlock = 16;  // rows of a weight's gradient that are one task
+static_assert(kHeadDepth % kHeadTile == 0, "a tile is of one unit");
 
 inline int64_t padded(int64_t channels) { return (channels + kHeadPad - 1) / kHeadPad * kHeadPad; }
 
@@ -44,14 +46,15 @@ struct HeadPart {
   int64_t begin, count;                   // positions of the whole; begin is a multiple of `unit`
   int64_t lowest;  // of `gradients` the lowest that is needed; 0: the student's; above layer_count: none
   // A weight's gradient takes the products of `unit` positions at once, a multiple of kHeadDepth. Those of the n'th
-  // unit are added to its (n % lanes)'th sum; the first one is the problem's grad_weight.
+  // unit are added to its (n % lanes)'th sum.
   int64_t unit, lanes;
-  float* lane_weights[kMostLayers];  // [lanes - 1, out, into]
+  float* first_lane[kMostLayers];   // [out, into], filled up
+  float* other_lanes[kMostLayers];  // [lanes - 1, out, into]
 
   float* grad_weight(int64_t layer, int64_t position) const {
     const int64_t lane = position / unit % lanes;
-    if (lane == 0) return problem->layers[layer].grad_weight;
-    return lane_weights[layer] + (lane - 1) * layers[layer].out * layers[layer].into;
+    if (lane == 0) return first_lane[layer];
+    return other_lanes[layer] + (lane - 1) * layers[layer].out * layers[layer].into;
   }
 };
 

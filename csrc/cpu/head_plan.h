@@ -1,4 +1,4 @@
-// What a head's computation is planned as: its units of positions, its sums, and where everything lies in memory.
+// The plan of a head: its units of positions, its sums, and where everything is in memory.
 #pragma once
 
 #include <vector>
@@ -35,10 +35,10 @@ struct HeadPlan {
   const HeadKernels& kernels;
   int64_t positions;  // of the whole
   int64_t unit, lanes;
-  // Threads that take lanes of their own, each with memory for a unit: nothing that one has written is read by another.
+  // Threads that take lanes of their own, each with memory for a unit: no thread reads what another has written.
   // 1: all threads share each unit, or several at once.
-  int apart;
-  std::vector<HeadPart> parts;  // one for each of `apart`
+  int lane_threads;
+  std::vector<HeadPart> parts;  // one for each of `lane_threads`
   int64_t part_positions;       // a multiple of unit: what a part has memory for
   float* scale;
   LaneSums sums;
@@ -50,7 +50,7 @@ struct HeadPlan {
   int64_t row(int64_t channels) const;
   int64_t pair(int64_t channels) const;
   int64_t words_of_matrix(int64_t channels) const;
-  int64_t words_of_position(const HeadPart& part) const;
+  int64_t words_of_position(const HeadProblem& p) const;
   HeadMatrix matrix(Arena& arena, int64_t channels) const;
   void take_weights(HeadPart& part, Arena& arena) const;
   void take_activations(HeadPart& part, Arena& arena) const;

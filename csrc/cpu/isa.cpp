@@ -19,7 +19,9 @@ const InstructionSet* by_name(const char* name) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (strcmp(name, "avx512") == 0 && avx512) return &avx512_kernels();
+#ifdef VIDFAST_AVX512_BF16
   if (strcmp(name, "avx512_bf16") == 0 && avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512_bf16_kernels();
+#endif
 #endif
   return nullptr;
 }

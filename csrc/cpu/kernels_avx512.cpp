@@ -8,9 +8,11 @@ const InstructionSet& avx512_kernels() {
   static constexpr InstructionSet set = instruction_set("avx512", avx512_head_kernels);
   return set;
 }
+#ifdef VIDFAST_AVX512_BF16
 // The same, but for heads.
 const InstructionSet& avx512_bf16_kernels() {
   static constexpr InstructionSet set = instruction_set("avx512_bf16", avx512_bf16_head_kernels);
   return set;
 }
+#endif
 }  // namespace vidfast::cpu

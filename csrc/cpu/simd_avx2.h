@@ -1,25 +1,10 @@
 // AVX2 + FMA + F16C.
 #pragma once
 
-#include <immintrin.h>
-
-#include "half.h"
+#include "half_avx2.h"
 
 namespace vidfast::cpu {
 namespace {
-
-inline __m256 widen_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
-
-inline __m128i narrow_bf16(__m256 f) {  // round to nearest even; NaN stays NaN
-  const __m256i u = _mm256_castps_si256(f);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const __m256i up = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-  const __m256 nan = _mm256_cmp_ps(f, f, _CMP_UNORD_Q);
-  const __m256i h = _mm256_srli_epi32(
-      _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(quiet), nan)), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-}
 
 struct VF {
   using Scalar = float;

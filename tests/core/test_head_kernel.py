@@ -37,6 +37,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     assert _C.cpu_select_isa(before)
 
 
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read before it is written shows: memory of earlier calls often holds what is right."""
+    scratch, empty = cpu.empty_scratch, kernel._empty
+    monkeypatch.setattr(cpu, "empty_scratch", lambda *args: scratch(*args).fill_(0xFF))
+    monkeypatch.setattr(kernel, "_empty", lambda *args: empty(*args).fill_(float("nan")))
+
+
 class Problem:
     """A head whose activations are exact in 16 bits up to the last layer: a ReLU decides as it does in fp64."""
 
@@ -152,7 +160,24 @@ def test_strides_of_any_kind(isa: str) -> None:
         checked(problem.run(student=placed), problem.exact(student=placed), 3e-6)
 
 
-@pytest.mark.parametrize("positions", [77, 333], ids="9 x {}".format)
+def workspace(problem: Problem, threads: int) -> int:
+    """Bytes that the kernel asks for."""
+    layers = [(1, 0, 0, 0, w.shape[1], w.shape[0], 1, 0) for w in problem.weights]
+    feature, (batch, channels, positions) = (1, 0, 1, 1, 1), problem.target.shape
+    head = _C.CpuHead(batch, channels, positions, feature, feature, layers, 1, 0, 1e-5, 1.0, 0, feature, 1)
+    bytes_: int = head.workspace_bytes(threads)
+    return bytes_
+
+
+def test_threads_have_memory_of_their_own_where_sums_are_small(isa: str) -> None:
+    """Else those below would say nothing of threads that share, or do not share, their parts."""
+    del isa
+    small, large = Problem(9, (20, 64, 48), 2000), Problem(4, (400, 700, 500), 1000)
+    assert workspace(small, 4) > workspace(small, 1) + 2 * 400_000
+    assert workspace(large, 2) <= workspace(large, 1) + 700_000
+
+
+@pytest.mark.parametrize("positions", [77, 333, 2000], ids="9 x {}".format)
 @pytest.mark.parametrize("module", [FP32, BF16, FP16], ids=short)
 def test_numbers_depend_on_no_thread(isa: str, module: torch.dtype, positions: int) -> None:
     del isa
@@ -160,7 +185,7 @@ def test_numbers_depend_on_no_thread(isa: str, module: torch.dtype, positions: i
     found = []
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3, 7, 32):
+        for threads in (1, 2, 3, 4, 7, 32):
             torch.set_num_threads(threads)
             found.append([x for x in problem.run(module) if x is not None])
     finally:
@@ -169,11 +194,12 @@ def test_numbers_depend_on_no_thread(isa: str, module: torch.dtype, positions: i
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("positions", [37, 700])
 @pytest.mark.parametrize("module", [FP32, BF16], ids=short)
-def test_any_set_of_gradients(isa: str, module: torch.dtype) -> None:
+def test_any_set_of_gradients(isa: str, module: torch.dtype, positions: int) -> None:
     """What is asked for is what it is together with all others, bit by bit; with none it is the loss alone."""
     del isa
-    problem = Problem(3, (9, 20, 17, 10), 37, True)
+    problem = Problem(3, (9, 20, 17, 10), positions, True)
     whole = problem.run(module)
     for bits in range(2**7):
         want = [bool(bits >> i & 1) for i in range(7)]
@@ -200,7 +226,7 @@ def test_nothing_is_written_beside_the_outputs(isa: str, count: int, module: tor
     taken: list[Tensor] = []
 
     def guarded(n: int, dtype: torch.dtype) -> Tensor:
-        taken.append(run(n + spare, dtype).fill_(0xA5))
+        taken.append(run(n + spare, dtype).fill_(0xFF))
         return taken[-1][:n]
 
     wide = torch.full((3, 22, count + 2), 7.0)
@@ -214,7 +240,7 @@ def test_nothing_is_written_beside_the_outputs(isa: str, count: int, module: tor
                 mock.patch.object(kernel, "empty_dense", lambda *_, inside=inside: inside),
             ):
                 problem.run(module)
-            assert bool((taken[-1][-spare:] == 0xA5).all())
+            assert bool((taken[-1][-spare:] == 0xFF).all())
             assert not bool((inside == 7).any())
             outside = wide.clone()
             outside[1:2, 1:21, 1:-1] = 7
@@ -251,6 +277,61 @@ def test_what_is_not_finite_stays_where_it_belongs(
             )
 
 
+def test_channels_that_are_not_there_take_no_part(isa: str) -> None:
+    """Of 6 channels 16 are computed: infinity times zero among the others must not come back to the student."""
+    del isa
+    problem = Problem(1, (5, 6), 8)
+    problem.weights[0].fill_(1.0)
+    problem.student[0, 0, 3] = float("inf")
+    found = problem.run()[1]
+    assert found is not None
+    assert bool((found[0, :, 3] == float("inf")).all())
+    assert bool(found[0, :, :3].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=short)
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels last"])
+def test_a_16_bit_students_gradient_is_rounded_to_nearest(isa: str, dtype: torch.dtype, last: bool) -> None:
+    del isa
+    problem = Problem(2, (24, 16), 40)
+    problem.k = 0.01
+    problem.target[0, 3, 5] = float("nan")
+    student = problem.student.to(dtype)
+    if last:
+        student = student.transpose(1, 2).contiguous().transpose(1, 2)
+    exact32, found = problem.run(student=problem.student)[1], problem.run(student=student)[1]
+    assert exact32 is not None
+    assert found is not None
+    torch.testing.assert_close(found, exact32.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.float64, BF16, FP16], ids=short)
+def test_any_type_of_the_variances(isa: str, dtype: torch.dtype) -> None:
+    del isa
+    problem = Problem(2, (5, 6), 43)
+    problem.alpha = problem.alpha.to(dtype)
+    checked(problem.run(), problem.exact(), 3e-6)
+
+
+@pytest.mark.parametrize("bias_dtype", [FP32, BF16], ids=short)
+@pytest.mark.parametrize("weight_dtype", [FP32, BF16, FP16], ids=short)
+def test_weights_and_biases_of_any_type_and_strides(
+    isa: str, weight_dtype: torch.dtype, bias_dtype: torch.dtype
+) -> None:
+    del isa
+    problem = Problem(2, (5, 9, 6), 43, True)
+    first, second = problem.weights
+    bias = problem.biases[0]
+    assert bias is not None
+    problem.weights = [
+        torch.stack([first, first + 1], 2).to(weight_dtype)[:, :, 0],
+        second.t().contiguous().to(weight_dtype).t(),
+    ]
+    problem.biases = [torch.stack([bias, bias + 1], 1).to(bias_dtype)[:, 0], None]
+    problem.k = 0.01
+    checked(problem.run(BF16), problem.exact(), CLOSE[BF16])
+
+
 def test_sums_over_many_positions_stay_exact(isa: str) -> None:
     """A weight's gradient is added up in blocks: of 2^19 positions nothing is lost beside the sum."""
     del isa
@@ -265,6 +346,31 @@ def test_sums_over_many_positions_stay_exact(isa: str) -> None:
     assert weight is not None
     right = -float(torch.tensor(0.1)) * n / float(variance)
     assert abs(weight.item() / right - 1) < 1e-5
+
+
+def test_gradients_of_many_positions_are_as_exact_as_of_few(isa: str) -> None:
+    del isa
+    problem = Problem(40, (16, 32, 16), 1500, True)
+    for ours, right in zip(problem.run()[2:], problem.exact()[2:], strict=True):
+        assert ours is not None
+        assert right is not None
+        assert distance(ours, right) < 2e-7
+
+
+def test_more_layers_than_a_kernel_has_are_refused() -> None:
+    feature, layer = (1, 0, 1, 1, 1), (1, 0, 0, 0, 4, 4, 0, 0)
+    for count in (0, 4):
+        assert count == 0 or not BACKEND.has_head(FP32, count)
+        with pytest.raises(ValueError, match=f"a head must have 1 to 3 layers, got {count}"):
+            _C.CpuHead(1, 4, 4, feature, feature, [layer] * count, 1, 0, 1e-5, 1.0, 0, feature, 0)
+
+
+def test_instructions_of_each_set(isa: str) -> None:
+    """With AVX-512 bf16 that is multiplied as such; all else in fp32."""
+    for module, number in ((FP32, 0), (BF16, 2), (FP16, 3)):
+        wanted = isa if isa != "avx512_bf16" or module is BF16 else "avx512"
+        assert _C.cpu_head_instructions(number, 3) == wanted
+    assert _C.cpu_head_instructions(1, 1) is None
 
 
 @pytest.mark.parametrize("module", [BF16, FP16], ids=short)
@@ -324,7 +430,8 @@ def test_weights_far_larger_than_activations_are_not_copied(
     assert kernel.takes(BACKEND, small, torch.empty(1, 50, 1), FP32)
 
 
-def test_tiles_of_the_processor_are_faster(ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_the_processor_are_faster(isa: str, ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
+    del isa
     monkeypatch.setattr(kernel, "cpu_has_tiles", lambda dtype: dtype is BF16)
     assert way(ways, amp=BF16) != "kernel"
     assert way(ways, amp=FP16) == "kernel"
@@ -340,8 +447,9 @@ def test_without_vectors_heads_are_computed_in_parts(ways: Ways) -> None:
         assert _C.cpu_select_isa(before)
 
 
-def test_products_of_less_precision_are_the_librarys(ways: Ways) -> None:
+def test_products_of_less_precision_are_the_librarys(isa: str, ways: Ways) -> None:
     """Of linear layers: what torch was asked for, it does, and convolutions then go layer by layer."""
+    del isa
     weight, alpha = torch.randn(6, 5, requires_grad=True), torch.zeros(6)
     student, target = torch.randn(40, 5), torch.randn(40, 6)
     before = torch.get_float32_matmul_precision()
@@ -359,11 +467,13 @@ def test_what_torch_says_of_tiles(monkeypatch: pytest.MonkeyPatch, name: str) ->
     monkeypatch.setattr(_torch, "_capabilities", lambda: {name: True})
     monkeypatch.setattr(_torch, "_mkldnn", mock.Mock(_is_mkldnn_bf16_supported=lambda: True))
     _torch.cpu_multiplies.cache_clear()
+    _torch.cpu_has_tiles.cache_clear()
     try:
         assert _torch.cpu_multiplies(BF16)
         assert _torch.cpu_has_tiles(BF16) == (name == "amx_bf16")
     finally:
         _torch.cpu_multiplies.cache_clear()
+        _torch.cpu_has_tiles.cache_clear()
 
 
 @pytest.mark.parametrize("amp", [None, BF16, FP16], ids=["fp32", "bf16", "fp16"])

@@ -47,7 +47,9 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """By the kernel, or in parts and how a part's activations are stored."""
     name = str(request.param)
     monkeypatch.setattr(
-        kernel, "takes", lambda backend, *rest: name == "kernel" and backend.has_head(rest[-1])
+        kernel,
+        "takes",
+        lambda backend, stack, _, module: name == "kernel" and backend.has_head(module, len(stack.weights)),
     )
     monkeypatch.setattr(plan, "FEWEST_POSITIONS", 10**9 if name == "rows" else 0)
     monkeypatch.setattr(plan, "MOST_CHANNELS", 0 if name == "columns" else 10**9)

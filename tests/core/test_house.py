@@ -235,7 +235,7 @@ def test_the_stack_above_a_heads_kernel_goes_down(monkeypatch: pytest.MonkeyPatc
     from vidfast.backends.cpu import BACKEND, CpuBackend
     from vidfast.head import kernel
 
-    if by_kernel and not BACKEND.has_head(torch.float32):
+    if by_kernel and not BACKEND.has_head(torch.float32, 1):
         pytest.skip("this processor has no kernel for heads")
     monkeypatch.setattr(kernel, "takes", lambda *_: by_kernel)
     weight = torch.randn(6, 5, requires_grad=True)

@@ -338,3 +338,24 @@ def test_types_may_differ_under_autocast(in_parts: list[str]) -> None:
     assert in_parts
     with torch.autocast("cpu", BF16), pytest.raises(TypeError, match="dtype"):
         vid_head(**{**GOOD, "weights": [weights[0].double(), weights[1]]})
+
+
+def test_a_parameter_list_is_a_list() -> None:
+    weights = nn.ParameterList([torch.randn(8, 5), torch.randn(6, 8)])
+    biases = nn.ParameterList([torch.randn(8), torch.randn(6)])
+    student, target, alpha = torch.randn(3, 5, 4), torch.randn(3, 6, 4), torch.zeros(6)
+    loss = vid_head(student, target, alpha, weights, biases)
+    assert torch.equal(loss, vid_head(student, target, alpha, [*weights], [*biases]))
+
+
+def test_why_nothing_is_computed_in_one_pass_of_no_element(caplog: pytest.LogCaptureFixture) -> None:
+    way._logged.clear()
+    with caplog.at_level("DEBUG", logger="vidfast"):
+        vid_head(torch.randn(0, 5, 4), torch.randn(0, 6, 4), torch.zeros(6), torch.randn(6, 5))
+        vid_head(torch.randn(2, 5, 4), torch.randn(2, 6, 4), torch.zeros(6), torch.randn(6, 5))
+        vid_head(torch.randn(2, 5, 4), torch.randn(2, 6, 4), torch.zeros(6), torch.randn(6, 5))
+    said = [record.message for record in caplog.records if "regressor" in record.message]
+    assert said == [
+        "a regressor is computed layer by layer: there is no element",
+        "a regressor and its loss are computed in one pass, by the back end cpu",
+    ]

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from cases import make_case
 from execute import run_case
 from places import Place
-
 from report import run_all
 
 CASES = 2000

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from report import run_all
 from vid_cases import make_case
 from vid_execute import run_vid_case
-
-from report import run_all
 
 CASES = 500
 

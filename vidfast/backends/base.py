@@ -134,8 +134,8 @@ class PartsBackend(Backend, Protocol):
     Tensors are fp32, bf16 or fp16.
     """
 
-    def has_head(self, module: torch.dtype) -> bool:
-        """Whether it has a kernel for heads whose layers give that dtype."""
+    def has_head(self, module: torch.dtype, layers: int) -> bool:
+        """Whether it has a kernel for heads of so many layers that give that dtype."""
 
     def head(
         self,
@@ -156,21 +156,23 @@ class PartsBackend(Backend, Protocol):
         """Fills the loss of a stack of layers, and for an incoming gradient of 1 every gradient that is there.
 
         With x_1 the student, x_l+1 = relu(W_l x_l + b_l), and the last one without ReLU the mean. What a layer takes
-        and gives, and gradients of those, are rounded to `module`; products and sums are of at least fp32.
+        and gives, and gradients of that, are rounded to `module`, but for the student's gradient; products and sums are
+        of at least fp32. No number depends on the threads. Its workspace comes from
+        :func:`vidfast.memory.empty_scratch`.
 
         Args:
             student: (B, C_s, positions), any strides, with elements.
             target: (B, C, positions), any strides.
-            alpha: (C,).
-            weights: Up to three, (out, in) each without gaps.
+            alpha: (C,) without gaps.
+            weights: (out, in) each without gaps, as many as :meth:`has_head` takes.
             biases: As many, (out,) or None.
-            call: `k`, `eps` and `full` are read.
+            call: `k` and `eps` are read.
             module: fp32, bf16 or fp16.
             loss: A scalar in fp32.
             grad_student: Of the student's shape and dtype, any strides.
             grad_alpha: (C,) in fp64; None: the loss alone is wanted.
-            grad_weights: In fp32, (out, in) filled up to multiples of 16, all zero.
-            grad_biases: (out,) in fp32.
+            grad_weights: (out, in) in fp32 without gaps, or None each.
+            grad_biases: (out,) in fp32, or None each.
         """
 
     def rectify(self, x: Tensor, rounded: torch.dtype, positive: bool) -> None:

@@ -154,9 +154,9 @@ class CpuBackend:
             0 if scaled_alpha is None else NATIVE_DTYPE[scaled_alpha.dtype], _num_threads(),
         )  # fmt: skip
 
-    def has_head(self, module: torch.dtype) -> bool:
+    def has_head(self, module: torch.dtype, layers: int) -> bool:
         """As the protocol says."""
-        return _C.cpu_head_runs(NATIVE_DTYPE[module])
+        return _C.cpu_head_instructions(NATIVE_DTYPE[module], layers) is not None
 
     def head(
         self,
@@ -182,10 +182,9 @@ class CpuBackend:
             )
             for weight, bias, grad_weight, grad_bias in zip(weights, biases, grad_weights, grad_biases, strict=True)
         ]  # fmt: skip
-        alpha = alpha.contiguous()
         head = _C.CpuHead(
             target.shape[0], target.shape[1], target.shape[2], _feature(student), _feature(target), layers,
-            alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], call.eps, call.k, call.full, NATIVE_DTYPE[module],
+            alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], call.eps, call.k, NATIVE_DTYPE[module],
             _feature(grad_student), address(grad_alpha),
         )  # fmt: skip
         threads = _num_threads()

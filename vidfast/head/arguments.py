@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidfast.arguments import (
     SCALAR_REDUCTIONS,
@@ -25,8 +25,8 @@ def check_head(
     student: Tensor,
     target: Tensor,
     alpha: Tensor,
-    weights: Tensor | Sequence[Tensor],
-    biases: Tensor | Sequence[Tensor | None] | None,
+    weights: Tensor | Sequence[Tensor] | nn.ParameterList,
+    biases: Tensor | Sequence[Tensor | None] | nn.ParameterList | None,
     channel_dim: SupportsIndex,
     eps: float,
     reduction: str,
@@ -82,7 +82,7 @@ def _check_student(student: Tensor, target: Tensor, channel: int, given: int) ->
     ):
         raise ValueError(
             f"student and target must have the same shape but for their channels in dimension {given}, got "
-            f"{tuple(got)} and {tuple(wanted)}: pool the larger to the size of the other first, as VIDLoss does"
+            f"{tuple(got)} and {tuple(wanted)}: of maps of two sizes pool the larger first, as VIDLoss does"
         )
     if student.device != target.device:
         raise ValueError(
@@ -91,8 +91,8 @@ def _check_student(student: Tensor, target: Tensor, channel: int, given: int) ->
 
 
 def _check_layers(
-    weights: Tensor | Sequence[Tensor],
-    biases: Tensor | Sequence[Tensor | None] | None,
+    weights: Tensor | Sequence[Tensor] | nn.ParameterList,
+    biases: Tensor | Sequence[Tensor | None] | nn.ParameterList | None,
     student: Tensor,
     targets: int,
     channel: int,
@@ -114,13 +114,16 @@ def _check_layers(
         if matrix.dim() < 2 or set(matrix.shape[2:]) - {1} or matrix.shape[1] != channels:
             raise ValueError(
                 f"{name} must be (out, {channels}), or (out, {channels}, 1, ...) of a 1x1 convolution without groups, "
-                f"got {tuple(matrix.shape)}; for any other layer call gaussian_nll on its output"
+                f"got {tuple(matrix.shape)}; a matrix (in, out) is passed as .t(), and for any other layer call "
+                "gaussian_nll on its output"
             )
         channels, convolutions = matrix.shape[0], convolutions or matrix.dim() > 2
         _check_like(name, matrix, student, mixed)
         if bias is not None:
             if not isinstance(bias, Tensor):
-                raise TypeError(f"biases[{number}] must be a torch.Tensor or None, got {type(bias).__name__}")
+                raise TypeError(
+                    f"biases[{number}] must be a torch.Tensor or None, got {type(bias).__name__}{_HINT}"
+                )
             if tuple(bias.shape) != (channels,):
                 raise ValueError(f"biases[{number}] must be ({channels},), got {tuple(bias.shape)}")
             _check_like(f"biases[{number}]", bias, student, mixed)
@@ -134,7 +137,7 @@ def _check_layers(
 def _as_tuple(name: str, given: object) -> tuple[Any, ...]:
     if isinstance(given, Tensor):
         return (given,)
-    if not isinstance(given, Sequence):
+    if not isinstance(given, (Sequence, nn.ParameterList)):
         raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(given).__name__}{_HINT}")
     return tuple(given)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import SupportsIndex
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidfast import backends
 from vidfast.arguments import BackendName, ScalarReduction
@@ -19,8 +19,8 @@ def vid_head(
     student: Tensor,
     target: Tensor,
     alpha: Tensor,
-    weights: Tensor | Sequence[Tensor],
-    biases: Tensor | Sequence[Tensor | None] | None = None,
+    weights: Tensor | Sequence[Tensor] | nn.ParameterList,
+    biases: Tensor | Sequence[Tensor | None] | nn.ParameterList | None = None,
     *,
     channel_dim: SupportsIndex = 1,
     eps: float = 1e-5,

@@ -41,7 +41,7 @@ def gradients(
         target: (B, C, positions), any strides; not fp64.
         alpha: (C,).
         call: Of the whole batch, with channel 1, in place.
-        backend: Whose kernel, or for the loss and what lies between the products.
+        backend: The back end that computes it.
         module: What a layer gives: fp32, bf16 or fp16.
         wanted: Which gradients.
 

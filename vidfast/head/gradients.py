@@ -29,7 +29,13 @@ class Gradients(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients are wanted."""
+    """Which gradients are wanted.
+
+    Attributes:
+        student: The student's.
+        weights: Of each layer, the weight's.
+        biases: Of each layer, the bias's.
+    """
 
     student: bool
     weights: Sequence[bool]

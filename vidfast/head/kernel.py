@@ -19,11 +19,8 @@ from vidfast.head.stack import Stack
 from vidfast.layout import rows_of
 from vidfast.memory import empty_dense
 
-# Layers that a kernel takes, and the channels to whose multiple their gradients' memory is filled up.
-MOST_LAYERS, FILLED_UP_TO = 3, 16
-
-
-# A kernel keeps each weight twice, as its products read it: so many numbers, or what a step's activations are.
+# A kernel copies each weight twice, as its products read it. The most numbers of these copies; where activations are
+# more, as many as those.
 MOST_COPIED = 2 << 20
 
 
@@ -33,8 +30,14 @@ def takes(backend: PartsBackend, stack: Stack, student: Tensor, module: torch.dt
     Not where a library has the processor's tiles (AMX), several times as fast as vectors are; nor where torch was asked
     for fp32 products of less precision, which it has and the kernel has not; nor where weights are so large beside the
     activations that copies of them would be most of a step's memory.
+
+    Args:
+        backend: That computes heads.
+        stack: The layers.
+        student: (B, C_s, positions).
+        module: What a layer gives: fp32, bf16 or fp16.
     """
-    if len(stack.weights) > MOST_LAYERS or not backend.has_head(module):
+    if not backend.has_head(module, len(stack.weights)):
         return False
     sizes = [weight.shape[:2] for weight in stack.weights]
     copied = 2 * sum(out * into for out, into in sizes)
@@ -64,18 +67,15 @@ def gradients(
         target: (B, C, positions), any strides.
         alpha: (C,).
         call: Of the whole batch.
-        backend: Whose kernel.
+        backend: The one with the kernel.
         module: What a layer gives: fp32, bf16 or fp16.
         wanted: Which gradients.
     """
     loss = _empty((), torch.float32)
     of_student = empty_dense(student, rows_of(student, 1).dense, student.dtype) if wanted.student else None
     of_alpha = _empty(alpha.shape, torch.float64)
-    # A kernel writes whole vectors.
     of_weights = [
-        torch.zeros([_filled_up(size) for size in weight.shape[:2]], dtype=torch.float32, device="cpu")
-        if want
-        else None
+        _empty(weight.shape[:2], torch.float32) if want else None
         for weight, want in zip(stack.weights, wanted.weights, strict=True)
     ]
     of_biases = [
@@ -83,14 +83,10 @@ def gradients(
         for weight, want in zip(stack.weights, wanted.biases, strict=True)
     ]
     backend.head(
-        student, target, alpha, *_matrices(stack), call, module,
+        student, target, alpha.contiguous(), *_matrices(stack), call, module,
         loss=loss, grad_student=of_student, grad_alpha=of_alpha, grad_weights=of_weights, grad_biases=of_biases,
     )  # fmt: skip
-    weights = [
-        None if total is None else total[: weight.shape[0], : weight.shape[1]]
-        for total, weight in zip(of_weights, stack.weights, strict=True)
-    ]
-    return Gradients(loss, 1.0, of_student, of_alpha, weights, of_biases)
+    return Gradients(loss, 1.0, of_student, of_alpha, of_weights, of_biases)
 
 
 def loss_alone(
@@ -105,7 +101,7 @@ def loss_alone(
     """The loss, a scalar in fp32, where no gradient is wanted. The arguments are those of :func:`gradients`."""
     loss, none = _empty((), torch.float32), [None] * len(stack.weights)
     backend.head(
-        student, target, alpha, *_matrices(stack), call, module,
+        student, target, alpha.contiguous(), *_matrices(stack), call, module,
         loss=loss, grad_student=None, grad_alpha=None, grad_weights=none, grad_biases=none,
     )  # fmt: skip
     return loss
@@ -117,10 +113,6 @@ def _matrices(stack: Stack) -> tuple[list[Tensor], list[Tensor | None]]:
         [weight.detach().flatten(1).contiguous() for weight in stack.weights],
         [None if bias is None else bias.detach().contiguous() for bias in stack.biases],
     )
-
-
-def _filled_up(channels: int) -> int:
-    return -(-channels // FILLED_UP_TO) * FILLED_UP_TO
 
 
 def _empty(shape: Any, dtype: torch.dtype) -> Tensor:

@@ -52,6 +52,7 @@ def head_nll(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call:
         if not chosen.in_parts:
             reason = f"the back end {chosen.name} computes the loss alone"
         else:
+            _say(f"a regressor and its loss are computed in one pass, by the back end {chosen.name}")
             return _in_one_pass(stack, student, target, alpha, call, chosen, module)
     note(reason)
     return None
@@ -73,9 +74,14 @@ def _cpu_is_built() -> bool:
 
 def note(reason: str) -> None:
     """Says once why a head is computed layer by layer; a compiler's trace says nothing."""
-    if not torch.compiler.is_compiling() and reason not in _logged:
-        _logged.add(reason)
-        log.debug("a regressor is computed layer by layer: %s", reason)
+    _say(f"a regressor is computed layer by layer: {reason}")
+
+
+def _say(text: str) -> None:
+    """Once."""
+    if not torch.compiler.is_compiling() and text not in _logged:
+        _logged.add(text)
+        log.debug(text)
 
 
 def module_dtype(stack: Stack, student: Tensor) -> torch.dtype | None:
@@ -99,6 +105,8 @@ def obstacle(
         return f"student is {student.dtype}, the layers give {module or 'several types'}, target is {target.dtype}"
     if alpha.dtype not in DTYPES:
         return f"alpha is {alpha.dtype}"
+    if not torch.compiler.is_compiling() and (target.numel() == 0 or student.numel() == 0):
+        return "there is no element"  # a graph's operator finds out by itself: here it would be a guard
     if not _fits(stack, student, target, alpha, call.channel):
         shapes = "" if torch.compiler.is_compiling() else f", {tuple(student.shape)} to {tuple(target.shape)}"
         return f"the layers do not lead from student to target{shapes}"
@@ -121,8 +129,6 @@ def obstacle(
 def _fits(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, channel: int) -> bool:
     if student.dim() < 2 or student.dim() != target.dim():
         return False
-    if not torch.compiler.is_compiling() and (target.numel() == 0 or student.numel() == 0):
-        return False  # a graph's operator finds out by itself: here it would be a guard
     others = [
         (s, t) for d, (s, t) in enumerate(zip(student.shape, target.shape, strict=True)) if d != channel
     ]
