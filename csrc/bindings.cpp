@@ -81,6 +81,8 @@ vidfast::HeadProblem head_problem(int64_t batch, int64_t channels, int64_t posit
                                   int alpha_dtype, double eps, double k, int module, const FeatureTuple& grad_student,
                                   Address grad_alpha) {
   vidfast::HeadProblem p{};
+  p.kernels = vidfast::cpu::head_kernels(static_cast<DType>(module));
+  if (p.kernels == nullptr) throw std::runtime_error("the instruction set in use has no kernel for such a head");
   p.batch = batch, p.channels = channels, p.positions = positions;
   p.student = feature(student), p.target = feature(target), p.grad_student = feature(grad_student);
   if (layers.empty() || layers.size() > vidfast::kMostLayers)

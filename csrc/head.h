@@ -26,7 +26,12 @@ struct HeadLayer {
   float* grad_bias;    // [out] or nullptr
 };
 
+namespace cpu {
+struct HeadKernels;
+}
+
 struct HeadProblem {
+  const cpu::HeadKernels* kernels;     // of cpu::head_kernels, for the module's dtype
   int64_t batch, channels, positions;  // of the target
   Feature student, target;
   int layer_count;
@@ -41,8 +46,9 @@ struct HeadProblem {
 
 namespace cpu {
 
-// The kernels for heads of so many layers that give that dtype, by the name of their instructions; nullptr: the
-// instruction set in use has none.
+// The kernels for heads whose layers give that dtype, of the instruction set in use; nullptr: it has none.
+const HeadKernels* head_kernels(DType module);
+// The name of their instructions for so many layers, or nullptr.
 const char* head_instructions(DType module, int64_t layer_count);
 // Bytes of the workspace that `head` needs, on a 64-byte address.
 int64_t head_workspace_bytes(const HeadProblem& p, int threads);

@@ -17,6 +17,13 @@ namespace {
 
 // ---- the tasks
 
+// The sum of a weight's gradient that the position's unit is added to.
+inline float* lane_of(const HeadPart& part, int64_t layer, int64_t position) {
+  const int64_t lane = position / part.unit % part.lanes;
+  if (lane == 0) return part.first_lane[layer];
+  return part.other_lanes[layer] + (lane - 1) * part.layers[layer].out * part.layers[layer].into;
+}
+
 template <class Words>
 struct HeadTasks {
   // Where the tile's rows begin.
@@ -219,7 +226,7 @@ struct HeadTasks {
     with_vectors(layer.into, panel, [&](auto vectors) {
       constexpr int N = decltype(vectors)::value;
       for (int64_t begin = 0; begin < count; begin += part.unit) {
-        float* to = part.grad_weight(index, part.begin + begin) + row * layer.into + column;
+        float* to = lane_of(part, index, part.begin + begin) + row * layer.into + column;
         add_block<N>(part.gradients[index + 1], part.activations[index], begin, std::min(begin + part.unit, count), row,
                      column, to, layer.into);
       }

@@ -18,7 +18,9 @@ constexpr int64_t kHeadPad = 16;    // channels are filled up with zeros to a mu
 constexpr int64_t kHeadBlock = 16;  // rows of a weight's gradient that are one task
 static_assert(kHeadDepth % kHeadTile == 0, "a tile is of one unit");
 
+namespace {  // per translation unit: each instruction set compiles its own copy
 inline int64_t padded(int64_t channels) { return (channels + kHeadPad - 1) / kHeadPad * kHeadPad; }
+}  // namespace
 
 struct HeadMatrix {
   float* rows = nullptr;
@@ -50,12 +52,6 @@ struct HeadPart {
   int64_t unit, lanes;
   float* first_lane[kMostLayers];   // [out, into], filled up
   float* other_lanes[kMostLayers];  // [lanes - 1, out, into]
-
-  float* grad_weight(int64_t layer, int64_t position) const {
-    const int64_t lane = position / unit % lanes;
-    if (lane == 0) return first_lane[layer];
-    return other_lanes[layer] + (lane - 1) * layers[layer].out * layers[layer].into;
-  }
 };
 
 struct HeadKernels {
@@ -71,8 +67,6 @@ struct HeadKernels {
   void (*outer)(const HeadPart& part, int64_t layer, int64_t panel, int64_t block);
 };
 
-// Those of the instruction set in use for what a layer gives, or nullptr.
-const HeadKernels* head_kernels(DType module);
 #ifdef VIDFAST_X86
 const HeadKernels* avx2_head_kernels(DType module);
 const HeadKernels* avx512_head_kernels(DType module);

@@ -88,7 +88,7 @@ void HeadPlan::take_activations(HeadPart& part, Arena& arena) const {
 }
 
 HeadPlan::HeadPlan(const HeadProblem& p, void* memory, int threads)
-    : kernels(*head_kernels(p.module)), positions(p.batch * p.positions), sums() {
+    : kernels(*p.kernels), positions(p.batch * p.positions), sums() {
   HeadPart part{};
   part.problem = &p;
   part.lowest = lowest(p);

@@ -365,6 +365,34 @@ def test_more_layers_than_a_kernel_has_are_refused() -> None:
             _C.CpuHead(1, 4, 4, feature, feature, [layer] * count, 1, 0, 1e-5, 1.0, 0, feature, 0)
 
 
+def test_without_a_kernel_no_head_is_made(isa: str) -> None:
+    del isa
+    feature, layer = (1, 0, 1, 1, 1), (1, 0, 0, 0, 4, 4, 0, 0)
+    with pytest.raises(RuntimeError, match="no kernel for such a head"):
+        _C.CpuHead(1, 4, 4, feature, feature, [layer], 1, 0, 1e-5, 1.0, 1, feature, 0)
+
+
+def test_another_instruction_set_meanwhile_changes_nothing(isa: str) -> None:
+    """A head keeps the kernels that its workspace was measured for."""
+    del isa
+    problem = Problem(2, (16, 32, 16), 40)
+    run = cpu.empty_scratch
+    before = _C.cpu_isa()
+    want = problem.run(BF16)
+
+    def meanwhile(*args: Any) -> Tensor:
+        assert _C.cpu_select_isa("baseline")
+        return run(*args)
+
+    try:
+        with mock.patch.object(cpu, "empty_scratch", meanwhile):
+            found = problem.run(BF16)
+    finally:
+        assert _C.cpu_select_isa(before)
+    for x, y in zip(want, found, strict=True):
+        assert x is None or y is None or torch.equal(x, y)
+
+
 def test_instructions_of_each_set(isa: str) -> None:
     """With AVX-512 bf16 that is multiplied as such; all else in fp32."""
     for module, number in ((FP32, 0), (BF16, 2), (FP16, 3)):
