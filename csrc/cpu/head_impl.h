@@ -15,8 +15,6 @@
 namespace vidfast::cpu {
 namespace {
 
-// ---- the tasks
-
 // The sum of a weight's gradient that the position's unit is added to.
 inline float* lane_of(const HeadPart& part, int64_t layer, int64_t position) {
   const int64_t lane = position / part.unit % part.lanes;
@@ -132,10 +130,12 @@ struct HeadTasks {
     product(part.activations[l], tile, forward(part, l), nothing,
             [&](int64_t row, int64_t column, auto& sums, auto vectors) {
               VIDFAST_UNROLL
-              for (int r = 0; r < kGroup; r += 2) VIDFAST_UNROLL
-              for (int n = 0; n < vectors.value; ++n)
-                put(out, tile.first + row + r, column + n * VF::W, VF::positive(sums.at[r][n]),
-                    VF::positive(sums.at[r + 1][n]));
+              for (int r = 0; r < kGroup; r += 2) {
+                VIDFAST_UNROLL
+                for (int n = 0; n < vectors.value; ++n)
+                  put(out, tile.first + row + r, column + n * VF::W, VF::positive(sums.at[r][n]),
+                      VF::positive(sums.at[r + 1][n]));
+              }
             });
     clear_outside(out, tile, part.problem->layers[l].out);
   }
@@ -168,9 +168,11 @@ struct HeadTasks {
               sums.at[r][n] = VF::mul(residual, scale);
             }
             VF::store(sums_sq + n * VF::W, sum);
-            if (keep) VIDFAST_UNROLL
-            for (int r = 0; r < kGroup; r += 2)
-              put(out, tile.first + row + r, column + n * VF::W, sums.at[r][n], sums.at[r + 1][n]);
+            if (keep) {
+              VIDFAST_UNROLL
+              for (int r = 0; r < kGroup; r += 2)
+                put(out, tile.first + row + r, column + n * VF::W, sums.at[r][n], sums.at[r + 1][n]);
+            }
           }
           if (row + kGroup == tile.computed)
             for (int64_t c = 0; c < N * VF::W; ++c) sum_sq[column + c] = static_cast<double>(sums_sq[c]);
@@ -185,12 +187,14 @@ struct HeadTasks {
     product(part.gradients[l + 1], tile, backward(part, l), nothing,
             [&](int64_t row, int64_t column, auto& sums, auto vectors) {
               VIDFAST_UNROLL
-              for (int r = 0; r < kGroup; r += 2) VIDFAST_UNROLL
-              for (int n = 0; n < vectors.value; ++n) {
-                const int64_t at = column + n * VF::W;
-                const float* x = rows(activation, tile.first + row + r) + at / Words::kValues;
-                put(out, tile.first + row + r, at, Words::where_not_zero(sums.at[r][n], x),
-                    Words::where_not_zero(sums.at[r + 1][n], x + activation.row));
+              for (int r = 0; r < kGroup; r += 2) {
+                VIDFAST_UNROLL
+                for (int n = 0; n < vectors.value; ++n) {
+                  const int64_t at = column + n * VF::W;
+                  const float* x = rows(activation, tile.first + row + r) + at / Words::kValues;
+                  put(out, tile.first + row + r, at, Words::where_not_zero(sums.at[r][n], x),
+                      Words::where_not_zero(sums.at[r + 1][n], x + activation.row));
+                }
               }
             });
   }
@@ -200,9 +204,11 @@ struct HeadTasks {
     product(part.gradients[1], tile, backward(part, 0), nothing,
             [&](int64_t row, int64_t column, auto& sums, auto vectors) {
               VIDFAST_UNROLL
-              for (int r = 0; r < kGroup; ++r) VIDFAST_UNROLL
-              for (int n = 0; n < vectors.value; ++n)
-                VF::store(strip + (row + r) * kMostColumns + n * VF::W, sums.at[r][n]);
+              for (int r = 0; r < kGroup; ++r) {
+                VIDFAST_UNROLL
+                for (int n = 0; n < vectors.value; ++n)
+                  VF::store(strip + (row + r) * kMostColumns + n * VF::W, sums.at[r][n]);
+              }
               if (row + kGroup == tile.computed)
                 write(p, p.grad_student, p.layers[0].into, part.begin + tile.first, tile.count, column,
                       vectors.value * VF::W, strip);
@@ -249,8 +255,10 @@ struct HeadTasks {
         multiply<Words, N>(pairs(g, begin) + row + group * kGroup, 1, g.pair, pairs(x, begin) + column, x.pair, depth,
                            sums);
         VIDFAST_UNROLL
-        for (int r = 0; r < kGroup; ++r) VIDFAST_UNROLL
-        for (int n = 0; n < N; ++n) totals[group].at[r][n] = VF::add(totals[group].at[r][n], sums.at[r][n]);
+        for (int r = 0; r < kGroup; ++r) {
+          VIDFAST_UNROLL
+          for (int n = 0; n < N; ++n) totals[group].at[r][n] = VF::add(totals[group].at[r][n], sums.at[r][n]);
+        }
       }
     }
     for (int r = 0; r < kHeadBlock; ++r)

@@ -28,7 +28,7 @@ static_assert(kGroup % 2 == 0 && kHeadTile % kGroup == 0 && kHeadBlock % kGroup 
 int64_t panels(int64_t columns) { return (columns / VF::W + kMostVectors - 1) / kMostVectors; }
 int64_t panel_begin(int64_t columns, int64_t panel) { return columns / VF::W * panel / panels(columns) * VF::W; }
 
-// f.template operator()<the number of vectors>() for a panel.
+// f(a panel's number of vectors, as a type).
 template <class F>
 inline void with_vectors(int64_t columns, int64_t panel, const F& f) {
   switch ((panel_begin(columns, panel + 1) - panel_begin(columns, panel)) / VF::W) {
@@ -46,8 +46,10 @@ struct Sums {
 template <int N>
 inline void clear(Sums<N>& sums) {
   VIDFAST_UNROLL
-  for (int r = 0; r < kGroup; ++r) VIDFAST_UNROLL
-  for (int n = 0; n < N; ++n) sums.at[r][n] = VF::set1(0);
+  for (int r = 0; r < kGroup; ++r) {
+    VIDFAST_UNROLL
+    for (int n = 0; n < N; ++n) sums.at[r][n] = VF::set1(0);
+  }
 }
 
 template <class Words, int N>

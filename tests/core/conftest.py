@@ -17,6 +17,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from places import Place, chosen_places
+from problems import ISAS
+
+from vidfast import memory
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -40,6 +43,18 @@ def backend(request: pytest.FixtureRequest) -> Place:
     """A back end under test, and the device of its tensors."""
     place: Place = request.param
     return place
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU back end's instruction sets, each in use within its tests."""
+    if memory._C is None:
+        pytest.skip("the extension is not built")
+    before = memory._C.cpu_isa()
+    if not memory._C.cpu_select_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    assert memory._C.cpu_select_isa(before)
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from problems import BF16, FP16, FP32, FP64, ISAS, short
+from problems import BF16, FP16, FP32, FP64, short
 
 from vidfast import backends, memory
 
@@ -15,15 +14,6 @@ pytestmark = pytest.mark.skipif(memory._C is None, reason="the extension is not 
 _C: Any = memory._C
 SIZES = (1, 7, 16, 63, 4096, 4097, 33000)
 ODD = (float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-8, -1e-8, 65504.0, -65504.0)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    if not _C.cpu_select_isa(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    assert _C.cpu_select_isa(before)
 
 
 def values(n: int, dtype: torch.dtype) -> torch.Tensor:
