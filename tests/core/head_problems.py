@@ -14,7 +14,7 @@ from vidfast import memory
 from vidfast.arguments import Call
 from vidfast.backends import cpu
 from vidfast.head import kernel
-from vidfast.head.gradients import Wanted
+from vidfast.head.gradients import HeadCall, Wanted
 from vidfast.head.stack import Stack
 
 _C: Any = memory._C
@@ -40,17 +40,18 @@ class Problem:
         self.alpha = torch.linspace(-1.0, 3.0, widths[-1])
         self.k = 1.0 / self.target.numel()
 
+    def head(self, module: torch.dtype, **features: Tensor) -> HeadCall:
+        stack = Stack(tuple(self.weights), tuple(self.biases), False)
+        student, target = features.get("student", self.student), features.get("target", self.target)
+        return HeadCall(stack, student, target, self.alpha, Call(1, 1e-5, "mean", k=self.k), BACKEND, module)
+
     def run(
         self, module: torch.dtype = FP32, wanted: Wanted | None = None, **features: Tensor
     ) -> list[Tensor | None]:
         """[loss, d student, d alpha, d weights..., d biases...] of the kernel."""
         n = len(self.weights)
         wanted = wanted or Wanted(True, [True] * n, [b is not None for b in self.biases])
-        stack = Stack(tuple(self.weights), tuple(self.biases), False)
-        found = kernel.gradients(
-            stack, features.get("student", self.student), features.get("target", self.target), self.alpha,
-            Call(1, 1e-5, "mean", k=self.k), BACKEND, module, wanted,
-        )  # fmt: skip
+        found = kernel.gradients(self.head(module, **features), wanted)
         return [found.loss, found.student, found.alpha, *found.weights, *found.biases]
 
     def exact(self, **features: Tensor) -> list[Tensor | None]:

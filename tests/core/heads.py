@@ -21,10 +21,15 @@ from vidfast.regressor import regressed_nll
 EPS = 1e-5
 # How a head's activations are stored: by the back end's kernel, or in parts in one of three ways.
 ARRANGEMENTS = ("kernel", "planes", "rows", "columns")
+
+
+def has_kernel(head: Any) -> bool:
+    """Whether its back end has a kernel for a HeadCall."""
+    return bool(head.backend.has_head(head.module, len(head.stack.weights)))
+
+
 in_parts_alone = mock.patch.object(kernel, "takes", return_value=False)
-by_kernel = mock.patch.object(
-    kernel, "takes", lambda backend, stack, _, module: backend.has_head(module, len(stack.weights))
-)
+by_kernel = mock.patch.object(kernel, "takes", has_kernel)
 # How layers are named by what they take: a map, a sequence of positions, tokens.
 KINDS = ("maps", "sequences", "tokens", "vectors")
 
@@ -95,18 +100,19 @@ class Ways:
     def __init__(self, monkeypatch: Any) -> None:
         self.names: list[str] = []
         self.plans: list[Any] = []
-        run, run_kernel = parts.gradients, kernel.gradients
+        planned, run_kernel = parts.planned, kernel.gradients
 
         def counted(*args: Any) -> Any:
-            self.names.append(args[6].arrangement.name)
-            self.plans.append(args[6])
-            return run(*args)
+            student, target, made = planned(*args)
+            self.names.append(made.arrangement.name)
+            self.plans.append(made)
+            return student, target, made
 
         def counted_kernel(*args: Any) -> Any:
             self.names.append("kernel")
             return run_kernel(*args)
 
-        monkeypatch.setattr(parts, "gradients", counted)
+        monkeypatch.setattr(parts, "planned", counted)
         monkeypatch.setattr(kernel, "gradients", counted_kernel)
 
 
@@ -164,5 +170,5 @@ def spread_alpha(channels: int) -> nn.Parameter:
 
 __all__ = [
     "ARRANGEMENTS", "KINDS", "Ways", "by_kernel", "channel_dim", "distance", "exact", "features", "gradients",
-    "in_parts_alone", "layer_by_layer", "layers", "spread_alpha", "stored", "tensors_of", "vidfast",
+    "has_kernel", "in_parts_alone", "layer_by_layer", "layers", "spread_alpha", "stored", "tensors_of", "vidfast",
 ]  # fmt: skip

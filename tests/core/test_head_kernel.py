@@ -11,7 +11,7 @@ from problems import BF16, FP16, FP32, ISAS, LAYOUTS, short
 from vidfast.arguments import Call
 from vidfast.backends import cpu
 from vidfast.head import kernel
-from vidfast.head.gradients import Wanted
+from vidfast.head.gradients import HeadCall, Wanted
 from vidfast.head.stack import Stack
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
@@ -104,9 +104,7 @@ def test_any_set_of_gradients(isa: str, module: torch.dtype, positions: int) -> 
         for ours, right, asked in zip(some, whole, expected, strict=True):
             assert (ours is not None) == asked
             assert ours is None or right is None or torch.equal(ours, right)
-    stack = Stack(tuple(problem.weights), tuple(problem.biases), False)
-    call = Call(1, 1e-5, "mean", k=problem.k)
-    alone = kernel.loss_alone(stack, problem.student, problem.target, problem.alpha, call, BACKEND, module)
+    alone = kernel.loss_alone(problem.head(module))
     assert whole[0] is not None
     assert torch.equal(alone, whole[0])
 
@@ -202,7 +200,7 @@ def test_sums_over_many_positions_stay_exact(isa: str) -> None:
     stack = Stack((torch.zeros(1, 1),), (None,), False)
     call = Call(1, 1e-5, "sum", k=1.0)
     wanted = Wanted(False, [True], [False])
-    found = kernel.gradients(stack, student, target, torch.zeros(1), call, BACKEND, FP32, wanted)
+    found = kernel.gradients(HeadCall(stack, student, target, torch.zeros(1), call, BACKEND, FP32), wanted)
     variance = torch.log(torch.tensor(2.0, dtype=torch.float64)) + 1e-5
     weight = found.weights[0]
     assert weight is not None

@@ -16,7 +16,6 @@ import vidfast
 from vidfast import _torch, memory
 from vidfast.backends import cpu
 from vidfast.head import kernel
-from vidfast.head.stack import Stack
 
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 
@@ -170,11 +169,9 @@ def test_weights_far_larger_than_activations_are_not_copied(
 ) -> None:
     del isa
     monkeypatch.setattr(kernel, "MOST_COPIED", 2000)
-    stack = Stack((torch.empty(40, 30), torch.empty(20, 40)), (None, None), False)
     for positions, taken in ((30, False), (31, True)):
-        assert kernel.takes(BACKEND, stack, torch.empty(1, 30, positions), FP32) == taken
-    small = Stack((torch.empty(20, 50),), (None,), False)
-    assert kernel.takes(BACKEND, small, torch.empty(1, 50, 1), FP32)
+        assert kernel.takes(Problem(1, (30, 40, 20), positions).head(FP32)) == taken
+    assert kernel.takes(Problem(1, (50, 20), 1).head(FP32))
 
 
 def test_tiles_of_the_processor_are_faster(isa: str, ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:

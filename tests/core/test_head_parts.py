@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import ARRANGEMENTS
+from heads import ARRANGEMENTS, has_kernel
 from problems import BF16, FP16, FP32, short
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -46,11 +46,7 @@ def module() -> VIDLoss:
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """By the kernel, or in parts and how a part's activations are stored."""
     name = str(request.param)
-    monkeypatch.setattr(
-        kernel,
-        "takes",
-        lambda backend, stack, _, module: name == "kernel" and backend.has_head(module, len(stack.weights)),
-    )
+    monkeypatch.setattr(kernel, "takes", lambda head: name == "kernel" and has_kernel(head))
     monkeypatch.setattr(plan, "FEWEST_POSITIONS", 10**9 if name == "rows" else 0)
     monkeypatch.setattr(plan, "MOST_CHANNELS", 0 if name == "columns" else 10**9)
     return name

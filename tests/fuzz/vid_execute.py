@@ -173,7 +173,7 @@ def _cut_as(case: VidCase) -> Iterator[None]:
     chosen = mock.patch.object(kernel, "takes", kernel.takes)
     if case.arrangement == "kernel":
         chosen = mock.patch.object(
-            kernel, "takes", lambda backend, stack, _, module: backend.has_head(module, len(stack.weights))
+            kernel, "takes", lambda head: head.backend.has_head(head.module, len(head.stack.weights))
         )
     elif case.arrangement is not None:
         chosen = mock.patch.object(kernel, "takes", return_value=False)

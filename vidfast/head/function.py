@@ -13,7 +13,7 @@ from vidfast.arguments import Call
 from vidfast.autograd import incoming
 from vidfast.backends.base import PartsBackend
 from vidfast.head.compute import gradients
-from vidfast.head.gradients import Wanted
+from vidfast.head.gradients import HeadCall, Wanted
 from vidfast.head.stack import Stack
 from vidfast.raw import NO_FORWARD_MODE, restored, save
 from vidfast.scaling import not_twice
@@ -44,7 +44,7 @@ class Head(torch.autograd.Function):
         stack = Stack(weights, layers[half:], convolutions)
         wants = ctx.needs_input_grad
         wanted = Wanted(wants[0], wants[7 : 7 + half], wants[7 + half :])
-        found = gradients(stack, student, target, alpha, call, backend, module, wanted)
+        found = gradients(HeadCall(stack, student, target, alpha, call, backend, module), wanted)
         origin = found.loss.new_empty(0)
         save(ctx, found.student, found.alpha, *found.weights, *found.biases, origin=origin)
         ctx.backend, ctx.alpha_dtype, ctx.factor = backend, alpha.dtype, found.factor

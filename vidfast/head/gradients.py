@@ -1,11 +1,38 @@
-"""What computing a head gives, and what of it is wanted."""
+"""A head that is to be computed, what of it is wanted, and what comes out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from vidfast.arguments import Call
+from vidfast.backends.base import PartsBackend
+from vidfast.head.stack import Stack
+
+
+class HeadCall(NamedTuple):
+    """A head and how to compute it.
+
+    Attributes:
+        stack: The layers, that fit the student and the target.
+        student: (B, C_s, positions), any strides, with elements.
+        target: (B, C, positions), any strides; not fp64.
+        alpha: (C,).
+        call: Of the whole batch, with channel 1, in place.
+        backend: The back end that computes it.
+        module: What a layer gives: fp32, bf16 or fp16.
+    """
+
+    stack: Stack
+    student: Tensor
+    target: Tensor
+    alpha: Tensor
+    call: Call
+    backend: PartsBackend
+    module: torch.dtype
 
 
 class Gradients(NamedTuple):

@@ -6,15 +6,14 @@ their calls, features copied to where they can be multiplied, and sums of produc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidfast._torch import cpu_has_tiles, products_differ_from_convolutions
-from vidfast.arguments import Call
-from vidfast.backends.base import PartsBackend
-from vidfast.head.gradients import Gradients, Wanted
+from vidfast.head.gradients import Gradients, HeadCall, Wanted
 from vidfast.head.stack import Stack
 from vidfast.layout import rows_of
 from vidfast.memory import empty_dense
@@ -24,87 +23,65 @@ from vidfast.memory import empty_dense
 MOST_COPIED = 2 << 20
 
 
-def takes(backend: PartsBackend, stack: Stack, student: Tensor, module: torch.dtype) -> bool:
+def takes(head: HeadCall) -> bool:
     """Whether a head is computed by the back end's kernel, and not by a library's products.
 
     Not where a library has the processor's tiles (AMX), several times as fast as vectors are; nor where torch was asked
     for fp32 products of less precision, which it has and the kernel has not; nor where weights are so large beside the
     activations that copies of them would be most of a step's memory.
-
-    Args:
-        backend: That computes heads.
-        stack: The layers.
-        student: (B, C_s, positions).
-        module: What a layer gives: fp32, bf16 or fp16.
     """
-    if not backend.has_head(module, len(stack.weights)):
+    sizes = [weight.shape[:2] for weight in head.stack.weights]
+    if not head.backend.has_head(head.module, len(sizes)):
         return False
-    sizes = [weight.shape[:2] for weight in stack.weights]
     copied = 2 * sum(out * into for out, into in sizes)
-    activations = student.shape[0] * student.shape[2] * sum(sum(size) for size in sizes)
+    activations = head.student.shape[0] * head.student.shape[2] * sum(sum(size) for size in sizes)
     if copied > max(MOST_COPIED, activations):
         return False
-    if module is torch.float32:
+    if head.module is torch.float32:
         return not products_differ_from_convolutions()
-    return not cpu_has_tiles(module)
+    return not cpu_has_tiles(head.module)
 
 
-def gradients(
-    stack: Stack,
-    student: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    call: Call,
-    backend: PartsBackend,
-    module: torch.dtype,
-    wanted: Wanted,
-) -> Gradients:
-    """The loss of a head and the wanted gradients, `factor` 1.
+def gradients(head: HeadCall, wanted: Wanted) -> Gradients:
+    """The loss of a head and the wanted gradients, `factor` 1."""
+    student, weights = head.student, head.stack.weights
+    found = Gradients(
+        _empty((), torch.float32),
+        1.0,
+        empty_dense(student, rows_of(student, 1).dense, student.dtype) if wanted.student else None,
+        _empty(head.alpha.shape, torch.float64),
+        [
+            _empty(weight.shape[:2], torch.float32) if want else None
+            for weight, want in zip(weights, wanted.weights, strict=True)
+        ],
+        [
+            _empty(weight.shape[:1], torch.float32) if want else None
+            for weight, want in zip(weights, wanted.biases, strict=True)
+        ],
+    )
+    _run(head, found.loss, found.student, found.alpha, found.weights, found.biases)
+    return found
 
-    Args:
-        stack: The layers, that fit the student and the target.
-        student: (B, C_s, positions), any strides.
-        target: (B, C, positions), any strides.
-        alpha: (C,).
-        call: Of the whole batch.
-        backend: The one with the kernel.
-        module: What a layer gives: fp32, bf16 or fp16.
-        wanted: Which gradients.
-    """
-    loss = _empty((), torch.float32)
-    of_student = empty_dense(student, rows_of(student, 1).dense, student.dtype) if wanted.student else None
-    of_alpha = _empty(alpha.shape, torch.float64)
-    of_weights = [
-        _empty(weight.shape[:2], torch.float32) if want else None
-        for weight, want in zip(stack.weights, wanted.weights, strict=True)
-    ]
-    of_biases = [
-        _empty(weight.shape[:1], torch.float32) if want else None
-        for weight, want in zip(stack.weights, wanted.biases, strict=True)
-    ]
-    backend.head(
-        student, target, alpha.contiguous(), *_matrices(stack), call, module,
+
+def loss_alone(head: HeadCall) -> Tensor:
+    """The loss, a scalar in fp32, where no gradient is wanted."""
+    loss, no_layers = _empty((), torch.float32), [None] * len(head.stack.weights)
+    _run(head, loss, None, None, no_layers, no_layers)
+    return loss
+
+
+def _run(
+    head: HeadCall,
+    loss: Tensor,
+    of_student: Tensor | None,
+    of_alpha: Tensor | None,
+    of_weights: Sequence[Tensor | None],
+    of_biases: Sequence[Tensor | None],
+) -> None:
+    head.backend.head(
+        head.student, head.target, head.alpha.contiguous(), *_matrices(head.stack), head.call, head.module,
         loss=loss, grad_student=of_student, grad_alpha=of_alpha, grad_weights=of_weights, grad_biases=of_biases,
     )  # fmt: skip
-    return Gradients(loss, 1.0, of_student, of_alpha, of_weights, of_biases)
-
-
-def loss_alone(
-    stack: Stack,
-    student: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    call: Call,
-    backend: PartsBackend,
-    module: torch.dtype,
-) -> Tensor:
-    """The loss, a scalar in fp32, where no gradient is wanted. The arguments are those of :func:`gradients`."""
-    loss, none = _empty((), torch.float32), [None] * len(stack.weights)
-    backend.head(
-        student, target, alpha.contiguous(), *_matrices(stack), call, module,
-        loss=loss, grad_student=None, grad_alpha=None, grad_weights=none, grad_biases=none,
-    )  # fmt: skip
-    return loss
 
 
 def _matrices(stack: Stack) -> tuple[list[Tensor], list[Tensor | None]]:

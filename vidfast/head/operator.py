@@ -19,7 +19,7 @@ from vidfast._torch import has_tangent
 from vidfast.arguments import Call, check_options, loss_factor
 from vidfast.backends.plain import reference_nll
 from vidfast.head import compute
-from vidfast.head.gradients import Wanted
+from vidfast.head.gradients import HeadCall, Wanted
 from vidfast.head.stack import Stack
 from vidfast.ops import differentiable
 from vidfast.primitive_ops import define, empty_like, laid_out, with_factor
@@ -90,7 +90,7 @@ def _forward(student: Tensor, target: Tensor, alpha: Tensor, *rest: Any) -> Tens
     stack, chosen, call, module = _checked(student, target, alpha, *rest)
     if student.numel() == 0 or target.numel() == 0:
         return _of_nothing(target, alpha, call)
-    return compute.loss_alone(stack, student, target, alpha, call, chosen, module)
+    return compute.loss_alone(HeadCall(stack, student, target, alpha, call, chosen, module))
 
 
 def _forward_fake(student: Tensor, *_: Any) -> Tensor:
@@ -129,7 +129,7 @@ def _forward_grad(
         nothing = alpha.new_zeros(alpha.shape, dtype=torch.float64)
         one = torch.ones((), dtype=torch.float64, device="cpu")
         return _of_nothing(target, alpha, call), one, zeros, nothing, of_layers
-    found = compute.gradients(stack, student, target, alpha, call, chosen, module, of)
+    found = compute.gradients(HeadCall(stack, student, target, alpha, call, chosen, module), of)
     of_student = found.student
     made = [x.flatten() for x in (*found.weights, *found.biases) if x is not None]
     return (

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from vidfast import primitives
-from vidfast.arguments import Call
 from vidfast.backends.base import PartsBackend
 from vidfast.head.arrangement import Planes
-from vidfast.head.gradients import Gradients, Wanted
-from vidfast.head.plan import Plan
+from vidfast.head.gradients import Gradients, HeadCall, Wanted
+from vidfast.head.plan import Plan, planned
 from vidfast.head.stack import Stack
 from vidfast.layout import rows_of
 from vidfast.memory import empty_dense, empty_scratch
@@ -192,59 +191,37 @@ def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
-def gradients(
-    stack: Stack,
-    student: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    call: Call,
-    backend: PartsBackend,
-    plan: Plan,
-    wanted: Wanted,
-) -> Gradients:
-    """The loss of a head and its gradients, `factor` 1.
-
-    Args:
-        stack: The layers, that fit the student and the target.
-        student: (B, C_s, positions), dense.
-        target: (B, C, positions), any strides; not fp64.
-        alpha: (C,).
-        call: Of the whole batch, with channel 1, in place.
-        backend: For the loss and what lies between the products.
-        plan: Of :func:`vidfast.head.plan.plan_for`.
-        wanted: Which gradients.
-    """
-    layers = _Layers(stack, student, plan, backend)
+def gradients(head: HeadCall, wanted: Wanted) -> Gradients:
+    """The loss of a head and the wanted gradients, `factor` 1."""
+    student, target, plan = planned(head)
+    layers = _Layers(head.stack, student, plan, head.backend)
     sums = _Sums(layers, wanted)
-    alpha = alpha.contiguous()
+    alpha = head.alpha.contiguous()
     losses, of_alpha = [], torch.zeros_like(alpha, dtype=torch.float64)
     for begin, n, activations, target_part in layers.parts(target):
         mean = layers.part(activations[-1], n)
-        loss, _, part_of_alpha = primitives.forward_grad(backend, mean, target_part, alpha, call)
+        loss, _, part_of_alpha = primitives.forward_grad(head.backend, mean, target_part, alpha, head.call)
         losses.append(loss.item())
         of_alpha += part_of_alpha
         if layers.rounds:
-            backend.rectify(activations[-1], plan.module, False)
+            head.backend.rectify(activations[-1], plan.module, False)
         sums.add(activations, begin, n)
-    return Gradients(_scalar(math.fsum(losses)), 1.0, sums.student, of_alpha, sums.of_weights(), sums.biases)
+    of_student = sums.student
+    if of_student is not None and of_student.shape != head.student.shape:  # every position was a sample
+        batch, channels, positions = head.student.shape
+        of_student = of_student.view(batch, positions, channels).transpose(1, 2)
+    return Gradients(_scalar(math.fsum(losses)), 1.0, of_student, of_alpha, sums.of_weights(), sums.biases)
 
 
-def loss_alone(
-    stack: Stack,
-    student: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    call: Call,
-    backend: PartsBackend,
-    plan: Plan,
-) -> Tensor:
-    """The loss, a scalar in fp32, where no gradient is wanted. The arguments are those of :func:`gradients`."""
-    layers = _Layers(stack, student, plan, backend)
-    alpha = alpha.contiguous()
+def loss_alone(head: HeadCall) -> Tensor:
+    """The loss, a scalar in fp32, where no gradient is wanted."""
+    student, target, plan = planned(head)
+    layers = _Layers(head.stack, student, plan, head.backend)
+    alpha = head.alpha.contiguous()
     losses = []
     for _, n, activations, target_part in layers.parts(target):
         mean = layers.part(activations[-1], n)
-        losses.append(primitives.forward(backend, mean, target_part, alpha, call)[0].item())
+        losses.append(primitives.forward(head.backend, mean, target_part, alpha, head.call)[0].item())
     return _scalar(math.fsum(losses))
 
 

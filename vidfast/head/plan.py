@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vidfast._torch import cpu_multiplies
 from vidfast.head.arrangement import Arrangement, Columns, Planes, Rows
+from vidfast.head.gradients import HeadCall
 from vidfast.head.stack import as_samples
 from vidfast.layout import rows_of
 
@@ -64,21 +65,14 @@ def plan_for(student: Tensor, widths: Sequence[int], module: torch.dtype) -> Pla
     return Plan(arrangement, evenly(batch, max(most // sample, 1)), positions, module, products)
 
 
-def planned(
-    student: Tensor, target: Tensor, weights: Sequence[Tensor], module: torch.dtype
-) -> tuple[Tensor, Tensor, Plan]:
+def planned(head: HeadCall) -> tuple[Tensor, Tensor, Plan]:
     """(student, target, how to compute the head), the features as they are cut and read.
 
-    Args:
-        student: (B, C_s, positions), with elements; copied where it is expanded, overlapping or cut in its positions.
-        target: (B, C, positions).
-        weights: (out, in) each, or (out, in, 1, ...).
-        module: The dtype of what a layer gives.
+    The student is copied where it is expanded, overlapping or cut in its positions.
     """
-    if rows_of(student, 1).copies:
-        student = student.contiguous()
-    student, target = as_samples(student, target)
-    return student, target, plan_for(student, [weight.shape[0] for weight in weights], module)
+    student = head.student.contiguous() if rows_of(head.student, 1).copies else head.student
+    student, target = as_samples(student, head.target)
+    return student, target, plan_for(student, [weight.shape[0] for weight in head.stack.weights], head.module)
 
 
 def _arrangement(student: Tensor, widest: int, products: torch.dtype) -> type[Arrangement]:

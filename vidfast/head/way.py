@@ -19,6 +19,7 @@ from vidfast.backends.base import Backend, PartsBackend
 from vidfast.dispatch import compiles_to_operator
 from vidfast.head import compute
 from vidfast.head.function import Head
+from vidfast.head.gradients import HeadCall
 from vidfast.head.operator import call_operator
 from vidfast.head.stack import Stack, flat_positions
 from vidfast.raw import DTYPES, not_raw
@@ -158,4 +159,4 @@ def _in_one_pass(
             student, target, alpha, call, in_parts, module, stack.convolutions, *stack.weights, *stack.biases
         )[0]
         return loss
-    return compute.loss_alone(stack, student, target, alpha, call, in_parts, module)
+    return compute.loss_alone(HeadCall(stack, student, target, alpha, call, in_parts, module))
