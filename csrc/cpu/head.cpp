@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "channels.h"
-#include "half.h"
 #include "head_plan.h"
 #include "threads.h"
 
@@ -20,9 +19,9 @@ namespace {
 constexpr int64_t kWakeupMultiplies = int64_t{4} << 20;
 
 float rounded(double x, DType dtype) {
-  const float value = static_cast<float>(x);
-  if (dtype == DType::bf16) return to_float(to_bf16(value));
-  return dtype == DType::f16 ? to_float(to_f16(value)) : value;
+  alignas(double) char value[sizeof(double)];
+  store_scalar(value, dtype, 0, x);
+  return static_cast<float>(load_scalar(value, dtype, 0));
 }
 
 void pack(const HeadProblem& p, const HeadPlan& plan, int threads) {
@@ -71,7 +70,7 @@ struct Blocks {
 
 // Everything of a part, by so many threads; what its tiles have summed is added to the sums of their lanes.
 void compute(const HeadPlan& plan, const HeadPart& part, const Blocks& blocks, int threads) {
-  const int64_t tiles = (part.count + kHeadTile - 1) / kHeadTile;
+  const int64_t tiles = round_up(part.count, kHeadTile) / kHeadTile;
   parallel_for(tiles, threads, [&](int64_t tile) { plan.kernels.tile(part, tile); });
   if (blocks.count > 0) parallel_for(blocks.count, threads, [&](int64_t task) { blocks.run(plan, part, task); });
   const HeadProblem& p = *part.problem;

@@ -26,7 +26,7 @@ struct PairsOfBf16 {
     std::memcpy(reinterpret_cast<char*>(rows) + 2 * column, &zero, 2);
     std::memcpy(reinterpret_cast<char*>(pairs) + 4 * column + 2 * (row % 2), &zero, 2);
   }
-  static void put(float* rows, int64_t row, float* pairs, int64_t, Reg first, Reg second) {
+  static void put(float* rows, int64_t row, float* pairs, Reg first, Reg second) {
     const __m256i a = narrow_bf16(first), b = narrow_bf16(second);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows), a);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + row), b);

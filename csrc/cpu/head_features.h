@@ -10,6 +10,16 @@
 namespace vidfast::cpu {
 namespace {
 
+// f(a value of the type) for the types that features and weights have.
+template <class F>
+inline void with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::bf16: f(bf16()); break;
+    case DType::f16: f(f16()); break;
+    default: f(float()); break;
+  }
+}
+
 // f(row of the tile, elements from the feature's start, how many) for each run of positions of one sample.
 template <class F>
 inline void runs_of(const HeadProblem& p, const Feature& x, int64_t begin, int64_t count, const F& f) {
@@ -55,11 +65,7 @@ void read_as(const HeadProblem& p, const Feature& x, int64_t channels, int64_t b
 
 inline void read(const HeadProblem& p, const Feature& x, int64_t channels, int64_t begin, int64_t count,
                  int64_t channel, int64_t wanted, float* to) {
-  switch (x.dtype) {
-    case DType::bf16: read_as<bf16>(p, x, channels, begin, count, channel, wanted, to); break;
-    case DType::f16: read_as<f16>(p, x, channels, begin, count, channel, wanted, to); break;
-    default: read_as<float>(p, x, channels, begin, count, channel, wanted, to); break;
-  }
+  with_type(x.dtype, [&](auto type) { read_as<decltype(type)>(p, x, channels, begin, count, channel, wanted, to); });
 }
 
 // Writes a tile to the feature: the channels and positions that exist, nothing of what was filled up.
@@ -93,11 +99,7 @@ void write_as(const HeadProblem& p, const Feature& x, int64_t channels, int64_t 
 
 inline void write(const HeadProblem& p, const Feature& x, int64_t channels, int64_t begin, int64_t count,
                   int64_t channel, int64_t wanted, const float* from) {
-  switch (x.dtype) {
-    case DType::bf16: write_as<bf16>(p, x, channels, begin, count, channel, wanted, from); break;
-    case DType::f16: write_as<f16>(p, x, channels, begin, count, channel, wanted, from); break;
-    default: write_as<float>(p, x, channels, begin, count, channel, wanted, from); break;
-  }
+  with_type(x.dtype, [&](auto type) { write_as<decltype(type)>(p, x, channels, begin, count, channel, wanted, from); });
 }
 
 }  // namespace

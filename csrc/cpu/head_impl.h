@@ -30,7 +30,7 @@ struct HeadTasks {
 
   // Two rows' vectors at a column into both forms.
   static void put(const HeadMatrix& m, int64_t row, int64_t column, Reg first, Reg second) {
-    Words::put(rows(m, row) + column / Words::kValues, m.row, pairs(m, row) + column, m.pair, first, second);
+    Words::put(rows(m, row) + column / Words::kValues, m.row, pairs(m, row) + column, first, second);
   }
 
   // Some rows of a part, of which `count` are positions; whole groups of rows are computed.
@@ -270,11 +270,7 @@ struct HeadTasks {
 
   // A weight [out, into] as columns of a product: forward over its outputs, back over its inputs.
   static void pack(const HeadLayer& layer, bool forward, int64_t panel, float* to) {
-    switch (layer.weight_dtype) {
-      case DType::bf16: pack_as<bf16>(layer, forward, panel, to); break;
-      case DType::f16: pack_as<f16>(layer, forward, panel, to); break;
-      default: pack_as<float>(layer, forward, panel, to); break;
-    }
+    with_type(layer.weight_dtype, [&](auto type) { pack_as<decltype(type)>(layer, forward, panel, to); });
   }
 
   template <class P>
@@ -318,7 +314,7 @@ struct Words32 {
     return VF::get(&value);
   }
   static void clear(float* rows, float*, int64_t, int64_t column) { rows[column] = 0; }
-  static void put(float* rows, int64_t row, float*, int64_t, Reg first, Reg second) {
+  static void put(float* rows, int64_t row, float*, Reg first, Reg second) {
     VF::store(rows, rounded(first));
     VF::store(rows + row, rounded(second));
   }

@@ -19,7 +19,8 @@ constexpr int64_t kHeadBlock = 16;  // rows of a weight's gradient that are one 
 static_assert(kHeadDepth % kHeadTile == 0, "a tile is of one unit");
 
 namespace {  // per translation unit: each instruction set compiles its own copy
-inline int64_t padded(int64_t channels) { return (channels + kHeadPad - 1) / kHeadPad * kHeadPad; }
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t padded(int64_t channels) { return round_up(channels, kHeadPad); }
 }  // namespace
 
 struct HeadMatrix {

@@ -14,8 +14,6 @@ constexpr int64_t kLaneBytes = int64_t{1} << 20;
 constexpr int64_t kMostLanes = 32;
 constexpr int64_t kLineWords = 16;
 
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 int64_t power_of_two_below(int64_t n) {
   int64_t power = 1;
   while (power * 2 <= n) power *= 2;

@@ -15,7 +15,7 @@ class Arena {
   template <class T>
   T* take(int64_t count) {
     T* at = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     return at;
   }
   int64_t used() const { return used_; }

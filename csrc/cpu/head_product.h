@@ -20,7 +20,7 @@ namespace {
 using Reg = VF::reg;
 constexpr int kMostVectors = 3;
 constexpr int64_t kMostColumns = kMostVectors * VF::W;
-int64_t whole_groups(int64_t rows) { return (rows + kGroup - 1) / kGroup * kGroup; }
+int64_t whole_groups(int64_t rows) { return round_up(rows, kGroup); }
 static_assert(kGroup % 2 == 0 && kHeadTile % kGroup == 0 && kHeadBlock % kGroup == 0 && kHeadPad % VF::W == 0,
               "no remainders");
 

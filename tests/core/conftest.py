@@ -57,6 +57,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     assert memory._C.cpu_select_isa(before)
 
 
+@pytest.fixture
+def head_isa(isa: str) -> str:
+    """Those of them that have a kernel for heads."""
+    if memory._C.cpu_head_instructions(0, 1) is None:
+        pytest.skip(f"{isa} has no kernel for heads")
+    return isa
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     """Each test starts from the same seed, and leaves the number of threads as it was."""

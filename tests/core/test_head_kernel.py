@@ -17,14 +17,6 @@ from vidfast.head.stack import Stack
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 
 
-@pytest.fixture
-def isa(isa: str) -> str:
-    """Each instruction set that has a kernel."""
-    if not BACKEND.has_head(FP32, 1):
-        pytest.skip(f"{isa} has no kernel for heads")
-    return isa
-
-
 @pytest.fixture(autouse=True)
 def _fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read before it is written shows: memory of earlier calls often holds what is right."""
@@ -38,9 +30,9 @@ def _fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "widths", [(5, 6), (16, 32), (20, 40, 17), (3, 64, 100, 1), (33, 49, 97, 48)], ids=str
 )
-def test_any_widths(isa: str, widths: tuple[int, ...], bias: bool, module: torch.dtype) -> None:
+def test_any_widths(head_isa: str, widths: tuple[int, ...], bias: bool, module: torch.dtype) -> None:
     """Below, at, and beside whole vectors and panels."""
-    del isa
+    del head_isa
     problem = Problem(3, widths, 50, bias)
     # without k, as in fp16 it has to be
     problem.k = 0.01
@@ -51,9 +43,9 @@ def test_any_widths(isa: str, widths: tuple[int, ...], bias: bool, module: torch
 @pytest.mark.parametrize(
     ("batch", "positions"), [(1, 1), (1, 31), (2, 16), (3, 49), (64, 1), (33, 7), (1, 4099)], ids=str
 )
-def test_any_number_of_positions(isa: str, batch: int, positions: int, module: torch.dtype) -> None:
+def test_any_number_of_positions(head_isa: str, batch: int, positions: int, module: torch.dtype) -> None:
     """Tiles that end inside of a sample or hold many, and parts that are not full."""
-    del isa
+    del head_isa
     problem = Problem(batch, (8, 24, 12), positions, True)
     problem.k = 1 / 64
     checked(problem.run(module), problem.exact(), CLOSE[module])
@@ -62,9 +54,9 @@ def test_any_number_of_positions(isa: str, batch: int, positions: int, module: t
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=short)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["student", "target"])
-def test_any_layout(isa: str, which: str, layout: str, dtype: torch.dtype) -> None:
+def test_any_layout(head_isa: str, which: str, layout: str, dtype: torch.dtype) -> None:
     """What lies between a feature's values is NaN."""
-    del isa
+    del head_isa
     problem = Problem(5, (17, 24, 23), 41)
     placed = LAYOUTS[layout](getattr(problem, which).to(dtype))
     problem.k = 0.01  # d student is of the student's type
@@ -77,8 +69,8 @@ def test_any_layout(isa: str, which: str, layout: str, dtype: torch.dtype) -> No
         assert found[1].dtype is dtype
 
 
-def test_strides_of_any_kind(isa: str) -> None:
-    del isa
+def test_strides_of_any_kind(head_isa: str) -> None:
+    del head_isa
     problem = Problem(6, (8, 12), 20)
     for placed in (
         problem.student[:1].expand(6, 8, 20),
@@ -92,9 +84,9 @@ def test_strides_of_any_kind(isa: str) -> None:
 
 @pytest.mark.parametrize("positions", [37, 700])
 @pytest.mark.parametrize("module", [FP32, BF16], ids=short)
-def test_any_set_of_gradients(isa: str, module: torch.dtype, positions: int) -> None:
+def test_any_set_of_gradients(head_isa: str, module: torch.dtype, positions: int) -> None:
     """What is asked for is what it is together with all others, bit by bit; with none it is the loss alone."""
-    del isa
+    del head_isa
     problem = Problem(3, (9, 20, 17, 10), positions, True)
     whole = problem.run(module)
     for bits in range(2**7):
@@ -113,10 +105,10 @@ def test_any_set_of_gradients(isa: str, module: torch.dtype, positions: int) -> 
 @pytest.mark.parametrize("where", ["student", "target", "weight", "bias", "alpha"])
 @pytest.mark.parametrize("module", [FP32, BF16, FP16], ids=short)
 def test_what_is_not_finite_stays_where_it_belongs(
-    isa: str, module: torch.dtype, where: str, value: float
+    head_isa: str, module: torch.dtype, where: str, value: float
 ) -> None:
     """Zeros that fill up vectors, times infinity, come into no result."""
-    del isa
+    del head_isa
     problem = Problem(2, (5, 9, 6), 43, True)
     problem.k = 0.01
     bias = problem.biases[0]
@@ -137,9 +129,9 @@ def test_what_is_not_finite_stays_where_it_belongs(
             )
 
 
-def test_channels_that_are_not_there_take_no_part(isa: str) -> None:
+def test_channels_that_are_not_there_take_no_part(head_isa: str) -> None:
     """Of 6 channels 16 are computed: infinity times zero among the others must not come back to the student."""
-    del isa
+    del head_isa
     problem = Problem(1, (5, 6), 8)
     problem.weights[0].fill_(1.0)
     problem.student[0, 0, 3] = float("inf")
@@ -151,8 +143,10 @@ def test_channels_that_are_not_there_take_no_part(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=short)
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "channels last"])
-def test_a_16_bit_students_gradient_is_rounded_to_nearest(isa: str, dtype: torch.dtype, last: bool) -> None:
-    del isa
+def test_a_16_bit_students_gradient_is_rounded_to_nearest(
+    head_isa: str, dtype: torch.dtype, last: bool
+) -> None:
+    del head_isa
     problem = Problem(2, (24, 16), 40)
     problem.k = 0.01
     problem.target[0, 3, 5] = float("nan")
@@ -166,8 +160,8 @@ def test_a_16_bit_students_gradient_is_rounded_to_nearest(isa: str, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.float64, BF16, FP16], ids=short)
-def test_any_type_of_the_variances(isa: str, dtype: torch.dtype) -> None:
-    del isa
+def test_any_type_of_the_variances(head_isa: str, dtype: torch.dtype) -> None:
+    del head_isa
     problem = Problem(2, (5, 6), 43)
     problem.alpha = problem.alpha.to(dtype)
     checked(problem.run(), problem.exact(), 3e-6)
@@ -176,9 +170,9 @@ def test_any_type_of_the_variances(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bias_dtype", [FP32, BF16], ids=short)
 @pytest.mark.parametrize("weight_dtype", [FP32, BF16, FP16], ids=short)
 def test_weights_and_biases_of_any_type_and_strides(
-    isa: str, weight_dtype: torch.dtype, bias_dtype: torch.dtype
+    head_isa: str, weight_dtype: torch.dtype, bias_dtype: torch.dtype
 ) -> None:
-    del isa
+    del head_isa
     problem = Problem(2, (5, 9, 6), 43, True)
     first, second = problem.weights
     bias = problem.biases[0]
@@ -192,9 +186,9 @@ def test_weights_and_biases_of_any_type_and_strides(
     checked(problem.run(BF16), problem.exact(), CLOSE[BF16])
 
 
-def test_sums_over_many_positions_stay_exact(isa: str) -> None:
+def test_sums_over_many_positions_stay_exact(head_isa: str) -> None:
     """A weight's gradient is added up in blocks: of 2^19 positions nothing is lost beside the sum."""
-    del isa
+    del head_isa
     n = 1 << 19
     student, target = torch.full((1, 1, n), 1.0), torch.full((1, 1, n), 0.1)
     stack = Stack((torch.zeros(1, 1),), (None,), False)
@@ -208,8 +202,8 @@ def test_sums_over_many_positions_stay_exact(isa: str) -> None:
     assert abs(weight.item() / right - 1) < 1e-5
 
 
-def test_gradients_of_many_positions_are_as_exact_as_of_few(isa: str) -> None:
-    del isa
+def test_gradients_of_many_positions_are_as_exact_as_of_few(head_isa: str) -> None:
+    del head_isa
     problem = Problem(40, (16, 32, 16), 1500, True)
     for ours, right in zip(problem.run()[2:], problem.exact()[2:], strict=True):
         assert ours is not None

@@ -20,14 +20,6 @@ from vidfast.head import kernel
 pytestmark = pytest.mark.skipif(_C is None, reason="the extension is not built")
 
 
-@pytest.fixture
-def isa(isa: str) -> str:
-    """Each instruction set that has a kernel."""
-    if not BACKEND.has_head(FP32, 1):
-        pytest.skip(f"{isa} has no kernel for heads")
-    return isa
-
-
 def workspace(problem: Problem, threads: int) -> int:
     """Bytes that the kernel asks for."""
     layers = [(1, 0, 0, 0, w.shape[1], w.shape[0], 1, 0) for w in problem.weights]
@@ -37,9 +29,9 @@ def workspace(problem: Problem, threads: int) -> int:
     return bytes_
 
 
-def test_threads_have_memory_of_their_own_where_sums_are_small(isa: str) -> None:
+def test_threads_have_memory_of_their_own_where_sums_are_small(head_isa: str) -> None:
     """Else those below would say nothing of threads that share, or do not share, their parts."""
-    del isa
+    del head_isa
     small, large = Problem(9, (20, 64, 48), 2000), Problem(4, (400, 700, 500), 1000)
     assert workspace(small, 4) > workspace(small, 1) + 2 * 400_000
     assert workspace(large, 2) <= workspace(large, 1) + 700_000
@@ -47,8 +39,8 @@ def test_threads_have_memory_of_their_own_where_sums_are_small(isa: str) -> None
 
 @pytest.mark.parametrize("positions", [77, 333, 2000], ids="9 x {}".format)
 @pytest.mark.parametrize("module", [FP32, BF16, FP16], ids=short)
-def test_numbers_depend_on_no_thread(isa: str, module: torch.dtype, positions: int) -> None:
-    del isa
+def test_numbers_depend_on_no_thread(head_isa: str, module: torch.dtype, positions: int) -> None:
+    del head_isa
     problem = Problem(9, (20, 64, 48), positions, True)
     found = []
     before = torch.get_num_threads()
@@ -64,9 +56,9 @@ def test_numbers_depend_on_no_thread(isa: str, module: torch.dtype, positions: i
 
 @pytest.mark.parametrize("module", [FP32, BF16, FP16], ids=short)
 @pytest.mark.parametrize("count", [1, 2, 32, 129, 700])
-def test_nothing_is_written_beside_the_outputs(isa: str, count: int, module: torch.dtype) -> None:
+def test_nothing_is_written_beside_the_outputs(head_isa: str, count: int, module: torch.dtype) -> None:
     """Nor beside the workspace, by one thread or by more than there is work for."""
-    del isa
+    del head_isa
     problem = Problem(1, (20, 33, 18), count, True)
     run = memory.empty_scratch
     spare = 4096
@@ -96,8 +88,8 @@ def test_nothing_is_written_beside_the_outputs(isa: str, count: int, module: tor
         torch.set_num_threads(before)
 
 
-def test_more_layers_than_a_kernel_has_are_refused(isa: str) -> None:
-    del isa
+def test_more_layers_than_a_kernel_has_are_refused(head_isa: str) -> None:
+    del head_isa
     feature, layer = (1, 0, 1, 1, 1), (1, 0, 0, 0, 4, 4, 0, 0)
     for count in (0, 4):
         assert count == 0 or not BACKEND.has_head(FP32, count)
@@ -105,16 +97,16 @@ def test_more_layers_than_a_kernel_has_are_refused(isa: str) -> None:
             _C.CpuHead(1, 4, 4, feature, feature, [layer] * count, 1, 0, 1e-5, 1.0, 0, feature, 0)
 
 
-def test_without_a_kernel_no_head_is_made(isa: str) -> None:
-    del isa
+def test_without_a_kernel_no_head_is_made(head_isa: str) -> None:
+    del head_isa
     feature, layer = (1, 0, 1, 1, 1), (1, 0, 0, 0, 4, 4, 0, 0)
     with pytest.raises(RuntimeError, match="no kernel for such a head"):
         _C.CpuHead(1, 4, 4, feature, feature, [layer], 1, 0, 1e-5, 1.0, 1, feature, 0)
 
 
-def test_another_instruction_set_meanwhile_changes_nothing(isa: str) -> None:
+def test_another_instruction_set_meanwhile_changes_nothing(head_isa: str) -> None:
     """A head keeps the kernels that its workspace was measured for."""
-    del isa
+    del head_isa
     problem = Problem(2, (16, 32, 16), 40)
     run = cpu.empty_scratch
     before = _C.cpu_isa()
@@ -133,10 +125,10 @@ def test_another_instruction_set_meanwhile_changes_nothing(isa: str) -> None:
         assert x is None or y is None or torch.equal(x, y)
 
 
-def test_instructions_of_each_set(isa: str) -> None:
+def test_instructions_of_each_set(head_isa: str) -> None:
     """With AVX-512 bf16 that is multiplied as such; all else in fp32."""
     for module, number in ((FP32, 0), (BF16, 2), (FP16, 3)):
-        wanted = isa if isa != "avx512_bf16" or module is BF16 else "avx512"
+        wanted = head_isa if head_isa != "avx512_bf16" or module is BF16 else "avx512"
         assert _C.cpu_head_instructions(number, 3) == wanted
     assert _C.cpu_head_instructions(1, 1) is None
 
@@ -154,8 +146,10 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> Ways:
     return Ways(monkeypatch)
 
 
-def test_it_is_taken_where_nothing_is_faster(isa: str, ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
-    del isa
+def test_it_is_taken_where_nothing_is_faster(
+    head_isa: str, ways: Ways, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del head_isa
     monkeypatch.setattr(kernel, "cpu_has_tiles", lambda _: False)
     for count in (1, 2, 3):
         assert way(ways, count) == "kernel"
@@ -165,17 +159,19 @@ def test_it_is_taken_where_nothing_is_faster(isa: str, ways: Ways, monkeypatch: 
 
 
 def test_weights_far_larger_than_activations_are_not_copied(
-    isa: str, monkeypatch: pytest.MonkeyPatch
+    head_isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    del isa
+    del head_isa
     monkeypatch.setattr(kernel, "MOST_COPIED", 2000)
     for positions, taken in ((30, False), (31, True)):
         assert kernel.takes(Problem(1, (30, 40, 20), positions).head(FP32)) == taken
     assert kernel.takes(Problem(1, (50, 20), 1).head(FP32))
 
 
-def test_tiles_of_the_processor_are_faster(isa: str, ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
-    del isa
+def test_tiles_of_the_processor_are_faster(
+    head_isa: str, ways: Ways, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del head_isa
     monkeypatch.setattr(kernel, "cpu_has_tiles", lambda dtype: dtype is BF16)
     assert way(ways, amp=BF16) != "kernel"
     assert way(ways, amp=FP16) == "kernel"
@@ -191,9 +187,9 @@ def test_without_vectors_heads_are_computed_in_parts(ways: Ways) -> None:
         assert _C.cpu_select_isa(before)
 
 
-def test_products_of_less_precision_are_the_librarys(isa: str, ways: Ways) -> None:
+def test_products_of_less_precision_are_the_librarys(head_isa: str, ways: Ways) -> None:
     """Of linear layers: what torch was asked for, it does, and convolutions then go layer by layer."""
-    del isa
+    del head_isa
     weight, alpha = torch.randn(6, 5, requires_grad=True), torch.zeros(6)
     student, target = torch.randn(40, 5), torch.randn(40, 6)
     before = torch.get_float32_matmul_precision()
