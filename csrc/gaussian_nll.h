@@ -73,7 +73,7 @@ namespace cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-// Bytes, on a 16-byte address, that forward and forward_grad need for themselves until the stream has passed them.
+// Bytes, on an 8-byte address, that forward and forward_grad need for themselves until the stream has passed them.
 int64_t workspace_bytes(int64_t outer, int64_t channels, int64_t inner, int64_t mean_stride, int64_t target_stride,
                         DType mean, DType target);
 

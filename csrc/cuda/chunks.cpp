@@ -20,7 +20,7 @@ int64_t ceil_power_of_two(int64_t n) {
   return p;
 }
 
-// log2 of a power of two.
+// log2, rounded up.
 int bits(int64_t n) {
   int b = 0;
   while ((int64_t{1} << b) < n) ++b;
@@ -28,6 +28,12 @@ int bits(int64_t n) {
 }
 
 }  // namespace
+
+Divisor divisor(int64_t d) {
+  const int shift = bits(d);
+  const unsigned __int128 numerator = static_cast<unsigned __int128>(1) << (63 + shift);
+  return {static_cast<uint64_t>((numerator + d - 1) / d), shift};
+}
 
 int64_t warp_vectors(int64_t all, int64_t most) {
   return std::clamp(floor_power_of_two(all / kChunks), std::min(kFewestVectors, most), most);
@@ -46,6 +52,8 @@ PlaneChunks cut_planes(int64_t outer, int64_t channels, int64_t inner, int width
   p.pieces = ceil_div(inner, p.piece);
   p.outer_blocks = ceil_div(outer, p.outer);
   p.count = p.outer_blocks * channels * p.pieces;
+  p.by_pieces = divisor(p.pieces);
+  p.by_channels = divisor(channels);
   return p;
 }
 
@@ -90,6 +98,9 @@ RowChunks cut_rows(int64_t outer, int64_t channels, int64_t inner, int width, bo
   r.chunk_rows = down * std::clamp(thread_rows, kFewestRows, kMostRows);
   r.row_chunks = ceil_div(r.rows, r.chunk_rows);
   r.count = r.tiles * r.row_chunks;
+  r.by_tiles = divisor(r.tiles);
+  r.by_inner = divisor(inner);
+  r.by_channels = divisor(channels);
   r.added = r.tiles == 1 ? r.join : 1;
   r.whole = r.tiles == 1 || r.tile % inner == 0;
   r.sums = channels * r.join / r.added + (r.whole ? 0 : r.tiles);

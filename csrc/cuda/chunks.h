@@ -6,6 +6,15 @@
 
 namespace vidfast::cuda {
 
+// n / d by a multiplication, for 0 <= n < 2^62: a kernel finds its place before it loads anything, and the device has
+// no division of integers. With s = ceil(log2 d) and the factor f = ceil(2^(63 + s) / d), f d exceeds 2^(63 + s) by
+// less than 2^s, so that n f / 2^(63 + s) exceeds n / d by less than 1 / d (Granlund and Montgomery, PLDI 1994).
+struct Divisor {
+  uint64_t factor;
+  int shift;  // s
+};
+Divisor divisor(int64_t d);
+
 // Planes: many neighbouring elements of one channel. A chunk is a piece of a plane, or several outer indices of
 // one plane, and is walked by one warp.
 struct PlaneChunks {
@@ -14,6 +23,7 @@ struct PlaneChunks {
   int64_t outer;   // outer indices in a chunk
   int64_t outer_blocks;
   int64_t count;  // outer_blocks * channels * pieces; piece runs fastest, then the channel
+  Divisor by_pieces, by_channels;
 };
 
 // Rows: planes too small for that, and channel-fastest layouts (inner = 1). `join` rows that follow one another are
@@ -29,6 +39,7 @@ struct RowChunks {
   int most_runs;                  // that a tile meets: each of them has a scale in shared memory
   int64_t chunk_rows, row_chunks;
   int64_t count;  // tiles * row_chunks; the tile runs fastest
+  Divisor by_tiles, by_inner, by_channels;
   // Partial sums: one for each run, or for each channel where a row is one tile, whose block adds the channel's runs.
   // Where the edges of tiles cut runs, each side has a sum: that of run q in tile t is number q + t.
   int64_t added;  // runs of a channel that a block adds: join or 1

@@ -94,6 +94,10 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
+__device__ inline int64_t quotient(int64_t n, const Divisor& d) {
+  return static_cast<int64_t>(__umul64hi(2 * static_cast<uint64_t>(n), d.factor) >> d.shift);
+}
+
 // Adds one to a counter, behind all that this thread wrote and before all that its block reads after a barrier; what it
 // was. A fence and an atomicAdd would order this thread against the whole device, which takes longer.
 __device__ inline unsigned count_in(unsigned* counter) {

@@ -202,6 +202,7 @@ void scale(const void* g, DType g_dtype, int64_t outer, int64_t row, const View&
   const int64_t width = 16 / size_of(source.dtype);
   a.piece = width * warp_vectors(outer * row / width, 512);
   a.pieces = (row + a.piece - 1) / a.piece;
+  a.by_pieces = divisor(std::max<int64_t>(a.pieces, 1));  // no rows where d/d alpha alone is scaled
   a.channels = grad_alpha == nullptr ? 0 : channels;
   a.grad_alpha = grad_alpha;
   a.grad_alpha_out = grad_alpha_out;

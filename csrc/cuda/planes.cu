@@ -122,9 +122,10 @@ __global__ void __launch_bounds__(kThreads, (Pair<M, T>::any ? 2 : 3)) planes(co
   begin_sweep<Sum>(a);
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (chunk >= cut.count) return;
-  const int64_t piece = chunk % cut.pieces;
-  const int64_t c = chunk / cut.pieces % a.channels;
-  const int64_t block = chunk / cut.pieces / a.channels;
+  const int64_t plane = quotient(chunk, cut.by_pieces);
+  const int64_t block = quotient(plane, cut.by_channels);
+  const int64_t piece = chunk - plane * cut.pieces;
+  const int64_t c = plane - block * a.channels;
   const int64_t begin = piece * cut.piece;
   const int n = static_cast<int>(begin + cut.piece < a.inner ? cut.piece : a.inner - begin);
   const int planes = static_cast<int>((block + 1) * cut.outer < a.outer ? cut.outer : a.outer - block * cut.outer);

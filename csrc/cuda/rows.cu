@@ -19,17 +19,16 @@ struct Place {
   int columns, runs;                         // of the tile
 
   __device__ void find(const RowChunks& cut, int64_t inner) {
-    const unsigned tiles = static_cast<unsigned>(cut.tiles);  // fewer than blocks
-    row_chunk = blockIdx.x / tiles;
-    tile = blockIdx.x % tiles;
+    row_chunk = quotient(blockIdx.x, cut.by_tiles);
+    tile = blockIdx.x - row_chunk * cut.tiles;
     tile_begin = tile * cut.tile;
     begin = row_chunk * cut.chunk_rows;
     stop = begin + cut.chunk_rows < cut.rows ? begin + cut.chunk_rows : cut.rows;
     complete = stop < cut.complete_rows ? stop : cut.complete_rows;
-    first_run = tile_begin / inner;
+    first_run = quotient(tile_begin, cut.by_inner);
     phase = static_cast<int>(tile_begin - first_run * inner);
     columns = static_cast<int>(cut.columns - tile_begin < cut.tile ? cut.columns - tile_begin : cut.tile);
-    runs = static_cast<int>(static_cast<unsigned>(phase + columns - 1) / static_cast<unsigned>(inner)) + 1;
+    runs = static_cast<int>(quotient(phase + columns - 1, cut.by_inner)) + 1;
   }
 };
 
@@ -66,14 +65,14 @@ struct Columns {
   __device__ void take_scales(const Place& place, const Acc* scales) {
     if (!any_gradient<Sum>(a)) return;
     const int inner = static_cast<int>(a.inner);
-    int run = (place.phase + first) / inner;
+    int run = static_cast<int>(quotient(place.phase + first, a.rows.by_inner));
     int in_run = place.phase + first - run * inner;
 #pragma unroll
     for (int e = 0; e < W; ++e) {
       if (first + e * step < place.columns) scale[e] = scales[run];
       in_run += step;
       if (in_run >= inner) {
-        const int over = step == 1 ? 1 : in_run / inner;
+        const int over = step == 1 ? 1 : static_cast<int>(quotient(in_run, a.rows.by_inner));
         run += over;
         in_run -= over * inner;
       }
@@ -190,7 +189,7 @@ __device__ inline void find_scales(const Args& a, const Position& at, Place& pla
   if (a.prefetch) prefetch_start<M, T>(a, here, at);
   for (int i = threadIdx.x; i < here.runs; i += kThreads) {
     const int64_t run = here.first_run + i;
-    const Scale<Sum> scale(a, run < a.channels ? run : run % a.channels);
+    const Scale<Sum> scale(a, run - quotient(run, a.rows.by_channels) * a.channels);
     scales[i] = static_cast<Acc>(scale.value());
     // A channel is met first where its first run begins.
     if (!Sum && here.row_chunk == 0 && run < a.channels && (i > 0 || here.phase == 0))

@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(kThreads, 4) scale_rows(const __grid_constant_
   const Acc factor = static_cast<Acc>(g);
   const int lane = threadIdx.x % kWarp;
   for (int64_t chunk = thread / kWarp; chunk < a.outer * a.pieces; chunk += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const int64_t o = chunk / a.pieces;
-    const int64_t begin = chunk % a.pieces * a.piece;
+    const int64_t o = quotient(chunk, a.by_pieces);
+    const int64_t begin = (chunk - o * a.pieces) * a.piece;
     const int64_t n = begin + a.piece < a.row ? a.piece : a.row - begin;
     // Not restrict: the two may be one.
     const T* from = reinterpret_cast<const T*>(a.source.at<T>(o * a.source.stride + begin));

@@ -12,7 +12,8 @@ struct ScaleArgs {
   DType g_dtype;
   Tensor source, result;  // `outer` rows of `row` elements; absent or both there, perhaps the same
   int64_t outer, row;
-  int64_t piece, pieces;     // elements of a row in a chunk, chunks of a row
+  int64_t piece, pieces;  // elements of a row in a chunk, chunks of a row
+  Divisor by_pieces;
   const double* grad_alpha;  // [C] or absent
   void* grad_alpha_out;      // [C] of alpha's dtype
   DType alpha_dtype;

@@ -190,6 +190,25 @@ def test_all_loads_of_a_batch_are_in_flight_before_the_first_is_used(built: Buil
                 assert not registers & set(operands[1:]), f"{k.name}: {line} waits for a load of its batch"
 
 
+# What takes long before anything is loaded: fp64, conversions and reciprocals of an integer division, calls.
+HEAVY = re.compile(r"\bD(ADD|MUL|FMA|SETP)\b|\bMUFU|\bI2F|\bCALL\b")
+
+
+def test_the_first_batch_is_asked_for_before_anything_is_divided(built: Built) -> None:
+    """The variance of a channel takes about 200 fp64 instructions, and a division of integers a call."""
+    seen = 0
+    for k, code in instructions(built):
+        if k.mapping not in ("planes", "rows") or "Any" in k.pair:
+            continue
+        seen += 1
+        asked = [i for i, line in enumerate(code) if "CCTL" in line]
+        heavy = next(i for i, line in enumerate(code) if HEAVY.search(line))
+        # with sums, the first block asks for alpha besides
+        assert len(asked) == (2 if k.sums else 1), f"{k.name} asks {len(asked)} times"
+        assert asked[-1] < heavy, f"{k.name}: {code[heavy]} stands before the first batch is asked for"
+    assert seen == 32
+
+
 def test_loops_do_not_spill(built: Built) -> None:
     for k, code in instructions(built):
         if k.mapping not in ("planes", "rows") or "Any" in k.pair:

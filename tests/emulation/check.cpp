@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device.h"
 #include "emulation.h"
 #include "gaussian_nll.h"
 
@@ -240,6 +241,39 @@ void run(const Shape& s, DType mean_dtype, DType target_dtype) {
   copy.gaps_untouched();
 }
 
+// Quotients by a multiplication, at the multiples of each divisor and beside them, up to 2^62.
+void divisions() {
+  const int64_t divisors[] = {1,
+                              2,
+                              3,
+                              5,
+                              7,
+                              49,
+                              64,
+                              196,
+                              255,
+                              641,
+                              1000,
+                              65535,
+                              65536,
+                              6700417,
+                              (int64_t{1} << 31) - 1,
+                              (int64_t{1} << 31) + 1,
+                              (int64_t{1} << 40) + 7};
+  for (int64_t d : divisors) {
+    const vidfast::cuda::Divisor by = vidfast::cuda::divisor(d);
+    for (int bit = 0; bit < 62; ++bit)
+      for (int64_t beside = -1; beside <= 1; ++beside) {
+        const int64_t n = (int64_t{1} << bit) / d * d + beside;
+        if (n < 0) continue;
+        if (vidfast::cuda::quotient(n, by) != n / d) {
+          ++failures;
+          std::fprintf(stderr, "%ld / %ld is not %ld\n", long(n), long(d), long(vidfast::cuda::quotient(n, by)));
+        }
+      }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -272,6 +306,7 @@ int main(int argc, char** argv) {
       {"one element", 1, 1, 1},
   };
   const DType dtypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
+  divisions();
   int runs = 0;
   try {
     for (const Shape& s : shapes)

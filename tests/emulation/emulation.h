@@ -40,6 +40,9 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using __nv_bfloat16 = vidfast::cpu::bf16;
 using __half = vidfast::cpu::f16;
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline float __bfloat162float(__nv_bfloat16 x) { return vidfast::cpu::to_float(x); }
 inline float __half2float(__half x) { return vidfast::cpu::to_float(x); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return vidfast::cpu::to_bf16(x); }

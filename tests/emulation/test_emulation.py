@@ -82,6 +82,7 @@ BREAKS = {
     ),
     "the sum of a run cut twice": Break("finish.cu", "p <= parts.more; ++p", "p < parts.more; ++p"),
     "one of several runs that a block adds": Break("rows.cu", "more < added; ++more", "more + 1 < added; ++more"),
+    "a divisor's factor rounded down": Break("chunks.cpp", "(numerator + d - 1) / d", "numerator / d"),
     "a partial sum too few": Break("finish.cu", "deep < depth) s +=", "deep + 1 < depth) s +="),
 }  # fmt: skip
 
