@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 
 from vidfast.backends.triton import TritonBackend
 from vidfast.backends.triton import kernels as programs
-from vidfast.backends.triton.plan import RULE
+from vidfast.backends.triton.plan import RULE, Tuning
 
 KERNELS = ("sweep_planes", "sweep_rows", "finish", "alpha_gradient", "scale")
 TARGETS = {
@@ -49,7 +49,7 @@ class Launch:
         return str(self.kernel.__name__)
 
 
-def recorded(call: Callable[[TritonBackend], object], lanes: int = 32) -> list[Launch]:
+def recorded(call: Callable[[TritonBackend], object], lanes: int = 32, rule: Tuning = RULE) -> list[Launch]:
     """What `call` launches on a back end whose tensors may lie anywhere, "meta" included."""
     launches: list[Launch] = []
 
@@ -71,7 +71,7 @@ def recorded(call: Callable[[TritonBackend], object], lanes: int = 32) -> list[L
     backend = TritonBackend()
     kernels = {name: recorder(getattr(programs, name)) for name in KERNELS}
     backend._module = SimpleNamespace(tl=programs.tl, **kernels)  # type: ignore[assignment]
-    backend.rule = RULE._replace(lanes=lanes)
+    backend.rule = rule._replace(lanes=lanes)
     backend._on = lambda x: contextlib.nullcontext()  # type: ignore[method-assign]
     call(backend)
     return launches

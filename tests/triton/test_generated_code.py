@@ -6,6 +6,7 @@ targets and dtypes, otherwise one target for each regime and every dtype for the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -22,6 +23,7 @@ from launches import TARGETS, Code, Launch, compiled, recorded  # noqa: E402
 from vidfast import primitives  # noqa: E402
 from vidfast.arguments import Call  # noqa: E402
 from vidfast.backends.triton import TritonBackend  # noqa: E402
+from vidfast.backends.triton.plan import RULE, Tuning  # noqa: E402
 
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
@@ -44,7 +46,9 @@ PRIMITIVES = ("forward", "forward_grad", "backward", "backward_mean", "scale", "
 BITS = {torch.float32: 32, torch.float64: 64, torch.bfloat16: 16, torch.float16: 16}
 
 
-def launches(primitive: str, regime: str, dtypes: str, target: str = "sm_90") -> list[Launch]:
+def launches(
+    primitive: str, regime: str, dtypes: str, target: str = "sm_90", rule: Tuning = RULE
+) -> list[Launch]:
     shape, last, _ = REGIMES[regime]
     order = torch.channels_last if last else torch.contiguous_format
     mean, teacher = (
@@ -65,7 +69,7 @@ def launches(primitive: str, regime: str, dtypes: str, target: str = "sm_90") ->
         in_place = primitive == "scale_in_place"
         return primitives.scale(backend, g, mean, 1, sum_sq, torch.float32, in_place)
 
-    return recorded(call, TARGETS[target].warp_size)
+    return recorded(call, TARGETS[target].warp_size, rule)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -127,6 +131,41 @@ def test_the_activations_move_in_vectors_and_nothing_spills(
         assert code.shared_bytes() <= 48 * 1024
         if launch is sweep:
             check_vectors(code, launch, primitive, dtypes)
+
+
+# What takes long before anything is loaded: fp64, conversions and reciprocals of an integer division, calls.
+HEAVY = re.compile(r"\bD(ADD|MUL|FMA|SETP)\b|\bMUFU|\bI2F|\bCALL\b")
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("primitive", ["forward_grad", "backward"])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_first_tile_is_loaded_before_anything_is_divided(regime: str, primitive: str, ahead: int) -> None:
+    """Both its tensors' loads stand before the channel's variance and before any division of integers."""
+    sweep = launches(primitive, regime, "bf16", rule=RULE._replace(ahead=ahead))[0]
+    code = [
+        line.strip() for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", compiled(sweep, "sm_90").text)
+    ]
+    loads = [i for i, line in enumerate(code) if "LDG.E.128" in line]
+    heavy = next(i for i, line in enumerate(code) if HEAVY.search(line))
+    vectors = RULE.vectors
+    assert len(loads) >= 2 * 2 * vectors, "the first tile's and the loop's"
+    assert loads[2 * vectors - 1] < heavy, f"{code[heavy]} stands before the loads of the first tile"
+
+
+def test_a_finish_that_starts_early_waits_before_it_reads_sums() -> None:
+    """With `overlap` the sweep lets it start; channels' numbers are computed before it waits, sums are read behind."""
+    made = launches("forward_grad", "channels_last", "bf16", rule=RULE._replace(overlap=1))
+    sweep, finish = (compiled(launch, "sm_90") for launch in made)
+    assert "PREEXIT" in sweep.text
+    assert "ACQBULK" not in sweep.text
+    before, after = finish.text.split("ACQBULK")
+    assert re.search(r"\bDFMA\b", before), "nothing is computed while it waits"
+    assert len(re.findall(r"\bLDG\b", before)) < len(re.findall(r"\bLDG\b", after))
+    assert made[1].options["launch_pdl"] is True
+    assert all(
+        "launch_pdl" not in launch.options for launch in [made[0], *launches("forward", "big_planes", "fp32")]
+    )
 
 
 @pytest.mark.parametrize("regime", REGIMES)

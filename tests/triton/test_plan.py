@@ -13,6 +13,7 @@ from vidfast.backends.triton.plan import (
     Flat,
     Planes,
     Rows,
+    divisor,
     plan,
     plan_finish,
     plan_scale,
@@ -109,3 +110,16 @@ def test_scaling_covers_every_element(outer: int, row: int, stride: int) -> None
     assert flat.outer * flat.row * flat.vec + (flat.tail or 0) == outer * row
     assert (flat.chunks - 1) * flat.chunk < flat.outer * flat.row * flat.vec <= flat.chunks * flat.chunk
     assert flat.short or flat.outer == 1 or flat.chunk <= flat.row * flat.vec
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5, 7, 49, 196, 255, 1000, 65537, 6700417, (1 << 31) - 1])
+def test_a_divisor_divides_exactly(d: int) -> None:
+    """At the multiples of d and beside them, up to 2^31; as the kernels compute it, in int64."""
+    by = divisor(d)
+    factor, shift = by & 0xFFFFFFFF, by >> 32
+    assert factor * ((1 << 31) - 1) < 1 << 63
+    largest = ((1 << 31) - 1) // d
+    for multiple in {0, 1, 2, largest - 1, largest, *(largest * i // 97 for i in range(97))}:
+        for n in (multiple * d - 1, multiple * d, multiple * d + 1, (1 << 31) - 1):
+            if 0 <= n < 1 << 31:
+                assert n * factor >> shift == n // d

@@ -18,28 +18,17 @@ import triton
 import triton.language as tl
 
 from vidfast.backends.triton.finish import alpha_gradient as alpha_gradient
+from vidfast.backends.triton.finish import begin_sweep
 from vidfast.backends.triton.finish import finish as finish
 from vidfast.backends.triton.math import (
     device_function,
     grad_scale,
+    quotient,
     rounded,
     widened,
     write_grad_alpha,
 )
 from vidfast.backends.triton.scale import scale as scale
-
-
-@device_function
-def _residual(mean, target, grad_mean, grad_target, scale, live, WIDE: tl.constexpr):
-    """r at one tile of pointers; where a gradient is wanted, it is stored: scale * r, or its negative."""
-    x = tl.load(mean, mask=live, other=0.0)
-    y = tl.load(target, mask=live, other=0.0)
-    r = widened(x, WIDE) - widened(y, WIDE)
-    if grad_mean is not None:
-        tl.store(grad_mean, rounded(r * scale, grad_mean.dtype.scalar.element_ty), mask=live)
-    if grad_target is not None:
-        tl.store(grad_target, rounded(-r * scale, grad_target.dtype.scalar.element_ty), mask=live)
-    return r
 
 
 @device_function
@@ -53,70 +42,99 @@ def _shifted(base, offset):
 
 
 @device_function
+def _residual(x, y, grad_mean, grad_target, scale, live, WIDE: tl.constexpr):
+    """r of one tile; where a gradient is wanted, it is stored: scale * r, or its negative."""
+    r = widened(x, WIDE) - widened(y, WIDE)
+    if grad_mean is not None:
+        tl.store(grad_mean, rounded(r * scale, grad_mean.dtype.scalar.element_ty), mask=live)
+    if grad_target is not None:
+        tl.store(grad_target, rounded(-r * scale, grad_target.dtype.scalar.element_ty), mask=live)
+    return r
+
+
+@device_function
+def _unit(within, u, inner, inner_by, SHORT: tl.constexpr):
+    """(plane, vector in it) of a chunk's vectors u, of which the first is `within` its plane."""
+    if SHORT:  # 32 bits are enough
+        t = within.to(tl.int32) + u
+        plane = quotient(t, inner_by)
+        i = (t - plane * inner.to(tl.int32)).to(tl.int64)
+        o = plane.to(tl.int64)
+    else:  # a chunk is no longer than a plane: it crosses one end at most
+        t = within + u
+        o = (t >= inner).to(tl.int64)
+        i = t - o * inner
+    return o, i
+
+
+@device_function
 def _planes(
     mean, target, grad_mean, grad_target, alpha, g, partial,
     outer, channels, inner, tail, mean_stride, target_stride, grad_mean_stride, grad_target_stride,
-    chunks, eps_bits, k_bits, pid,
-    VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, WIDE: tl.constexpr,
+    chunks, channels_by, inner_by, eps_bits, k_bits, pid,
+    VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, NARROW: tl.constexpr,
+    AHEAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # One channel's values in memory order, cut into chunks: small planes share a program, big ones are split.
-    # Everything is counted in vectors of VEC neighbours, which never cross a plane's end.
+    # Everything is counted in vectors of VEC neighbours, which never cross a plane's end. The first tile is on its way
+    # while the channel's variance is computed, and with AHEAD every other while the one before it is.
     UNITS: tl.constexpr = TILE // VEC
     CHUNK_UNITS: tl.constexpr = CHUNK // VEC
     inner = inner.to(tl.int64)
-    channel = (pid % channels).to(tl.int64)
-    chunk = (pid // channels).to(tl.int64)
+    turn = quotient(pid, channels_by)
+    chunk = turn.to(tl.int64)
+    channel = (pid - turn * channels).to(tl.int64)
     begin = chunk * CHUNK_UNITS
     count = tl.minimum(outer.to(tl.int64) * inner - begin, CHUNK_UNITS).to(tl.int32)
-    first = begin // inner
+    if NARROW:
+        first = quotient(begin.to(tl.int32), inner_by).to(tl.int64)
+    else:
+        first = begin // inner
     within = begin - first * inner
     plane = channel * inner
-    if grad_mean is not None or grad_target is not None:
-        scale = grad_scale(alpha + channel, g, eps_bits, k_bits, True, WIDE)
-    else:
-        scale = None
 
     mean += (first * mean_stride + plane) * VEC
     target += (first * target_stride + plane) * VEC
     grad_mean = _shifted(grad_mean, (first * grad_mean_stride + plane) * VEC)
     grad_target = _shifted(grad_target, (first * grad_target_stride + plane) * VEC)
     lane = tl.arange(0, VEC)[None, :]
+    unit = tl.arange(0, UNITS)
+    live = (unit < count)[:, None]
+    o, i = _unit(within, unit, inner, inner_by, SHORT)
+    o = (o * VEC)[:, None]
+    i = (i * VEC)[:, None] + lane
+    x = tl.load(mean + (o * mean_stride + i), mask=live, other=0.0)
+    y = tl.load(target + (o * target_stride + i), mask=live, other=0.0)
+    if grad_mean is not None or grad_target is not None:
+        scale = grad_scale(alpha + channel, g, eps_bits, k_bits, True, WIDE)
+    else:
+        scale = None
     total = tl.full([UNITS, VEC], 0, WIDE)
     for u0 in range(0, count, UNITS):
-        u = u0 + tl.arange(0, UNITS)
-        live = (u < count)[:, None]
-        if SHORT:  # 32 bits are enough, and divide quickly
-            t = within.to(tl.int32) + u
-            plane_of = t // inner.to(tl.int32)
-            i = (t - plane_of * inner.to(tl.int32)).to(tl.int64)
-            o = plane_of.to(tl.int64)
-        else:  # a chunk is no longer than a plane: it crosses one end at most
-            t = within + u
-            o = (t >= inner).to(tl.int64)
-            i = t - o * inner
-        o = (o * VEC)[:, None]
-        i = (i * VEC)[:, None] + lane
-        r = _residual(
-            mean + (o * mean_stride + i),
-            target + (o * target_stride + i),
-            _shifted(grad_mean, o * grad_mean_stride + i),
-            _shifted(grad_target, o * grad_target_stride + i),
-            scale, live, WIDE,
-        )  # fmt: skip
+        u = u0 + UNITS + unit
+        next_live = (u < count)[:, None]
+        next_o, next_i = _unit(within, u, inner, inner_by, SHORT)
+        next_o = (next_o * VEC)[:, None]
+        next_i = (next_i * VEC)[:, None] + lane
+        if AHEAD:
+            next_x = tl.load(mean + (next_o * mean_stride + next_i), mask=next_live, other=0.0)
+            next_y = tl.load(target + (next_o * target_stride + next_i), mask=next_live, other=0.0)
+        to_mean = _shifted(grad_mean, o * grad_mean_stride + i)
+        r = _residual(x, y, to_mean, _shifted(grad_target, o * grad_target_stride + i), scale, live, WIDE)
         if partial is not None:
             total += r * r
+        if not AHEAD:
+            next_x = tl.load(mean + (next_o * mean_stride + next_i), mask=next_live, other=0.0)
+            next_y = tl.load(target + (next_o * target_stride + next_i), mask=next_live, other=0.0)
+        x, y, o, i, live = next_x, next_y, next_o, next_i, next_live
     if tail is not None:  # one plane of one channel, whose last VEC - 1 values or fewer fill no vector
         if chunk == chunks - 1:
             end = (within + count) * VEC + lane + tl.full([UNITS, 1], 0, tl.int64)
-            live = (tl.arange(0, UNITS) == 0)[:, None] & (lane < tail)
+            last = (tl.arange(0, UNITS) == 0)[:, None] & (lane < tail)
+            last_x = tl.load(mean + end, mask=last, other=0.0)
+            last_y = tl.load(target + end, mask=last, other=0.0)
             r = _residual(
-                mean + end,
-                target + end,
-                _shifted(grad_mean, end),
-                _shifted(grad_target, end),
-                scale,
-                live,
-                WIDE,
+                last_x, last_y, _shifted(grad_mean, end), _shifted(grad_target, end), scale, last, WIDE
             )
             if partial is not None:
                 total += r * r
@@ -125,8 +143,9 @@ def _planes(
 
 
 @triton.jit(
-    do_not_specialize=["outer", "channels", "inner", "tail", "mean_stride", "target_stride", "grad_mean_stride",
-                       "grad_target_stride", "chunks", "m", "eps_bits", "k_bits", "programs"]
+    do_not_specialize=["partials_at", "outer", "channels", "inner", "tail", "mean_stride", "target_stride",
+                       "grad_mean_stride", "grad_target_stride", "chunks", "channels_by", "inner_by", "m", "eps_bits",
+                       "k_bits", "programs"]
 )  # fmt: skip
 def sweep_planes(
     mean, target,            # [outer, C, inner]
@@ -135,26 +154,26 @@ def sweep_planes(
     g,                       # scalar; None is 1
     sum_sq,                  # [C] fp64, forward's: with grad_alpha
     grad_alpha,              # [C] in alpha's type, or None: not wanted
-    partial,                 # [C, chunks] receives sums of r^2, or None: not wanted
-    counter,                 # int32, set to 0 for `finish`: with partial
+    workspace,               # fp64, [C, chunks] of it receive sums of r^2, or None: not wanted
+    partials_at,             # where in it these begin
     outer, channels, inner,  # inner and strides in vectors of VEC
     tail,                    # values beyond the last vector, or None: there are none
     mean_stride: tl.int64, target_stride: tl.int64, grad_mean_stride: tl.int64, grad_target_stride: tl.int64,
-    chunks, m: tl.int64, eps_bits: tl.int64, k_bits: tl.int64,
+    chunks,
+    channels_by: tl.int64, inner_by: tl.int64,  # `.plan.divisor` of channels and inner
+    m: tl.int64, eps_bits: tl.int64, k_bits: tl.int64,
     programs,                # C * chunks; the programs above it are blocks of grad_alpha
-    VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, WIDE: tl.constexpr,
-    ALPHA_BLOCK: tl.constexpr,
+    VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, NARROW: tl.constexpr,
+    AHEAD: tl.constexpr, WIDE: tl.constexpr, ALPHA_BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A pass over planes: neighbours belong to one channel."""
     pid = tl.program_id(0)
-    if partial is not None:
-        if pid == 0:
-            tl.store(counter, 0)
+    partial = begin_sweep(workspace, partials_at, pid, WIDE, OVERLAP)
     if pid < programs:
         _planes(
             mean, target, grad_mean, grad_target, alpha, g, partial,
             outer, channels, inner, tail, mean_stride, target_stride, grad_mean_stride, grad_target_stride,
-            chunks, eps_bits, k_bits, pid, VEC, TILE, CHUNK, SHORT, WIDE,
+            chunks, channels_by, inner_by, eps_bits, k_bits, pid, VEC, TILE, CHUNK, SHORT, NARROW, AHEAD, WIDE,
         )  # fmt: skip
     if grad_alpha is not None:
         if pid >= programs:
@@ -168,63 +187,70 @@ def sweep_planes(
 def _rows(
     mean, target, grad_mean, grad_target, alpha, g, partial,
     rows, channels, inner, columns, tail, mean_stride, target_stride, grad_mean_stride, grad_target_stride,
-    column_tiles, row_blocks, eps_bits, k_bits, pid,
+    column_tiles, row_blocks, channels_by, inner_by, tiles_by, eps_bits, k_bits, pid,
     VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NEAR: tl.constexpr,
-    JOINED: tl.constexpr, WIDE: tl.constexpr,
+    JOINED: tl.constexpr, AHEAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # A tile of columns, column j of channel (j / inner) % C, down a block of rows: neighbours in memory are
-    # neighbours in the tile whatever the plane's size, and every column has a sum of its own.
-    block = (pid // column_tiles).to(tl.int64)
-    first = (pid % column_tiles) * COLS
+    # neighbours in the tile whatever the plane's size, and every column has a sum of its own. Tiles are on their way
+    # as in `_planes`.
+    turn = quotient(pid, tiles_by)
+    block = turn.to(tl.int64)
+    first = (pid - turn * column_tiles) * COLS
     j = first + tl.arange(0, COLS)
     width = columns * VEC
     begin = block * BLOCK_ROWS
     count = tl.minimum(rows - begin, BLOCK_ROWS).to(tl.int32)
 
+    mean += begin * mean_stride * VEC
+    target += begin * target_stride * VEC
+    grad_mean = _shifted(grad_mean, begin * grad_mean_stride * VEC)
+    grad_target = _shifted(grad_target, begin * grad_target_stride * VEC)
+    down = tl.arange(0, ROWS)
+    here = (j < width)[None, :]
+    live = (down < count)[:, None] & here
+    row = (down.to(tl.int64) * VEC)[:, None]
+    x = tl.load(mean + (row * mean_stride + j[None, :]), mask=live, other=0.0)
+    y = tl.load(target + (row * target_stride + j[None, :]), mask=live, other=0.0)
     if grad_mean is not None or grad_target is not None:
         # fp64 logarithms for NEAR channels, each once, then handed out to their columns
+        run = quotient(j, inner_by)
         if JOINED:
             near = 0
-            of = (j // inner) % channels
+            of = run - quotient(run, channels_by) * channels
         else:
-            near = first // inner
-            of = tl.minimum(j // inner - near, NEAR - 1)  # past the width a column has no channel
+            near = quotient(first, inner_by)
+            of = tl.minimum(run - near, NEAR - 1)  # past the width a column has no channel
         c = near + tl.arange(0, NEAR)
         scale = grad_scale(alpha + c, g, eps_bits, k_bits, c < channels, WIDE)
         scale = tl.gather(scale, of, 0)[None, :]
     else:
         scale = None
-
-    mean += begin * mean_stride * VEC
-    target += begin * target_stride * VEC
-    grad_mean = _shifted(grad_mean, begin * grad_mean_stride * VEC)
-    grad_target = _shifted(grad_target, begin * grad_target_stride * VEC)
     total = tl.full([ROWS, COLS], 0, WIDE)
     for row0 in range(0, count, ROWS):
-        row = row0 + tl.arange(0, ROWS)
-        live = (row < count)[:, None] & (j < width)[None, :]
-        row = (row.to(tl.int64) * VEC)[:, None]
-        r = _residual(
-            mean + (row * mean_stride + j[None, :]),
-            target + (row * target_stride + j[None, :]),
-            _shifted(grad_mean, row * grad_mean_stride + j[None, :]),
-            _shifted(grad_target, row * grad_target_stride + j[None, :]),
-            scale, live, WIDE,
-        )  # fmt: skip
+        next_row = row0 + ROWS + down
+        next_live = (next_row < count)[:, None] & here
+        next_row = (next_row.to(tl.int64) * VEC)[:, None]
+        if AHEAD:
+            next_x = tl.load(mean + (next_row * mean_stride + j[None, :]), mask=next_live, other=0.0)
+            next_y = tl.load(target + (next_row * target_stride + j[None, :]), mask=next_live, other=0.0)
+        to_mean = _shifted(grad_mean, row * grad_mean_stride + j[None, :])
+        to_target = _shifted(grad_target, row * grad_target_stride + j[None, :])
+        r = _residual(x, y, to_mean, to_target, scale, live, WIDE)
         if partial is not None:
             total += r * r
+        if not AHEAD:
+            next_x = tl.load(mean + (next_row * mean_stride + j[None, :]), mask=next_live, other=0.0)
+            next_y = tl.load(target + (next_row * target_stride + j[None, :]), mask=next_live, other=0.0)
+        x, y, row, live = next_x, next_y, next_row, next_live
     if tail is not None:  # the last joined row is shorter than the others
         if block == row_blocks - 1:
             end = (rows - begin) * width + j[None, :] + tl.full([ROWS, 1], 0, tl.int64)
-            live = (tl.arange(0, ROWS) == 0)[:, None] & (j < tail)[None, :]
+            last = (tl.arange(0, ROWS) == 0)[:, None] & (j < tail)[None, :]
+            last_x = tl.load(mean + end, mask=last, other=0.0)
+            last_y = tl.load(target + end, mask=last, other=0.0)
             r = _residual(
-                mean + end,
-                target + end,
-                _shifted(grad_mean, end),
-                _shifted(grad_target, end),
-                scale,
-                live,
-                WIDE,
+                last_x, last_y, _shifted(grad_mean, end), _shifted(grad_target, end), scale, last, WIDE
             )
             if partial is not None:
                 total += r * r
@@ -233,9 +259,9 @@ def _rows(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "channels", "inner", "columns", "tail", "mean_stride", "target_stride",
-                       "grad_mean_stride", "grad_target_stride", "column_tiles", "row_blocks", "m", "eps_bits",
-                       "k_bits", "programs"]
+    do_not_specialize=["partials_at", "rows", "channels", "inner", "columns", "tail", "mean_stride", "target_stride",
+                       "grad_mean_stride", "grad_target_stride", "column_tiles", "row_blocks", "channels_by",
+                       "inner_by", "tiles_by", "m", "eps_bits", "k_bits", "programs"]
 )  # fmt: skip
 def sweep_rows(
     mean, target,                 # [rows, columns], in memory order
@@ -244,28 +270,29 @@ def sweep_rows(
     g,                            # scalar; None is 1
     sum_sq,                       # [C] fp64, forward's: with grad_alpha
     grad_alpha,                   # [C] in alpha's type, or None: not wanted
-    partial,                      # [row blocks, columns] receives sums of r^2, or None: not wanted
-    counter,                      # int32, set to 0 for `finish`: with partial
+    workspace,                    # fp64, [row blocks, columns] of it receive sums of r^2, or None: not wanted
+    partials_at,                  # where in it these begin
     rows: tl.int64, channels, inner,
     columns,                      # of one row, joined or not, and the strides: in vectors of VEC
     tail,                         # values in the short last row, or None: there is none
     mean_stride: tl.int64, target_stride: tl.int64, grad_mean_stride: tl.int64, grad_target_stride: tl.int64,
-    column_tiles, row_blocks, m: tl.int64, eps_bits: tl.int64, k_bits: tl.int64,
+    column_tiles, row_blocks,
+    channels_by: tl.int64, inner_by: tl.int64, tiles_by: tl.int64,  # `.plan.divisor` of channels, inner, column_tiles
+    m: tl.int64, eps_bits: tl.int64, k_bits: tl.int64,
     programs,                     # row blocks * column tiles; the programs above it are blocks of grad_alpha
     VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NEAR: tl.constexpr,
-    JOINED: tl.constexpr, WIDE: tl.constexpr, ALPHA_BLOCK: tl.constexpr,
+    JOINED: tl.constexpr, AHEAD: tl.constexpr, WIDE: tl.constexpr, ALPHA_BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A pass over rows: channels are neighbours (inner = 1), or planes are too small or odd to be walked."""
     pid = tl.program_id(0)
-    if partial is not None:
-        if pid == 0:
-            tl.store(counter, 0)
+    partial = begin_sweep(workspace, partials_at, pid, WIDE, OVERLAP)
     if pid < programs:
         _rows(
             mean, target, grad_mean, grad_target, alpha, g, partial,
             rows, channels, inner, columns, tail,
             mean_stride, target_stride, grad_mean_stride, grad_target_stride,
-            column_tiles, row_blocks, eps_bits, k_bits, pid, VEC, ROWS, COLS, BLOCK_ROWS, NEAR, JOINED, WIDE,
+            column_tiles, row_blocks, channels_by, inner_by, tiles_by, eps_bits, k_bits, pid,
+            VEC, ROWS, COLS, BLOCK_ROWS, NEAR, JOINED, AHEAD, WIDE,
         )  # fmt: skip
     if grad_alpha is not None:
         if pid >= programs:

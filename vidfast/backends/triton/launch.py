@@ -27,6 +27,7 @@ from vidfast.backends.triton.plan import (
     Rows,
     Tuning,
     ceil_div,
+    divisor,
     plan,
     plan_finish,
     plan_scale,
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 _F32, _F64 = torch.float32, torch.float64
 # r * r is added with one rounding, whatever the installed Triton's default is.
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# Of a kernel that may start before the one before it has ended.
+_EARLY = {"launch_pdl": True}
 _TRUE = ("1", "true", "on", "yes", "y")
 
 
@@ -205,7 +208,7 @@ class TritonBackend:
         with self._on(alpha):
             if mean is not None and target is not None:
                 self._sweep(
-                    self._plan(mean, target, layout),
+                    *self._plan(mean, target, layout),
                     mean,
                     target,
                     alpha,
@@ -249,13 +252,14 @@ class TritonBackend:
         with self._on(g):
             self._kernels.scale[(flat.chunks + ceil_div(channels, ALPHA_BLOCK),)](
                 g, source, result, grad_alpha, scaled_alpha,
-                flat.outer, flat.row, flat.tail, flat.src_stride, flat.dst_stride, flat.chunks, channels,
-                IN_PLACE=in_place, VEC=flat.vec, TILE=flat.tile, CHUNK=flat.chunk, SHORT=flat.short,
+                flat.outer, flat.row, flat.tail, flat.src_stride, flat.dst_stride, flat.chunks, divisor(flat.row),
+                channels,
+                IN_PLACE=in_place, VEC=flat.vec, TILE=flat.tile, CHUNK=flat.chunk, SHORT=flat.short, NARROW=flat.narrow,
                 WIDE=tl.float64 if source is not None and source.dtype is _F64 else tl.float32,
                 ALPHA_BLOCK=ALPHA_BLOCK, num_warps=flat.warps, enable_fp_fusion=True,
             )  # fmt: skip
 
-    def _plan(self, mean: Tensor, target: Tensor, layout: Layout) -> Planes | Rows:
+    def _plan(self, mean: Tensor, target: Tensor, layout: Layout) -> tuple[Tuning, Planes | Rows]:
         tuning = self.rule
         if autotunes():
             tuning = tuned(
@@ -263,8 +267,10 @@ class TritonBackend:
             )
         return self._planned(mean, target, layout, tuning)
 
-    def _planned(self, mean: Tensor, target: Tensor, layout: Layout, tuning: Tuning) -> Planes | Rows:
-        return plan(*layout[:5], mean.element_size(), target.element_size(), tuning)
+    def _planned(
+        self, mean: Tensor, target: Tensor, layout: Layout, tuning: Tuning
+    ) -> tuple[Tuning, Planes | Rows]:
+        return tuning, plan(*layout[:5], mean.element_size(), target.element_size(), tuning)
 
     def _seconds(self, mean: Tensor, target: Tensor, layout: Layout, tuning: Tuning) -> float:
         """How long forward_grad takes with these free numbers."""
@@ -293,19 +299,20 @@ class TritonBackend:
         grad_mean: Tensor | None = None,
         sum_sq: Tensor | None = None,
         grad_alpha: Tensor | None = None,
-        planned: Planes | Rows | None = None,
+        planned: tuple[Tuning, Planes | Rows] | None = None,
     ) -> None:
         """The two launches of forward and forward_grad."""
-        device, channels = mean.device, layout.channels
-        planned = planned or self._plan(mean, target, layout)
-        blocks, inner = planned.partials
-        ending = plan_finish(blocks, channels, inner)
-        wide = _F64 if _F64 in (mean.dtype, target.dtype) else _F32
-        partial = workspace(blocks * channels * inner, wide, device)
-        losses = workspace(ending.programs, _F64, device)
-        counter = workspace(1, torch.int32, device)
+        tuning, cut = planned or self._plan(mean, target, layout)
+        channels = layout.channels
+        blocks, inner = cut.partials
+        ending = plan_finish(blocks, channels, inner, tuning)
+        is_wide = _F64 in (mean.dtype, target.dtype)
+        partials_at = 1 + ending.programs  # behind the counter and the losses
+        partials = blocks * channels * inner
+        space = workspace(partials_at + (partials if is_wide else ceil_div(partials, 2)), _F64, mean.device)
         self._sweep(
-            planned,
+            tuning,
+            cut,
             mean,
             target,
             alpha,
@@ -313,18 +320,22 @@ class TritonBackend:
             call,
             grad_mean=grad_mean,
             in_place=call.inplace and grad_mean is not None,
-            partial=partial,
-            counter=counter,
+            space=space,
+            partials_at=partials_at,
         )
+        tl = self._kernels.tl
         self._kernels.finish[(ending.programs,)](
-            partial, alpha, loss, sum_sq, grad_alpha, losses, counter,
-            ending.blocks, channels, ending.inner,
+            space, partials_at, alpha, loss, sum_sq, grad_alpha,
+            ending.blocks, channels, ending.inner, divisor(ending.inner),
             layout.outer * layout.inner, _bits(call.eps), _bits(call.k), ending.programs,
-            ACROSS=ending.across, CHANNELS=ending.channels, DEPTH=ending.depth, FULL=call.full, **_OPTIONS,
+            ACROSS=ending.across, CHANNELS=ending.channels, DEPTH=ending.depth, FULL=call.full,
+            WIDE=tl.float64 if is_wide else tl.float32, OVERLAP=tuning.overlap != 0,
+            num_warps=ending.warps, enable_fp_fusion=True, **(_EARLY if tuning.overlap else {}),
         )  # fmt: skip
 
     def _sweep(
         self,
+        tuning: Tuning,
         planned: Planes | Rows,
         mean: Tensor,
         target: Tensor,
@@ -338,8 +349,8 @@ class TritonBackend:
         g: Tensor | None = None,
         sum_sq: Tensor | None = None,
         grad_alpha: Tensor | None = None,
-        partial: Tensor | None = None,
-        counter: Tensor | None = None,
+        space: Tensor | None = None,
+        partials_at: int = 0,
     ) -> None:
         """One launch over whatever is wanted."""
         kernels = self._kernels
@@ -351,22 +362,25 @@ class TritonBackend:
         wide = tl.float64 if _F64 in (mean.dtype, target.dtype) else tl.float32
         grid = (planned.programs + (0 if grad_alpha is None else ceil_div(channels, ALPHA_BLOCK)),)
         grad_stride = planned.mean_stride if in_place else planned.dense_stride
-        tensors = (mean, target, grad_mean, grad_target, alpha, g, sum_sq, grad_alpha, partial, counter)
+        tensors = (mean, target, grad_mean, grad_target, alpha, g, sum_sq, grad_alpha, space)
         options = {
-            "WIDE": wide, "ALPHA_BLOCK": ALPHA_BLOCK, "num_warps": planned.warps, "enable_fp_fusion": True,
+            "AHEAD": tuning.ahead != 0, "WIDE": wide, "ALPHA_BLOCK": ALPHA_BLOCK, "OVERLAP": tuning.overlap != 0,
+            "num_warps": planned.warps, "enable_fp_fusion": True,
         }  # fmt: skip
         if isinstance(planned, Planes):
             kernels.sweep_planes[grid](
-                *tensors, planned.outer, channels, planned.inner, planned.tail,
+                *tensors, partials_at, planned.outer, channels, planned.inner, planned.tail,
                 planned.mean_stride, planned.target_stride, grad_stride, planned.dense_stride,
-                planned.chunks, m, eps, k, planned.programs,
-                VEC=planned.vec, TILE=planned.tile, CHUNK=planned.chunk, SHORT=planned.short, **options,
+                planned.chunks, divisor(channels), divisor(planned.inner), m, eps, k, planned.programs,
+                VEC=planned.vec, TILE=planned.tile, CHUNK=planned.chunk, SHORT=planned.short, NARROW=planned.narrow,
+                **options,
             )  # fmt: skip
         else:
             kernels.sweep_rows[grid](
-                *tensors, planned.rows, channels, planned.inner, planned.columns, planned.tail,
+                *tensors, partials_at, planned.rows, channels, planned.inner, planned.columns, planned.tail,
                 planned.mean_stride, planned.target_stride, grad_stride, planned.dense_stride,
-                planned.column_tiles, planned.row_blocks, m, eps, k, planned.programs,
+                planned.column_tiles, planned.row_blocks,
+                divisor(channels), divisor(planned.inner), divisor(planned.column_tiles), m, eps, k, planned.programs,
                 VEC=planned.vec, ROWS=planned.tile_rows, COLS=planned.tile_columns,
                 BLOCK_ROWS=planned.block_rows, NEAR=planned.near, JOINED=planned.join > 1, **options,
             )  # fmt: skip

@@ -59,6 +59,13 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @device_function
+def quotient(n, by):
+    """n // d of int32 numbers that are not negative, without a division: `by` is :func:`.plan.divisor` of d."""
+    by = by.to(tl.int64)
+    return ((n.to(tl.int64) * (by & 0xFFFFFFFF)) >> (by >> 32)).to(tl.int32)
+
+
+@device_function
 def float64_of(bits):
     """The fp64 number of a bit pattern in int64."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)

@@ -36,6 +36,9 @@ class Tuning(NamedTuple):
     programs: int = 1024  # wanted at least, as long as each has `smallest_chunk`
     smallest_chunk: int = 4096
     largest_chunk: int = 65536
+    ahead: int = 1  # 1: a tile is loaded while the one before it is computed; 0: behind it
+    finish_depth: int = 512  # partial sums of a channel that a program of the finish loads at once, of rows
+    overlap: int = 0  # 1: the finish starts while the sweep ends (NVIDIA, compute capability 9.0, Triton 3.4)
 
 
 RULE = Tuning()
@@ -56,6 +59,7 @@ class Planes(NamedTuple):
     tile: int
     chunk: int
     short: bool
+    narrow: bool
     warps: int
 
     @property
@@ -100,6 +104,7 @@ class Finish(NamedTuple):
     programs: int
     channels: int
     depth: int
+    warps: int
 
 
 class Flat(NamedTuple):
@@ -115,6 +120,7 @@ class Flat(NamedTuple):
     tile: int
     chunk: int
     short: bool
+    narrow: bool
     warps: int
 
 
@@ -130,6 +136,7 @@ NOTHING = Flat(
     tile=1,
     chunk=1,
     short=False,
+    narrow=True,
     warps=4,
 )
 
@@ -137,6 +144,17 @@ NOTHING = Flat(
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
+
+
+@lru_cache(maxsize=4096)
+def divisor(d: int) -> int:
+    """What a kernel needs for n // d without a division, for 0 <= n < 2^31: a shift, and below it a factor of 32 bits.
+
+    With s = ceil(log2 d) and the factor f = ceil(2^(31 + s) / d), f d exceeds 2^(31 + s) by less than d <= 2^s, so that
+    n f / 2^(31 + s) exceeds n / d by less than 1 / d: its floor is n // d (Granlund and Montgomery, PLDI 1994).
+    """
+    shift = 31 + (d - 1).bit_length()
+    return shift << 32 | ceil_div(1 << shift, d)
 
 
 def _up(n: int) -> int:
@@ -217,6 +235,7 @@ def _planes(
         tile=tile,
         chunk=chunk,
         short=outer > 1 and chunk > inner,
+        narrow=chunks * (chunk // vec) < 1 << 31,
         warps=_warps(tile, full, tuning),
     )
 
@@ -275,17 +294,22 @@ def _rows(
 
 
 @lru_cache(maxsize=4096)
-def plan_finish(blocks: int, channels: int, inner: int) -> Finish:
-    """The programs for partial sums [blocks, C, inner]."""
+def plan_finish(blocks: int, channels: int, inner: int, tuning: Tuning = RULE) -> Finish:
+    """The programs for partial sums [blocks, C, inner].
+
+    Up to 16 loads in flight a thread, and so few channels a program that many programs share the sums: 8 neighbours in
+    fp32 are what memory is read by.
+    """
     across = inner == 1
-    most = _up(channels)
+    depth, most = blocks * inner, _up(channels)
     if across:
-        tile_channels = min(32, most)
-        depth = min(1024 // tile_channels, _up(blocks))
+        tile_depth = min(_up(depth), tuning.finish_depth)
+        tile_channels = min(32 if tile_depth <= 32 else 8, most)
     else:
-        depth = min(1024, _up(blocks * inner))
-        tile_channels = min(1024 // depth, 32, most)
-    return Finish(blocks, inner, across, ceil_div(channels, tile_channels), tile_channels, depth)
+        tile_depth = min(_up(depth), 4096 if depth > 1024 else 1024)
+        tile_channels = max(1, min(1024 // tile_depth, 32, most))
+    warps = 8 if tile_channels * tile_depth >= 4096 else 4
+    return Finish(blocks, inner, across, ceil_div(channels, tile_channels), tile_channels, tile_depth, warps)
 
 
 @lru_cache(maxsize=4096)
@@ -316,5 +340,6 @@ def plan_scale(
         tile=tile,
         chunk=chunk,
         short=outer > 1 and chunk > row,
+        narrow=values // vec + chunk // vec < 1 << 31,
         warps=_warps(tile, full, tuning),
     )

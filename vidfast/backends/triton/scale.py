@@ -3,18 +3,19 @@
 # The body of a kernel is Triton's language: untyped, and what is known at compile time must stand in an `if` of its
 # own, since `and` would make it a number of the device.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-# ruff: noqa: SIM102
+# ruff: noqa: SIM102, SIM108
 
 import triton
 import triton.language as tl
 
-from vidfast.backends.triton.math import device_function, rounded, widened
+from vidfast.backends.triton.math import device_function, quotient, rounded, widened
 
 
 @device_function
 def _scale_chunk(
-    factor, src, dst, outer, row, tail, src_stride, dst_stride, chunks, pid,
-    VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, WIDE: tl.constexpr,
+    factor, src, dst, outer, row, tail, src_stride, dst_stride, chunks, row_by, pid,
+    VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, NARROW: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     # As `_planes`, with rows for planes.
     UNITS: tl.constexpr = TILE // VEC
@@ -22,7 +23,10 @@ def _scale_chunk(
     row = row.to(tl.int64)
     begin = pid.to(tl.int64) * CHUNK_UNITS
     count = tl.minimum(outer.to(tl.int64) * row - begin, CHUNK_UNITS).to(tl.int32)
-    first = begin // row
+    if NARROW:
+        first = quotient(begin.to(tl.int32), row_by).to(tl.int64)
+    else:
+        first = begin // row
     within = begin - first * row
     src += first * src_stride * VEC
     dst += first * dst_stride * VEC
@@ -32,7 +36,7 @@ def _scale_chunk(
         live = (u < count)[:, None]
         if SHORT:
             t = within.to(tl.int32) + u
-            row_of = t // row.to(tl.int32)
+            row_of = quotient(t, row_by)
             i = (t - row_of * row.to(tl.int32)).to(tl.int64)
             o = row_of.to(tl.int64)
         else:
@@ -54,7 +58,7 @@ def _scale_chunk(
 
 
 @triton.jit(
-    do_not_specialize=["outer", "row", "tail", "src_stride", "dst_stride", "chunks", "channels"]
+    do_not_specialize=["outer", "row", "tail", "src_stride", "dst_stride", "chunks", "row_by", "channels"]
 )  # fmt: skip
 def scale(
     g,                            # scalar
@@ -64,9 +68,10 @@ def scale(
     tail,                         # values beyond the last vector of the only row, or None: there are none
     src_stride: tl.int64, dst_stride: tl.int64,
     chunks,                       # programs for src; those above are blocks of grad_alpha
+    row_by: tl.int64,             # `.plan.divisor` of row
     channels,
     IN_PLACE: tl.constexpr, VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr,
-    WIDE: tl.constexpr, ALPHA_BLOCK: tl.constexpr,
+    NARROW: tl.constexpr, WIDE: tl.constexpr, ALPHA_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dst = g src and grad_alpha_out = g grad_alpha. In place, a g of exactly 1 touches nothing."""
     pid = tl.program_id(0)
@@ -76,13 +81,13 @@ def scale(
             if IN_PLACE:
                 if factor != 1.0:
                     _scale_chunk(
-                        factor.to(WIDE), src, dst, outer, row, tail, src_stride, dst_stride, chunks, pid,
-                        VEC, TILE, CHUNK, SHORT, WIDE,
+                        factor.to(WIDE), src, dst, outer, row, tail, src_stride, dst_stride, chunks, row_by, pid,
+                        VEC, TILE, CHUNK, SHORT, NARROW, WIDE,
                     )  # fmt: skip
             else:
                 _scale_chunk(
-                    factor.to(WIDE), src, dst, outer, row, tail, src_stride, dst_stride, chunks, pid,
-                    VEC, TILE, CHUNK, SHORT, WIDE,
+                    factor.to(WIDE), src, dst, outer, row, tail, src_stride, dst_stride, chunks, row_by, pid,
+                    VEC, TILE, CHUNK, SHORT, NARROW, WIDE,
                 )  # fmt: skip
     if grad_alpha is not None:
         if pid >= chunks:
