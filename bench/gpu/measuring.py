@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.gpu.runner import Job, not_here
@@ -171,13 +171,29 @@ def warm_heads(job: Job, cases: Sequence[Any]) -> None:
 
 def tune(job: Job) -> int | None:
     """Every free number of the CUDA back end's host code, changed alone, and some together."""
-    from bench.cases import device_cases
     from bench.gpu import tuning
     from vidfast.report.device import TUNING
 
-    suite = tuning.TuningSuite(tuple(tuning.GRID)[:2] if job.small else None)
-    reason, error = ask(lambda: tuning.missing(backends()), job.work / "ask")
+    return tuned(
+        job, tuning.missing, tuning.TuningSuite(tuple(tuning.GRID)[:2] if job.small else None), TUNING
+    )
+
+
+def tune_triton(job: Job) -> int | None:
+    """Every free number of the Triton back end's plan, changed alone, and some together."""
+    from bench.gpu import tuning
+    from vidfast.report.device import TUNING_TRITON
+
+    overlaps, _ = ask(tuning.triton_overlaps, job.work / "ask")
+    suite = tuning.triton_suite(("ahead", "finish_depth") if job.small else None, bool(overlaps))
+    return tuned(job, tuning.triton_missing, suite, TUNING_TRITON)
+
+
+def tuned(job: Job, missing: Callable[[Sequence[str]], str | None], suite: Any, name: str) -> int | None:
+    from bench.cases import device_cases
+
+    reason, error = ask(lambda: missing(backends()), job.work / "ask")
     if error or reason:
         return not_here(error or reason)
-    cases = device_cases(TUNING, DEVICE, job.small, TUNING_POINTS)
+    cases = device_cases(name, DEVICE, job.small, TUNING_POINTS)
     return measured(job, [(suite, case) for case in (cases[:2] if job.small else cases)], seconds=0.4)

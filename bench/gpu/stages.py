@@ -240,6 +240,7 @@ STAGES = (
     stage("modules", 40, measuring.modules, prepared=True),
     stage("head", 60, measuring.head, prepared=True),
     stage("tune", 45, measuring.tune, prepared=True),
+    stage("tune-triton", 45, measuring.tune_triton, prepared=True),
     stage("core-cuda", 75, core_cuda, prepared=True),
     stage("gpu", 45, on_the_gpu, prepared=True),
     stage("core-triton", 80, core_triton, prepared=True),

@@ -1,13 +1,14 @@
-"""The free numbers of the CUDA back end (csrc/cuda/chunks.h), each changed alone, and some together: device time.
+"""The free numbers of the GPU back ends, each changed alone, and some together: device time.
 
-All rows of a case are captured first, each under its own numbers, and then replayed in the same rounds.
+Those of `cuda` stand in csrc/cuda/chunks.h and can be changed in a build for it, those of `triton` in its plan. All
+rows of a case are captured first, each under its own numbers, and then replayed in the same rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench.buffers import Pool
@@ -19,7 +20,7 @@ from bench.suites import Built, built, copy_of
 from vidfast.backends import load
 from vidfast.report.device import AS_BUILT
 
-# What is tried, beside the value in the code.
+# What is tried of `cuda`, beside the value in the code.
 GRID: dict[str, tuple[int, ...]] = {
     "kPlane": (128, 512, 1024),
     "kFewestVectors": (64, 256),
@@ -40,13 +41,30 @@ TOGETHER: tuple[dict[str, int], ...] = (
 )
 
 
+# And of `triton`. `overlap` wants compute capability 9.0 and a Triton that launches so.
+TRITON_GRID: dict[str, tuple[int, ...]] = {
+    "vectors": (1, 4),
+    "warps": (2, 8),
+    "programs": (512, 2048),
+    "smallest_chunk": (1024, 2048, 8192),
+    "largest_chunk": (16384, 32768),
+    "ahead": (0,),
+    "finish_depth": (64, 2048),
+    "overlap": (1,),
+}
+TRITON_TOGETHER: tuple[dict[str, int], ...] = (
+    {"overlap": 1, "smallest_chunk": 2048},
+    {"ahead": 0, "vectors": 4},
+)
+
+
 def native() -> Any:
     """The native module of the back end `cuda`."""
     return load("cuda")._native  # type: ignore[attr-defined]
 
 
 def missing(backends: Sequence[str]) -> str | None:
-    """Why nothing can be tuned here, where these back ends run; or None."""
+    """Why nothing of `cuda` can be tuned here, where these back ends run; or None."""
     if "cuda" not in backends:
         return "the CUDA back end does not run here"
     module = native()
@@ -55,12 +73,26 @@ def missing(backends: Sequence[str]) -> str | None:
     return None
 
 
+def triton_missing(backends: Sequence[str]) -> str | None:
+    """Why nothing of `triton` can be tuned here, where these back ends run; or None."""
+    return None if "triton" in backends else "the Triton back end does not run here"
+
+
+def triton_overlaps() -> bool:
+    """Whether this device and Triton can start a kernel while the one before it ends."""
+    import torch
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    newer = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return newer and "launch_pdl" in CUDAOptions.__dataclass_fields__
+
+
 @contextmanager
 def free_numbers(values: Mapping[str, int]) -> Iterator[None]:
     """The CUDA back end plans with these values inside the block, and as before behind it."""
     module, backend = native(), load("cuda")
     before = module.cuda_free_numbers()
-    forget = backend._workspace_bytes.cache_clear  # type: ignore[attr-defined]
+    forget = backend._workspace.cache_clear  # type: ignore[attr-defined]
     try:
         for name, value in values.items():
             module.cuda_set_free_number(name, value)
@@ -73,8 +105,20 @@ def free_numbers(values: Mapping[str, int]) -> Iterator[None]:
         forget()
 
 
+@contextmanager
+def triton_numbers(values: Mapping[str, int]) -> Iterator[None]:
+    """The Triton back end likewise."""
+    backend: Any = load("triton")
+    before = backend.rule
+    try:
+        backend.rule = before._replace(**values)
+        yield
+    finally:
+        backend.rule = before
+
+
 def free_number(name: str, value: int) -> AbstractContextManager[None]:
-    """One of them."""
+    """One of those of `cuda`."""
     return free_numbers({name: value})
 
 
@@ -85,14 +129,20 @@ def named(values: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class TuningSuite:
-    """forward_grad in place under every value of GRID, and some together; `parts` limits it to single names."""
+    """forward_grad in place under every value of a grid, and some together; `parts` limits it to single names."""
 
     parts: Sequence[str] | None = None
+    backend: str = "cuda"
+    grid: Mapping[str, Sequence[int]] = field(default_factory=lambda: GRID)
+    together: Sequence[Mapping[str, int]] = TOGETHER
+    changed: Callable[[Mapping[str, int]], AbstractContextManager[None]] = free_numbers
 
     def settings(self) -> dict[str, Mapping[str, int]]:
         """What the rows are built with, by their names."""
-        singles = [{name: v} for name in self.parts or GRID for v in GRID[name]]
-        return {named(values): values for values in [*singles, *(TOGETHER if self.parts is None else ())]}
+        singles = [{name: v} for name in self.parts or self.grid for v in self.grid[name]]
+        return {
+            named(values): values for values in [*singles, *(self.together if self.parts is None else ())]
+        }
 
     def names(self, case: Case) -> list[str]:
         del case
@@ -107,9 +157,16 @@ class TuningSuite:
             return copy_of(case, pool)
         if name == AS_BUILT:
             return self.captured(name, case, pool)
-        with free_numbers(self.settings()[name]):
+        with self.changed(self.settings()[name]):
             return self.captured(name, case, pool)
 
     def captured(self, name: str, case: Case, pool: Pool) -> GraphContender:
-        kernel = DeviceKernel("cuda", IN_PLACE, case, pool)
+        kernel = DeviceKernel(self.backend, IN_PLACE, case, pool)
         return GraphContender(kernel, name, kernel.provider.named(name))
+
+
+def triton_suite(parts: Sequence[str] | None = None, overlaps: bool = True) -> TuningSuite:
+    """That of `triton`; `overlaps`: whether what `triton_overlaps` asks for is there."""
+    grid = {name: values for name, values in TRITON_GRID.items() if overlaps or name != "overlap"}
+    together = [values for values in TRITON_TOGETHER if overlaps or "overlap" not in values]
+    return TuningSuite(parts, "triton", grid, together, triton_numbers)

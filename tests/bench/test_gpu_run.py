@@ -125,6 +125,7 @@ def test_every_row_is_right_and_has_a_rate(finished: Path) -> None:
         HEAD,
         "training step",
         "tuning",
+        "tuning triton",
     }
     for row in run.rows:
         bound = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 2e-3}[row.facts["dtype"]]
@@ -186,12 +187,21 @@ def test_the_free_numbers_are_tried_beside_the_built_ones(finished: Path) -> Non
     names = {row.provider for row in rows}
     assert {"copy", "as built", "kPlane=512"} <= names
     assert all(row.graph for row in rows)
+    rows = run_of(finished).of("tuning triton")
+    assert {"copy", "as built", "ahead=0", "finish_depth=64"} <= {row.provider for row in rows}
+    assert all(row.graph for row in rows)
 
 
 def test_the_report_reads_it(finished: Path, tmp_path: Path) -> None:
     assert main([str(finished / "results.jsonl"), "--output", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
-    for heading in ("What ran", "Kernels alone", "Free numbers of the CUDA back end", "Host overhead"):
+    for heading in (
+        "What ran",
+        "Kernels alone",
+        "Free numbers of the CUDA back end",
+        "Free numbers of the Triton back end",
+        "Host overhead",
+    ):
         assert f"### {heading}" in text
     assert "cuda: 58 of 58 calls, 0 wrong" in text
     assert "bench/gpu.sh, --small: a rehearsal" in text

@@ -267,6 +267,21 @@ def test_tuning_wants_a_build_for_it(
     monkeypatch.setattr(tuning, "native", lambda: object())
     assert measuring.tune(job) == NOT_HERE
     assert "python -m bench.gpu.build" in capsys.readouterr().out
+    assert measuring.tune_triton(job) == NOT_HERE
+    assert "the Triton back end does not run here" in capsys.readouterr().out
+
+
+def test_tritons_numbers_are_put_back_and_make_other_plans() -> None:
+    backend = tuning.load("triton")
+    before = backend.rule  # type: ignore[attr-defined]
+    for values in tuning.triton_suite().settings().values():
+        with tuning.triton_numbers(values):
+            assert backend.rule == before._replace(**values) != before  # type: ignore[attr-defined]
+        assert backend.rule is before  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="nothing"), tuning.triton_numbers({"nothing": 1}):
+        pass
+    names = {name for values in tuning.triton_suite(overlaps=False).settings().values() for name in values}
+    assert names == set(tuning.TRITON_GRID) - {"overlap"}
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from vidfast.report.document import Section, Table
 from vidfast.report.noise import times_faster
 from vidfast.report.results import COMPILE, COPY, DEFAULT, EAGER, KERNEL, OVERHEAD, STEP, Row, Run
 
-TUNING, AS_BUILT = "tuning", "as built"
+TUNING, TUNING_TRITON, AS_BUILT = "tuning", "tuning triton", "as built"
+# What was tuned in which suite.
+TUNED = {TUNING: "CUDA", TUNING_TRITON: "Triton"}
 ONE_PASS = ("forward_grad", "forward_grad in place")
 # What one pass of a kernel should reach of the copy's rate, by the bytes of a tensor: (from, share).
 SHARES = ((100e6, 0.90), (20e6, 0.80))
@@ -53,7 +55,7 @@ def backends(run: Run) -> list[str]:
 
 def only_tuned(run: Run) -> bool:
     """Whether the run tried free numbers and nothing else."""
-    return bool(run.of(TUNING)) and not backends(run)
+    return any(run.of(suite) for suite in TUNED) and not backends(run)
 
 
 def kernel(run: Run, case: str, backend: str, primitive: str) -> Row | None:
@@ -164,18 +166,18 @@ def aims_met(run: Run) -> str:
     return f"Aims met: {', '.join(counts)}." if counts else ""
 
 
-def tuning(run: Run) -> Table:
+def tuning(run: Run, suite: str = TUNING) -> Table:
     """A line a case: what every value of every free number changes, beyond the spread."""
-    names = list(dict.fromkeys(row.provider.split("=")[0] for row in run.of(TUNING) if "=" in row.provider))
+    names = list(dict.fromkeys(row.provider.split("=")[0] for row in run.of(suite) if "=" in row.provider))
     rows = []
-    for case in run.cases(TUNING):
-        built = run.find(TUNING, case, AS_BUILT)
+    for case in run.cases(suite):
+        built = run.find(suite, case, AS_BUILT)
         if built is None:
             continue
         cells = [case, figures.time(built.seconds.middle)]
         for name in names:
             gains = []
-            for row in run.of(TUNING):
+            for row in run.of(suite):
                 if row.case != case or row.provider.split("=")[0] != name:
                     continue
                 ratio = times_faster(row.samples, built.samples)
@@ -186,13 +188,13 @@ def tuning(run: Run) -> Table:
     return Table(["case", AS_BUILT, *names], rows)
 
 
-def tuning_over_all(run: Run) -> Table:
+def tuning_over_all(run: Run, suite: str = TUNING) -> Table:
     """A line a value: the geometric mean of its change over all cases, the worst case, and whether to take it."""
     rows = []
-    for provider in dict.fromkeys(row.provider for row in run.of(TUNING) if "=" in row.provider):
+    for provider in dict.fromkeys(row.provider for row in run.of(suite) if "=" in row.provider):
         ratios = []
-        for case in run.cases(TUNING):
-            built, row = (run.find(TUNING, case, name) for name in (AS_BUILT, provider))
+        for case in run.cases(suite):
+            built, row = (run.find(suite, case, name) for name in (AS_BUILT, provider))
             if built is not None and row is not None:
                 ratios.append(times_faster(row.samples, built.samples))
         if not ratios:
@@ -271,9 +273,10 @@ def sections(run: Run) -> list[Section]:
                 "Kernels alone", 3, [KERNELS_TEXT, compared(run), *(kernels(run, b) for b in backends(run))]
             )
         )
-    if run.of(TUNING):
-        title = "Free numbers of the CUDA back end"
-        found.append(Section(title, 3, [TUNING_TEXT, tuning(run), tuning_over_all(run)]))
+    for suite, name in TUNED.items():
+        if run.of(suite):
+            title = f"Free numbers of the {name} back end"
+            found.append(Section(title, 3, [TUNING_TEXT, tuning(run, suite), tuning_over_all(run, suite)]))
     return found
 
 
@@ -345,6 +348,10 @@ def notes(runs: Sequence[Run]) -> str:
             parts.append(
                 f"`bench/results/{run.name}.jsonl`, free numbers alone: **{run.device}**, {run.date[:10]}."
             )
-        if run.of(TUNING):
-            parts += [TUNING_TEXT, tuning(run).markdown(), tuning_over_all(run).markdown()]
+        for suite, name in TUNED.items():
+            if run.of(suite):
+                text = (
+                    TUNING_TEXT if suite == TUNING else f"{name}: {TUNING_TEXT[0].lower()}{TUNING_TEXT[1:]}"
+                )
+                parts += [text, tuning(run, suite).markdown(), tuning_over_all(run, suite).markdown()]
     return "\n\n".join(part for part in parts if part)
