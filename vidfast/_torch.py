@@ -162,6 +162,28 @@ _fp32_precision: Callable[[str, str], str] | None = getattr(_C, "_get_fp32_preci
 _FULL_PRECISION = ("none", "ieee")
 
 
+# torch.compile's own check of what a graph was made for, one call for several tensors.
+_guards: Any = _private(_private(_private(_C, "_dynamo", None), "guards", None), "TensorGuards", None)
+
+
+def alike(*tensors: Tensor) -> Callable[..., bool] | None:
+    """A function of as many objects: whether they are like these tensors, wherever their memory is.
+
+    Like in type, dtype, device, shape, strides, requires_grad, and in how torch's dispatcher sees them now: as plain
+    ones, negated, functional, without memory, in a transform, under a dispatch mode or autocast. Of jit tracing and
+    forward-mode derivatives it says nothing. None: where torch has no such check.
+    """
+    if _guards is None:
+        return None
+    sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+    try:
+        guard = _guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        check: Callable[..., bool] = guard.check
+        return check if check(*tensors) is True else None
+    except (TypeError, SystemError, RuntimeError):  # its arguments are others
+        return None
+
+
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode derivatives is entered. Where torch does not say: no."""
     return getattr(forward_ad, "_current_level", -1) >= 0

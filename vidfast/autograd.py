@@ -21,34 +21,35 @@ from vidfast._torch import (
     is_zero_tensor,
 )
 from vidfast.arguments import Call, in_one_pass
-from vidfast.backends.base import Backend
 from vidfast.backends.plain import reference_nll
 from vidfast.raw import NO_FORWARD_MODE, restored, savable, save
+from vidfast.recall import Settled
 from vidfast.scaling import not_twice
 
 
-def run_strategy(mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backend: Backend) -> Tensor:
+def run_strategy(mean: Tensor, target: Tensor, alpha: Tensor, settled: Settled) -> Tensor:
     """The loss by a back end's kernels, by the strategy that suits the call.
 
     Args:
         mean: mu(s), with elements.
         target: t, mean's shape.
         alpha: (C,).
-        call: Everything else.
-        backend: That supports the tensors.
+        settled: Everything else, and the back end, which supports the tensors.
 
     Raises:
         RuntimeError: In place, d/d mean would destroy what other code still uses.
     """
     loss: Tensor
+    call = settled.call
     if in_one_pass(call.strategy, mean.requires_grad, target.requires_grad, mean.dtype):
         if call.inplace:
             _check_inplace(mean, target, alpha)
-        loss = OnePass.apply(mean, target, alpha, call, backend)[0]  # type: ignore[no-untyped-call]
+        loss = OnePass.apply(mean, target, alpha, settled)[0]  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled() and (mean.requires_grad or target.requires_grad or alpha.requires_grad):
-        loss = TwoPass.apply(mean, target, alpha, call, backend)  # type: ignore[no-untyped-call]
+        loss = TwoPass.apply(mean, target, alpha, settled)  # type: ignore[no-untyped-call]
     else:
-        loss = primitives.forward(backend, mean, target, alpha, call)[0]
+        assert settled.backend is not None
+        loss = primitives.forward(settled.backend, mean, target, alpha, call, settled.layout)[0]
     return loss
 
 
@@ -89,6 +90,11 @@ def incoming(g: Tensor) -> Tensor:
     Raises:
         RuntimeError: It has none: it is fake, or one of a batch of gradients (is_grads_batched, torch.func).
     """
+    try:
+        if type(g) is Tensor and g.data_ptr() != 0 and not g.is_neg():
+            return g
+    except RuntimeError:  # it has no memory: one of a batch, say
+        pass
     if is_functorch_wrapped(g) or is_batched(g):
         raise RuntimeError(
             "vidfast.gaussian_nll's kernels take one incoming gradient, not a batch of them (is_grads_batched, "
@@ -103,33 +109,36 @@ def incoming(g: Tensor) -> Tensor:
 
 
 class OnePass(torch.autograd.Function):
-    """(loss, origin): loss = f(mean, target, alpha), with d/d mean already made; in place: over mean's memory.
+    """(loss, grad_alpha): loss = f(mean, target, alpha), with d/d mean already made; in place: over mean's memory.
 
-    origin has no elements. Saved, it leads from the gradients back to mean and alpha without keeping them.
+    grad_alpha is nobody's but backward's. As an output that is saved it leads from the gradients back to mean and alpha
+    without keeping them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backend: Backend
+        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, settled: Settled
     ) -> tuple[Tensor, Tensor]:
-        """(loss, origin), of what :func:`run_strategy` was given."""
-        loss, grad_mean, grad_alpha = primitives.forward_grad(backend, mean, target, alpha, call)
+        """(loss, grad_alpha), of what :func:`run_strategy` was given."""
+        call, _, backend, layout = settled
+        assert backend is not None
+        loss, grad_mean, grad_alpha = primitives.forward_grad(backend, mean, target, alpha, call, layout)
         if call.inplace:
             # a producer that saved its output now finds it changed, instead of using a gradient for it
             torch.autograd.graph.increment_version(mean)
-        origin = loss.new_empty(0)
-        save(ctx, grad_mean, grad_alpha, origin=origin)
+        save(ctx, grad_mean, grad_alpha)
         ctx.scaled_by = backend, call.channel, alpha.dtype
         ctx.set_materialize_grads(False)
-        return loss, origin
+        return loss, grad_alpha
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> Any:
         """g times what was made in forward, in place where nothing else can read that again."""
         if g is None:
-            return (None,) * 5
-        (grad_mean, grad_alpha), origin, own = restored(ctx, g.device)
-        assert origin is not None
+            return (None,) * 4
+        (grad_mean, grad_alpha), own = restored(ctx, g.device)
+        assert grad_alpha is not None
+        origin, twice = grad_alpha, torch.is_grad_enabled()
         wants = ctx.needs_input_grad
         backend, channel, alpha_dtype = ctx.scaled_by
         grad_mean, grad_alpha = primitives.scale(
@@ -137,13 +146,13 @@ class OnePass(torch.autograd.Function):
             incoming(g),
             grad_mean if wants[0] else None,
             channel,
-            grad_alpha if wants[2] else None,
+            (grad_alpha.detach() if twice else grad_alpha) if wants[2] else None,
             alpha_dtype,
             own and not graph_is_retained(),
         )
-        if torch.is_grad_enabled():
+        if twice:
             grad_mean, grad_alpha = not_twice(origin, grad_mean, grad_alpha)
-        return grad_mean, None, grad_alpha, None, None
+        return grad_mean, None, grad_alpha, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -155,11 +164,11 @@ class TwoPass(torch.autograd.Function):
     """loss = f(mean, target, alpha), differentiable twice and in target."""
 
     @staticmethod
-    def forward(
-        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, call: Call, backend: Backend
-    ) -> Tensor:
+    def forward(ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, settled: Settled) -> Tensor:
         """The loss, of what :func:`run_strategy` was given."""
-        loss, sum_sq = primitives.forward(backend, mean, target, alpha, call)
+        call, _, backend, layout = settled
+        assert backend is not None
+        loss, sum_sq = primitives.forward(backend, mean, target, alpha, call, layout)
         wants = ctx.needs_input_grad
         # for alpha alone the sums of squares are enough, and the activations go free
         activations = (savable(mean), savable(target)) if wants[0] or wants[1] else ()
@@ -173,15 +182,15 @@ class TwoPass(torch.autograd.Function):
         """The gradients that are wanted, times g; with create_graph, differentiable ones."""
         call: Call = ctx.call
         wants: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
-        found, _, _ = restored(ctx, g.device)
+        found, _ = restored(ctx, g.device)
         alpha, sum_sq, *activations = (x for x in found if x is not None)
         if torch.is_grad_enabled():
-            return (*_differentiable(g, alpha, sum_sq, activations, ctx.shape, call, wants), None, None)
+            return (*_differentiable(g, alpha, sum_sq, activations, ctx.shape, call, wants), None)
         mean, target = activations or (None, None)
         grads = primitives.backward(
             ctx.backend, incoming(g), mean, target, alpha, sum_sq, ctx.shape, call, wants
         )
-        return (*grads, None, None)
+        return (*grads, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

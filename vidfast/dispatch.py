@@ -7,19 +7,17 @@ import platform
 import torch
 from torch import Tensor
 
-from vidfast import autograd, backends, ops
+from vidfast import backends
 from vidfast._torch import has_tangent, in_forward_mode, in_functorch, in_transform
 from vidfast._version import __version__
 from vidfast.arguments import Call
-from vidfast.backends.plain import reference_nll
+from vidfast.backends.base import Backend
 from vidfast.raw import NO_FORWARD_MODE, PLAIN_TYPES, not_raw
-
-# The ways of a call.
-_REFERENCE, _OPERATOR, _KERNELS = "reference", "operator", "kernels"
+from vidfast.recall import KERNELS, OPERATOR, REFERENCE
 
 
-def route(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
-    """The loss of a checked call, by the way that suits it.
+def choose_way(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> tuple[str, Backend | None]:
+    """(one of the ways of :mod:`vidfast.recall`, the back end whose kernels compute it, if any do) of a checked call.
 
     Args:
         mean: mu(s).
@@ -32,28 +30,25 @@ def route(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
         RuntimeError: The back end asked for cannot run, or a transform of torch's cannot see into kernels.
     """
     way = _way(mean, target, alpha, call)
-    if way == _OPERATOR:
-        return ops.call_operator(mean, target, alpha, call)
-    if way == _KERNELS:
-        backend = backends.choose(call.backend, mean, target, alpha, not_raw(mean, target, alpha))
-        if backend is not backends.PLAIN and mean.numel():
-            return autograd.run_strategy(mean, target, alpha, call, backend)
-    return reference_nll(mean, target, alpha, call)
+    if way != KERNELS:
+        return way, None
+    backend = backends.choose(call.backend, mean, target, alpha, not_raw(mean, target, alpha))
+    return (KERNELS, backend) if backend is not backends.PLAIN and mean.numel() else (REFERENCE, None)
 
 
 def _way(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> str:
-    """_REFERENCE, _OPERATOR, or _KERNELS: those of the back end that is chosen then, if one is."""
+    """REFERENCE, OPERATOR, or KERNELS: those of the back end that is chosen then, if one is."""
     if call.reduction == "none":
         if call.backend not in ("auto", "reference"):
             raise ValueError(
                 f"reduction='none' has no fused kernel: backend must be 'auto' or 'reference', got {call.backend!r}"
             )
-        return _REFERENCE
+        return REFERENCE
     if torch.compiler.is_compiling():
         compiles = compiles_to_operator(call.backend, mean, target, alpha)
-        return _OPERATOR if compiles else _REFERENCE
+        return OPERATOR if compiles else REFERENCE
     if call.backend == "reference":
-        return _REFERENCE
+        return REFERENCE
     if call.backend != "auto":
         backends.check_name(call.backend)
     if in_functorch(mean, target, alpha):
@@ -62,7 +57,7 @@ def _way(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> str:
         )
     if in_forward_mode() and has_tangent(mean, target, alpha):
         raise RuntimeError(NO_FORWARD_MODE)
-    return _KERNELS
+    return KERNELS
 
 
 def compiles_to_operator(wanted: str, *tensors: Tensor) -> bool:

@@ -73,7 +73,7 @@ def empty_dense(like: Tensor, strides: tuple[int, ...] | None, dtype: torch.dtyp
         kept = _from_block(like.numel(), dtype)
         return kept.view(like.shape) if strides is None else kept.as_strided_(like.shape, strides)
     if strides is None:
-        return torch.empty_like(like, dtype=dtype)
+        return torch.empty_like(like) if like.dtype is dtype else torch.empty_like(like, dtype=dtype)
     return torch.empty_strided(like.shape, strides, dtype=dtype, device=like.device)
 
 

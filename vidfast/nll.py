@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from vidfast import backends, dispatch, reference
+from vidfast import autograd, backends, dispatch, ops, reference
 from vidfast.arguments import (
     BackendName,
     Reduction,
     Strategy,
-    check_call,
     check_channel_dim,
     check_initial_variance,
     check_options,
@@ -22,6 +21,8 @@ from vidfast.arguments import (
     check_weight,
     inverse_softplus,
 )
+from vidfast.backends.plain import reference_nll
+from vidfast.recall import KERNELS, OPERATOR, settled
 
 
 def gaussian_nll(
@@ -73,10 +74,13 @@ def gaussian_nll(
         TypeError, ValueError: An argument is not as above; the text says what was wanted and what came.
         RuntimeError: The back end asked for cannot run, or `inplace` would destroy what other code still uses.
     """
-    alpha, call = check_call(
-        mean, target, alpha, channel_dim, eps, reduction, full, weight, inplace, strategy, backend
-    )
-    return dispatch.route(mean, target, alpha, call)
+    options = (channel_dim, eps, reduction, full, weight, inplace, strategy, backend)
+    alpha, how = settled(mean, target, alpha, options, dispatch.choose_way)
+    if how.way == KERNELS:
+        return autograd.run_strategy(mean, target, alpha, how)
+    if how.way == OPERATOR:
+        return ops.call_operator(mean, target, alpha, how.call)
+    return reference_nll(mean, target, alpha, how.call)
 
 
 def log_likelihood_map(

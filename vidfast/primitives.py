@@ -22,7 +22,12 @@ _F64 = torch.float64
 
 
 def forward(
-    backend: Backend, mean: Tensor, target: Tensor, alpha: Tensor, call: Call
+    backend: Backend,
+    mean: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    call: Call,
+    layout: Layout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the sums of squares.
 
@@ -32,11 +37,12 @@ def forward(
         target: t, mean's shape.
         alpha: (C,).
         call: Everything else.
+        layout: Of mean and target, by :func:`vidfast.layout.layout_of`; None: not known yet.
 
     Returns:
         The loss, a scalar, fp64 if mean or target is, else fp32; S_c = sum (mean - target)^2, (C,) in fp64.
     """
-    mean, target, layout = as_walked(mean, target, call.channel, backend.walks)
+    mean, target, layout = as_walked(mean, target, call.channel, backend.walks, layout=layout)
     alpha = alpha.contiguous()
     loss = empty_loss(mean, target)
     sum_sq = torch.empty_like(alpha, dtype=_F64)
@@ -45,7 +51,12 @@ def forward(
 
 
 def forward_grad(
-    backend: Backend, mean: Tensor, target: Tensor, alpha: Tensor, call: Call
+    backend: Backend,
+    mean: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    call: Call,
+    layout: Layout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and its gradients for an incoming gradient of 1.
 
@@ -58,7 +69,7 @@ def forward_grad(
     Raises:
         RuntimeError: In place, mean would have to be copied.
     """
-    mean, target, layout = as_walked(mean, target, call.channel, backend.walks, call.inplace)
+    mean, target, layout = as_walked(mean, target, call.channel, backend.walks, call.inplace, layout)
     alpha = alpha.contiguous()
     loss = empty_loss(mean, target)
     grad_mean = mean.detach() if call.inplace else empty_dense(mean, layout.dense, mean.dtype)
@@ -163,7 +174,12 @@ def scale(
 
 
 def as_walked(
-    mean: Tensor, target: Tensor, channel: int, walks: bool = True, inplace: bool = False
+    mean: Tensor,
+    target: Tensor,
+    channel: int,
+    walks: bool = True,
+    inplace: bool = False,
+    layout: Layout | None = None,
 ) -> tuple[Tensor, Tensor, Layout]:
     """mean and target as kernels walk them, themselves or detached copies, and how.
 
@@ -173,11 +189,13 @@ def as_walked(
         channel: The dimension of the channels, not negative.
         walks: Whether kernels walk them; otherwise they are handed back as they came, but in place.
         inplace: Whether mean is to be written over, and may not be copied.
+        layout: Of both, as they are to be walked; None: not known yet.
 
     Raises:
         RuntimeError: It would have to be.
     """
-    layout = layout_of(mean, target, channel, walks or inplace)
+    if layout is None:
+        layout = layout_of(mean, target, channel, walks or inplace)
     if layout.copies_mean:
         if inplace:
             raise RuntimeError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from vidfast._torch import (
     dispatch_modes,
@@ -111,15 +112,15 @@ def savable(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x
 
 
-def save(ctx: Any, *tensors: Tensor | None, origin: Tensor | None = None) -> None:
-    """Saves for backward, to be taken back by :func:`restored`. `origin` is for the graph alone and is not read."""
-    ctx.save_for_backward(*tensors, origin)
-    ctx.saved_as = [None if x is None else (x.data_ptr(), x.shape, x.dtype) for x in tensors]
-    ctx.hooked = saved_tensors_are_hooked()
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Saves for backward, to be taken back by :func:`restored`."""
+    ctx.save_for_backward(*tensors)
+    saved_as = [None if x is None else (x.data_ptr(), x.shape, x.dtype) for x in tensors]
+    ctx.saved_as = saved_as, saved_tensors_are_hooked()
 
 
-def restored(ctx: Any, device: torch.device) -> tuple[list[Tensor | None], Tensor | None, bool]:
-    """(what :func:`save` was given, `origin`, whether the first of it may be written over).
+def restored(ctx: Any, device: torch.device) -> tuple[list[Tensor | None], bool]:
+    """(what :func:`save` was given, whether the first of it may be written over).
 
     Each tensor has the shape, dtype and device of what was saved, and memory of its own. Its strides may be others. It
     may be written over where no hook was around, it is where it was saved and nothing else refers to it.
@@ -127,16 +128,24 @@ def restored(ctx: Any, device: torch.device) -> tuple[list[Tensor | None], Tenso
     Raises:
         RuntimeError: A saved-tensor hook gave back something else.
     """
-    *found, origin = ctx.saved_tensors
-    if torch.compiler.is_compiling():  # compiled autograd traces this: there are no addresses, and no hooks
-        return found, origin, False
-    own = not ctx.hooked and _references(found) <= _unshared()
-    for index, wanted in enumerate(ctx.saved_as):
+    found = list(ctx.saved_tensors)
+    if is_compiling():  # compiled autograd traces this: there are no addresses, and no hooks
+        return found, False
+    saved_as, hooked = ctx.saved_as
+    own = not hooked and _references(found) <= _unshared()
+    for index, wanted in enumerate(saved_as):
         x = found[index]
-        if x is not None and not _is_the_same(x, *wanted):
-            found[index] = _checked(x, wanted, device)
-            own = False
-    return found, origin, own
+        if x is None:
+            continue
+        address, shape, dtype = wanted
+        try:
+            if x.data_ptr() == address and x.dtype is dtype and x.shape == shape and not x.is_neg():
+                continue
+        except RuntimeError:  # it has no memory: a sparse one, say
+            pass
+        found[index] = _checked(x, wanted, device)
+        own = False
+    return found, own
 
 
 def _references(found: list[Tensor | None]) -> int:
@@ -155,7 +164,7 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        *found, _ = ctx.saved_tensors
+        found = list(ctx.saved_tensors)
         ctx.counted.append(_references(found))
         return grads[0], None
 
@@ -180,13 +189,6 @@ def _unshared() -> int:
         thread.start()
         thread.join()
     return counted[0] if counted else 0
-
-
-def _is_the_same(x: Tensor, address: int, shape: torch.Size, dtype: torch.dtype) -> bool:
-    try:
-        return x.data_ptr() == address and x.dtype is dtype and x.shape == shape and not x.is_neg()
-    except RuntimeError:  # it has no memory: a sparse one, say
-        return False
 
 
 def _checked(x: Tensor, wanted: _Saved, device: torch.device) -> Tensor:

@@ -74,12 +74,12 @@ def test_the_results_are_right_with_every_value(values: dict[str, int]) -> None:
 
 def test_a_plan_made_before_is_not_kept() -> None:
     """The workspace's size is remembered by shape: it must be asked for anew under another number, and again behind."""
-    bytes_of = backends.load("cuda")._workspace_bytes  # type: ignore[attr-defined]
-    problem = (64, 8, 4096, 8 * 4096, 8 * 4096, 0, 0)
-    before = bytes_of(*problem)
+    numbers_of = backends.load("cuda")._workspace  # type: ignore[attr-defined]
+    problem = ((64, 8, 4096, 8 * 4096, 8 * 4096), 0, 0)
+    before = numbers_of(*problem)
     with free_number("kChunks", 1 << 20), free_number("kFewestVectors", 16):
-        assert bytes_of(*problem) > before, "smaller chunks have more sums"
-    assert bytes_of(*problem) == before
+        assert numbers_of(*problem) > before, "smaller chunks have more sums"
+    assert numbers_of(*problem) == before
 
 
 def fails_inside(native: ModuleType) -> None:

@@ -107,8 +107,9 @@ def _no_logarithm(
     target: Tensor,
     alpha: Tensor,
     call: Call,
+    *rest: Any,
 ) -> Any:
-    loss, sum_sq = right(backend, mean, target, alpha, call)
+    loss, sum_sq = right(backend, mean, target, alpha, call, *rest)
     wide = alpha.double()
     variance = torch.logaddexp(wide, torch.zeros_like(wide)) + call.eps
     return loss - call.k / 2 * _count(mean, alpha) * variance.log().sum().to(loss.dtype), sum_sq
@@ -121,8 +122,9 @@ def _no_count(
     target: Tensor,
     alpha: Tensor,
     call: Call,
+    *rest: Any,
 ) -> Any:
-    loss, grad, grad_alpha = right(backend, mean, target, alpha, call)
+    loss, grad, grad_alpha = right(backend, mean, target, alpha, call, *rest)
     wide = alpha.double()
     variance = torch.logaddexp(wide, torch.zeros_like(wide)) + call.eps
     return loss, grad, grad_alpha - call.k * _count(mean, alpha) / (2 * variance) * wide.sigmoid()

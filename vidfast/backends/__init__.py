@@ -32,6 +32,15 @@ def load(name: str) -> Backend:
     return _loaded[name]
 
 
+def still_takes(backend: Backend | None, mean: Tensor, target: Tensor, alpha: Tensor) -> bool:
+    """Whether a back end that was chosen before is still the one of its name, and takes these tensors."""
+    return (
+        backend is not None
+        and _loaded.get(backend.name) is backend
+        and backend.supports(mean, target, alpha) is None
+    )
+
+
 def check_name(backend: str) -> None:
     """Checks that a user may ask for the back end of that name.
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from vidfast._torch import current_stream
 from vidfast.arguments import Call
 from vidfast.layout import Layout, RowLayout
-from vidfast.memory import workspace
 from vidfast.raw import NATIVE_DTYPE, NO_ROWS, address, native_dtype
 
 _NO_GUARD = contextlib.nullcontext()
@@ -46,8 +45,7 @@ class CudaBackend:
         self._stream = stream
         self._is_cuda = device_type == "cuda"
         self._refused: dict[int, str | None] = {}  # by device: why it cannot run there
-        if native is not None:
-            self._workspace_bytes = lru_cache(maxsize=4096)(native.cuda_workspace_bytes)
+        self._workspace = lru_cache(maxsize=4096)(self._numbers)
 
     def unavailable(self) -> str | None:
         """Why the extension was built without it, or torch, the driver or the machine has no CUDA."""
@@ -117,14 +115,14 @@ class CudaBackend:
         sum_sq: Tensor,
     ) -> None:
         """As the protocol says."""
+        outer, channels, inner, mean_stride, target_stride = extents = layout[:5]
+        mean_dtype, target_dtype = NATIVE_DTYPE[mean.dtype], NATIVE_DTYPE[target.dtype]
         index = mean.get_device()
         with self._on(index):
-            workspace = self._workspace(mean, target, layout)
+            workspace = sum_sq.new_empty(self._workspace(extents, mean_dtype, target_dtype))
             self._native.cuda_forward(
-                mean.data_ptr(), layout.mean_stride, NATIVE_DTYPE[mean.dtype],
-                target.data_ptr(), layout.target_stride, NATIVE_DTYPE[target.dtype],
-                alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
-                layout.outer, layout.channels, layout.inner, call.k, call.eps, call.full,
+                mean.data_ptr(), mean_stride, mean_dtype, target.data_ptr(), target_stride, target_dtype,
+                alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], outer, channels, inner, call.k, call.eps, call.full,
                 loss.data_ptr(), NATIVE_DTYPE[loss.dtype], sum_sq.data_ptr(),
                 workspace.data_ptr(), self._stream(index),
             )  # fmt: skip
@@ -142,15 +140,14 @@ class CudaBackend:
         grad_alpha: Tensor,
     ) -> None:
         """As the protocol says."""
-        outer, channels, inner, mean_stride, target_stride = layout[:5]
+        outer, channels, inner, mean_stride, target_stride = extents = layout[:5]
+        mean_dtype, target_dtype = NATIVE_DTYPE[mean.dtype], NATIVE_DTYPE[target.dtype]
         index = mean.get_device()
         with self._on(index):
-            workspace = self._workspace(mean, target, layout)
+            workspace = grad_alpha.new_empty(self._workspace(extents, mean_dtype, target_dtype))
             self._native.cuda_forward_grad(
-                mean.data_ptr(), mean_stride, NATIVE_DTYPE[mean.dtype],
-                target.data_ptr(), target_stride, NATIVE_DTYPE[target.dtype],
-                alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
-                outer, channels, inner, call.k, call.eps, call.full,
+                mean.data_ptr(), mean_stride, mean_dtype, target.data_ptr(), target_stride, target_dtype,
+                alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], outer, channels, inner, call.k, call.eps, call.full,
                 loss.data_ptr(), NATIVE_DTYPE[loss.dtype],
                 grad_mean.data_ptr(), mean_stride if call.inplace else channels * inner,
                 grad_alpha.data_ptr(), workspace.data_ptr(), self._stream(index),
@@ -197,18 +194,23 @@ class CudaBackend:
         """As the protocol says."""
         outer, row, stride = NO_ROWS if rows is None else rows[:3]
         index = g.get_device()
+        # Not by `address` and `native_dtype`: it is called in every step, and six calls more show in a small one.
         with self._on(index):
             self._native.cuda_scale(
                 g.data_ptr(), NATIVE_DTYPE[g.dtype], outer, row,
-                address(source), stride, address(result), stride if result is source else row, native_dtype(source),
-                0 if grad_alpha is None else grad_alpha.numel(), address(grad_alpha),
-                address(scaled_alpha), native_dtype(scaled_alpha), self._stream(index),
+                0 if source is None else source.data_ptr(), stride,
+                0 if result is None else result.data_ptr(), stride if result is source else row,
+                0 if source is None else NATIVE_DTYPE[source.dtype],
+                0 if grad_alpha is None else grad_alpha.numel(),
+                0 if grad_alpha is None else grad_alpha.data_ptr(),
+                0 if scaled_alpha is None else scaled_alpha.data_ptr(),
+                0 if scaled_alpha is None else NATIVE_DTYPE[scaled_alpha.dtype], self._stream(index),
             )  # fmt: skip
 
-    def _workspace(self, mean: Tensor, target: Tensor, layout: Layout) -> Tensor:
-        """Partial sums and a counter; the kernels set what they read."""
-        size = self._workspace_bytes(*layout[:5], NATIVE_DTYPE[mean.dtype], NATIVE_DTYPE[target.dtype])
-        return workspace(size, torch.uint8, mean.device)
+    def _numbers(self, extents: tuple[int, ...], mean_dtype: int, target_dtype: int) -> int:
+        """How many fp64 numbers hold partial sums and a counter; the kernels set what they read."""
+        size: int = self._native.cuda_workspace_bytes(*extents, mean_dtype, target_dtype)
+        return -(-size // 8)
 
 
 def _version(number: int) -> str:

@@ -20,9 +20,9 @@ from vidfast.scaling import not_twice
 
 
 class Head(torch.autograd.Function):
-    """(loss, origin) of (student, target, alpha, *weights, *biases), with every gradient already made for g = 1.
+    """(loss, grad_alpha) of (student, target, alpha, *weights, *biases), with every gradient already made for g = 1.
 
-    student (B, C_s, P) and target (B, C, P), over P positions. See :class:`vidfast.autograd.OnePass` for origin.
+    student (B, C_s, P) and target (B, C, P), over P positions. See :class:`vidfast.autograd.OnePass` for grad_alpha.
     Gradients are those of the values that made the loss: what is changed in place before backward changes none of them.
     """
 
@@ -38,30 +38,30 @@ class Head(torch.autograd.Function):
         convolutions: bool,
         *layers: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(loss, origin); call.k is that of the whole batch. layers: the weights, then as many biases or None."""
+        """(loss, grad_alpha); call.k is that of the whole batch. layers: the weights, then as many biases or None."""
         half = len(layers) // 2
         weights: Any = layers[:half]
         stack = Stack(weights, layers[half:], convolutions)
         wants = ctx.needs_input_grad
         wanted = Wanted(wants[0], wants[7 : 7 + half], wants[7 + half :])
         found = gradients(HeadCall(stack, student, target, alpha, call, backend, module), wanted)
-        origin = found.loss.new_empty(0)
-        save(ctx, found.student, found.alpha, *found.weights, *found.biases, origin=origin)
+        save(ctx, found.student, found.alpha, *found.weights, *found.biases)
         ctx.backend, ctx.alpha_dtype, ctx.factor = backend, alpha.dtype, found.factor
         ctx.layers = [None if x is None else (x.shape, x.stride(), x.dtype) for x in layers]
         ctx.set_materialize_grads(False)
-        return found.loss, origin
+        return found.loss, found.alpha
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> Any:
         """g times what was made in forward."""
         if g is None:
             return (None,) * (7 + len(ctx.layers))
-        (student, grad_alpha, *layers), origin, own = restored(ctx, g.device)
-        assert origin is not None
+        (student, grad_alpha, *layers), own = restored(ctx, g.device)
+        assert grad_alpha is not None
+        origin, twice = grad_alpha, torch.is_grad_enabled()
         g = incoming(g)
         own = own and not graph_is_retained()
-        grad_alpha = grad_alpha if ctx.needs_input_grad[2] else None
+        grad_alpha = (grad_alpha.detach() if twice else grad_alpha) if ctx.needs_input_grad[2] else None
         if ctx.factor == 1.0:
             student, grad_alpha = primitives.scale(
                 ctx.backend, g, student, 1, grad_alpha, ctx.alpha_dtype, own
@@ -75,7 +75,7 @@ class Head(torch.autograd.Function):
             None if x is None else laid_out((x * g).to(like[2]), *like[:2])
             for x, like in zip(layers, ctx.layers, strict=True)
         ]
-        if torch.is_grad_enabled():
+        if twice:
             student, grad_alpha, *scaled = not_twice(origin, student, grad_alpha, *scaled)
         return student, None, grad_alpha, None, None, None, None, *scaled
 

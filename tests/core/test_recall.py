@@ -1,0 +1,237 @@
+"""A call like one before is not checked again, and nothing that differs is taken for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vidfast
+from vidfast import _torch, backends, recall
+from vidfast.backends.cpu import BACKEND, CpuBackend
+
+pytestmark = pytest.mark.skipif(
+    BACKEND.unavailable() is not None or _torch._guards is None,
+    reason="no kernels here, or torch has no such check",
+)
+SHAPE = (3, 4, 5, 5)
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    mean, target = (torch.randn(SHAPE, generator=generator).to(dtype) for _ in range(2))
+    return mean.requires_grad_(), target, torch.randn(4, generator=generator).requires_grad_()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known() -> Iterator[None]:
+    recall._settled.clear()
+    yield
+    recall._settled.clear()
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls that are checked."""
+    noted: list[Any] = []
+    right = recall.check_call
+
+    def note(*args: Any) -> Any:
+        noted.append(args)
+        return right(*args)
+
+    monkeypatch.setattr(recall, "check_call", note)
+    return noted
+
+
+def results(*given: Tensor, **options: Any) -> list[Tensor]:
+    loss = vidfast.gaussian_nll(*given, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, [x for x in given if x.requires_grad])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("strategy", ["auto", "one_pass", "two_pass"])
+@pytest.mark.parametrize("last", [False, True])
+def test_the_second_call_is_not_checked_and_gives_the_same_bits(
+    dtype: torch.dtype, strategy: str, last: bool, checked: list[Any]
+) -> None:
+    mean, target, alpha = tensors(dtype)
+    if last:
+        mean, target = (
+            x.detach().to(memory_format=torch.channels_last).requires_grad_(x.requires_grad)
+            for x in (mean, target)
+        )
+    first = results(mean, target, alpha, strategy=strategy)
+    again = results(mean, target, alpha, strategy=strategy)
+    assert len(checked) == 1
+    assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(first, again, strict=True))
+    elsewhere = [x.detach().clone().requires_grad_(x.requires_grad) for x in (mean, target, alpha)]
+    assert all(torch.equal(x, y) for x, y in zip(first, results(*elsewhere, strategy=strategy), strict=True))
+    assert len(checked) == 1
+
+
+def test_a_weight_that_changes_is_no_other_call(checked: list[Any]) -> None:
+    mean, target, alpha = tensors()
+    for weight in (1.0, 0.5, 3.25, 1.0, 0.0):
+        found = results(mean, target, alpha, weight=weight)
+        recall._settled.clear()
+        wanted = results(mean, target, alpha, weight=weight)
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+    assert len(checked) == 6, "the first, and one after everything was forgotten, five times"
+    for weight, error in (
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+        (True, TypeError),
+        ("1", TypeError),
+    ):
+        with pytest.raises(error, match="weight must be"):
+            vidfast.gaussian_nll(mean, target, alpha, weight=weight)  # type: ignore[arg-type]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.detach().to(memory_format=torch.channels_last).requires_grad_(x.requires_grad)
+
+
+DIFFERENT: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Any, ...]]] = {
+    "fewer samples": lambda m, t, a: (m[:2], t[:2], a),
+    "other strides of both": lambda m, t, a: (channels_last(m), channels_last(t), a),
+    "other strides of the target": lambda m, t, a: (m, channels_last(t), a),
+    "a slice of a batch": lambda m, t, a: (torch.cat([m, m], 1)[:, :4], t, a),
+    "another dtype of mean": lambda m, t, a: (m.double(), t, a),
+    "another dtype of the target": lambda m, t, a: (m, t.half(), a),
+    "another dtype of alpha": lambda m, t, a: (m, t, a.double()),
+    "a mean without gradient": lambda m, t, a: (m.detach(), t, a),
+    "a target with gradient": lambda m, t, a: (m, t.clone().requires_grad_(), a),
+    "an alpha that is broadcast": lambda m, t, a: (m, t, a.view(1, 4, 1, 1)),
+    "a negated view": lambda m, t, a: (m, torch._neg_view(t), a),
+    "a zero tensor": lambda m, t, a: (m, torch._efficientzerotensor(SHAPE), a),
+    "a target from inference mode": lambda m, t, a: (m, torch.inference_mode()(lambda: t.clone())(), a),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_differs_is_checked(name: str, checked: list[Any]) -> None:
+    given = tensors()
+    results(*given)
+    other = DIFFERENT[name](*given)
+    found = results(*other)
+    assert len(checked) == 2, "it was taken for the call before"
+    wanted = results(*other, backend="reference")
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-3, atol=2e-3)
+
+
+class Nothing(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "around",
+    [Nothing, forward_ad.dual_level, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["dispatch mode", "forward mode", "autocast"],
+)
+def test_inside_of_modes_it_is_checked(around: Callable[[], Any], checked: list[Any]) -> None:
+    given = tensors()
+    first = results(*given)
+    with around():
+        again = results(*given)
+    assert len(checked) == 2
+    assert all(torch.allclose(x, y, rtol=1e-4) for x, y in zip(first, again, strict=True))
+
+
+def test_transforms_and_tracers_are_seen(checked: list[Any]) -> None:
+    mean, target, alpha = (x.detach() for x in tensors())
+    vidfast.gaussian_nll(mean, target, alpha)
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.vmap(lambda m: vidfast.gaussian_nll(m, target, alpha))(torch.stack([mean, mean]))
+    traced = torch.jit.trace(lambda m: vidfast.gaussian_nll(m, target, alpha), (mean,))
+    torch.testing.assert_close(traced(2 * mean), vidfast.gaussian_nll(2 * mean, target, alpha))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        vidfast.gaussian_nll(forward_ad.make_dual(mean, mean), target, alpha)
+    assert len(checked) >= 4, "the first, the transform's, the tracer's and the derivative's"
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"channel_dim": True}, TypeError),
+        ({"channel_dim": 1.0}, TypeError),
+        ({"full": 0}, TypeError),
+        ({"inplace": 0}, TypeError),
+        ({"strategy": ["auto"]}, ValueError),
+    ],
+    ids=str,
+)
+def test_what_is_equal_to_an_option_is_not_one(options: dict[str, Any], error: type[Exception]) -> None:
+    mean, target, alpha = tensors()
+    vidfast.gaussian_nll(mean, target, alpha)
+    with pytest.raises(error, match="must be"):
+        vidfast.gaussian_nll(mean, target, alpha, **options)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_what_is_no_tensor_is_an_error_as_before(which: int) -> None:
+    given: list[Any] = list(tensors())
+    vidfast.gaussian_nll(*given)
+    given[which] = given[which].detach().numpy()
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor, got ndarray"):
+        vidfast.gaussian_nll(*given)
+
+
+def test_one_pass_has_no_gradient_of_a_target_that_was_made_without_grad() -> None:
+    mean, target, alpha = tensors()
+    target.requires_grad_()
+    with torch.no_grad():
+        vidfast.gaussian_nll(mean, target, alpha, strategy="one_pass")
+    with pytest.raises(ValueError, match="one_pass"):
+        vidfast.gaussian_nll(mean, target, alpha, strategy="one_pass")
+
+
+def test_another_back_end_of_the_name_is_asked_anew(
+    monkeypatch: pytest.MonkeyPatch, checked: list[Any]
+) -> None:
+    given = tensors()
+    results(*given)
+    other = CpuBackend()
+    monkeypatch.setitem(backends._loaded, "cpu", other)
+    results(*given)
+    results(*given)
+    assert len(checked) == 2
+    monkeypatch.setattr(CpuBackend, "supports", lambda *_: "it does not")
+    recall._settled.clear()
+    with pytest.raises(RuntimeError, match="it does not"):
+        results(*given, backend="cpu")
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "MOST", 3)
+    mean, target, alpha = tensors()
+    for eps in range(1, 9):
+        vidfast.gaussian_nll(mean, target, alpha, eps=float(eps))
+        assert len(recall._settled) <= 3
+    for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.float32):
+        for other in (torch.float64, torch.bfloat16, torch.float16, torch.float32):
+            vidfast.gaussian_nll(mean.to(dtype), target.to(other), alpha)
+    assert max(map(len, recall._settled.values())) == recall.MOST_ALIKE
+
+
+def test_without_torchs_check_every_call_is_checked(
+    monkeypatch: pytest.MonkeyPatch, checked: list[Any]
+) -> None:
+    for stand_in in (None, _raises):
+        monkeypatch.setattr(_torch, "_guards", stand_in)
+        checked.clear()
+        given = tensors()
+        first, again = results(*given), results(*given)
+        assert len(checked) == 2
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def _raises(*_: Any, **__: Any) -> Any:
+    raise TypeError("other arguments are wanted")
