@@ -201,10 +201,10 @@ def _extremes(ins: Instruction) -> Run:
     """The one that is a number; -0 is less than 0."""
 
     def lesser(a: Array, b: Array) -> Array:
-        return np.where((a == b) & np.signbit(a), a, np.fmin(a, b))
+        return np.where(a == b, np.where(np.signbit(a), a, b), np.fmin(a, b))
 
     def greater(a: Array, b: Array) -> Array:
-        return np.where((a == b) & np.signbit(a), b, np.fmax(a, b))
+        return np.where(a == b, np.where(np.signbit(a), b, a), np.fmax(a, b))
 
     return applied(ins, flush(ins, lesser if ins.head == "min" else greater), [ins.types[0]] * 2)
 

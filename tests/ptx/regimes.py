@@ -45,6 +45,7 @@ def _case(name: str, why: str, shape: tuple[int, ...], *layouts: str) -> Case:
 
 
 SHORT_PLANES = _case("short_planes", "planes of 17x19: several samples are one chunk", (11, 3, 17, 19))
+VECTORS = _case("vectors", "planes that are whole vectors", (3, 3, 24, 32))
 PIECES = _case("pieces", "a plane of several chunks, the last a short one", (2, 2, 9001))
 EDGES = _case("edges", "planes that begin and end between vectors", (3, 3, 17, 16), "shifted")
 CUT_RUNS = _case("cut_runs", "joined rows of small planes, their runs cut by tiles", (40, 33, 7, 8))
@@ -59,6 +60,8 @@ LONG_ROWS = _case("long_rows", "as many rows in a chunk as there are: the loop o
 PROBLEMS = (
     Problem(SHORT_PLANES, FP32, FP32),
     Problem(SHORT_PLANES, BF16, BF16, "two_pass"),
+    Problem(VECTORS, FP32, FP32),
+    Problem(VECTORS, BF16, BF16, "two_pass"),
     Problem(PIECES, FP32, FP32, "two_pass"),
     Problem(PIECES, BF16, BF16, inplace=True),
     Problem(EDGES, FP32, FP32, inplace=True),

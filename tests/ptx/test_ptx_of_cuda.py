@@ -60,9 +60,9 @@ def test_the_problems_take_every_way(cuda: tuple[Interpreted, Place]) -> None:
         (sweep, _), (finish, grid) = backend.ran
         return sweep.split("<")[0], finish, grid[0] > 1
 
-    assert {c.name: sweep_and_finish(c)[0] for c in (SHORT_PLANES, PIECES, EDGES, ONE_CHANNEL)} == dict.fromkeys(
-        ("short_planes", "pieces", "edges", "one_channel"), "planes"
-    )
+    assert {
+        c.name: sweep_and_finish(c)[0] for c in (SHORT_PLANES, PIECES, EDGES, ONE_CHANNEL)
+    } == dict.fromkeys(("short_planes", "pieces", "edges", "one_channel"), "planes")
     assert sweep_and_finish(CUT_RUNS)[:2] == ("rows", "finish<true>")
     assert sweep_and_finish(WHOLE_RUNS)[:2] == ("rows", "finish<false>")
     assert sweep_and_finish(MANY_CHANNELS) == ("rows", "finish<false>", True)

@@ -32,6 +32,12 @@ class TritonLaunches:
         self._compiled: dict[str, Any] = {}
         self._modules: dict[str, Module] = {}
 
+    def changed(self, change: Change) -> TritonLaunches:
+        """The same with another text of the kernels; what is compiled stays."""
+        other = TritonLaunches(change)
+        other._compiled = self._compiled
+        return other
+
     def __call__(
         self, primitive: str, inputs: tuple[Any, ...], outputs: dict[str, Any], memory: GlobalMemory
     ) -> list[Launch]:
@@ -50,10 +56,10 @@ class TritonLaunches:
     def _launch(self, launch: TritonLaunch) -> Launch:
         source, key = specialised(launch, lambda x: x.data_ptr() % 16 == 0)
         if key not in self._compiled:
-            made = triton.compile(source, target=TARGETS["sm_90"], options=launch.options)
-            self._compiled[key] = made
-            self._modules[key] = Module(self._change(launch.name, made.asm["ptx"]))
+            self._compiled[key] = triton.compile(source, target=TARGETS["sm_90"], options=launch.options)
         compiled = self._compiled[key]
+        if key not in self._modules:
+            self._modules[key] = Module(self._change(launch.name, compiled.asm["ptx"]))
         kernel = self._modules[key].kernel(compiled.metadata.name)
         values = [launch.arguments[name] for name, kind in source.signature.items() if kind != "constexpr"]
         data = bytearray(kernel.parameter_bytes)
