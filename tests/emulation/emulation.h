@@ -73,7 +73,7 @@ namespace emulation {
 // A launch as a test is given it.
 struct Launch {
   const void* kernel;  // the function on the host
-  unsigned blocks;
+  dim3 grid;
   int threads;
   size_t shared;
   bool overlap;
@@ -98,7 +98,11 @@ cudaError_t launch(const std::function<void()>& kernel, unsigned blocks, int thr
 template <class Args>
 cudaError_t launch(void (*kernel)(Args), const Args& args, unsigned blocks, int threads, size_t shared, bool overlap) {
   if (!machine().instead) return launch([&] { kernel(args); }, blocks, threads, shared);
-  machine().instead({reinterpret_cast<const void*>(kernel), blocks, threads, shared, overlap,
+  machine().instead({reinterpret_cast<const void*>(kernel),
+                     {blocks, 1, 1},
+                     threads,
+                     shared,
+                     overlap,
                      std::string(reinterpret_cast<const char*>(&args), sizeof(Args))});
   return cudaSuccess;
 }

@@ -21,7 +21,8 @@ PYBIND11_MODULE(vidfast_emulated, m) {
                                return static_cast<const char*>(self.kernel) -
                                       static_cast<const char*>(library.dli_fbase);
                              })
-      .def_readonly("blocks", &emulation::Launch::blocks)
+      .def_property_readonly(
+          "grid", [](const emulation::Launch& self) { return py::make_tuple(self.grid.x, self.grid.y, self.grid.z); })
       .def_readonly("threads", &emulation::Launch::threads)
       .def_readonly("shared", &emulation::Launch::shared)
       .def_readonly("overlap", &emulation::Launch::overlap)

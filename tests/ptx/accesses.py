@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from decode import BITS, INTEGERS, Run, addresses, instruction, numpy_type, parts, reader, writer
-from faults import UnknownInstruction
-from machine import Wave
+from errors import UnknownInstruction
 from program import TYPES, Instruction
+from waves import Wave
 
 Array = Any
 _SPACES = ("global", "shared", "shared::cta", "local", "param", "const")

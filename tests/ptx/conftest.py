@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,11 @@ import torch
 
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("core", "triton", "emulation")]
 
-from interpreted import Interpreted, LaunchesOf
+from interpreted import Install, Interpreted, LaunchesOf
 from nvcc_launches import NvccKernels, NvccLaunches, compile_ptx, missing_tool
 from places import Place
 
 from vidfast import backends
-
-Install = Callable[[str, LaunchesOf], tuple[Interpreted, Place]]
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 from decode import Run, Step, addresses, instruction, parts, reader, writer
-from faults import Fault, UnknownInstruction
-from machine import WARP, Wave
+from errors import Fault, UnknownInstruction
 from program import Immediate, Instruction, Operand, Pair
+from waves import WARP, Wave
 
 Array = Any
 _ALL = Immediate(0xFFFFFFFF, None)

@@ -21,9 +21,9 @@ from decode import (
     reader,
     writer,
 )
-from faults import UnknownInstruction
-from machine import Wave
+from errors import UnknownInstruction
 from program import TYPES, Instruction, Pair, Vector
+from waves import Wave
 
 Array = Any
 

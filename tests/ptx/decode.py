@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from arithmetic import flushed
-from faults import UnknownInstruction
+from errors import UnknownInstruction
 from program import (
     TYPES,
     Address,
@@ -31,7 +31,7 @@ from program import (
 )
 
 if TYPE_CHECKING:
-    from machine import Wave
+    from waves import Wave
 
 Array = Any
 Read = Callable[["Wave"], Array]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 
-from launch import Launch
-from machine import Wave
 from memory import GlobalMemory
+from waves import Launch, Wave
 
 
 def run(launches: list[Launch], memory: GlobalMemory, seed: int = 0) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from arithmetic import fma32, fma64, multiply_high, reciprocal_high
 from decode import BITS, FLOATS, INTEGERS, Run, applied, flush, instruction, numpy_type, reader, writer
-from faults import Fault
-from machine import Wave
+from errors import Fault
 from program import TYPES, Instruction
+from waves import Wave
 
 Array = Any
 

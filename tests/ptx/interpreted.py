@@ -17,10 +17,11 @@ import conversions  # noqa: F401
 import instructions  # noqa: F401
 from decode import Step, decoded
 from grid import run
-from launch import Launch
 from memory import GlobalMemory
+from places import Place
 from program import Kernel
 from torch import Tensor
+from waves import Launch
 
 from vidfast.backends.base import Backend
 
@@ -93,3 +94,7 @@ class Interpreted:
         for what, x in written.items():
             missing = memory.unwritten(x)
             assert not missing, f"{name}: {missing} of {x.numel()} elements of {what} were not written"
+
+
+# Puts an interpreted back end, by name, in the place of the real one.
+Install = Callable[[str, LaunchesOf], tuple[Interpreted, Place]]

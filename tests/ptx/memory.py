@@ -10,7 +10,7 @@ import ctypes
 from typing import Any
 
 import numpy as np
-from faults import Fault
+from errors import Fault
 from torch import Tensor
 
 Array = Any

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from interpreted import steps_of
-from launch import Launch
 from memory import GlobalMemory
 from program import Kernel, Module
 from torch import Tensor
+from waves import Launch
 
 from vidfast.backends.cuda import CudaBackend
 
@@ -119,7 +119,7 @@ class NvccLaunches:
         wanted = kernel.parameter_bytes
         assert len(launch.arguments) == wanted, f"{name} takes {wanted} bytes, given {len(launch.arguments)}"
         return Launch(
-            kernel, steps_of(kernel), name, (launch.blocks, 1, 1), launch.threads, launch.shared, launch.arguments,
+            kernel, steps_of(kernel), name, launch.grid, launch.threads, launch.shared, launch.arguments,
             launch.overlap,
         )  # fmt: skip
 

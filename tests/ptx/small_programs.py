@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from grid import run
 from interpreted import steps_of
-from launch import Launch
 from memory import GlobalMemory
 from program import Module
 from torch import Tensor
+from waves import Launch
 
 _FRAME = """
 .version 8.0

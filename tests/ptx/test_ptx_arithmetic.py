@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_fma_rounds_once(dtype: torch.dtype) -> None:
 )
 def test_floating_point(name: str, dtype: torch.dtype) -> None:
     a, b = numbers(dtype, 3), numbers(dtype, 4)
-    functions = {
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div.rn": torch.div,
         "min": lambda a, b: torch.where(b.isnan() | (a < b), a, b),
         "max": lambda a, b: torch.where(b.isnan() | (a > b), a, b),
@@ -185,7 +186,8 @@ def test_products_of_integers(bits: int, signed: bool) -> None:
     other = [x % 2**bits if not signed else x for x in b.tolist()]
 
     def wrapped(x: int, n: int) -> int:
-        return (x + 2 ** (n - 1)) % 2**n - 2 ** (n - 1)
+        half: int = 2 ** (n - 1)
+        return (x + half) % (2 * half) - half
 
     products = [x * y for x, y in zip(whole, other, strict=True)]
     for name, shift in (("lo", 0), ("hi", bits)):

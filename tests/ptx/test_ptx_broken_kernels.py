@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Install
-from faults import Fault
-from interpreted import Interpreted, LaunchesOf
+from errors import Fault
+from interpreted import Install, Interpreted, LaunchesOf
 from nvcc_launches import NvccKernels, NvccLaunches
 from places import Place
 from problems import BF16, FP32

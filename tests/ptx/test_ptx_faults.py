@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import machine
 import pytest
 import torch
-from faults import Fault, UnknownInstruction
+import waves
+from errors import Fault, UnknownInstruction
 from interpreted import steps_of
 from program import Module
 from small_programs import kernel_text, launched
@@ -62,7 +62,7 @@ def test_faults(body: str, says: str) -> None:
 
 
 def test_an_endless_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "MOST_STEPS", 1000)
+    monkeypatch.setattr(waves, "MOST_STEPS", 1000)
     with pytest.raises(Fault, match=r"no end after 1000 steps.*again"):
         ran("again: bra again;")
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Install
-from interpreted import Interpreted
+from interpreted import Install, Interpreted
 from nvcc_launches import NvccLaunches
 from places import Place
 from problems import BF16, FP32, Case

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Install
-from interpreted import Interpreted
+from interpreted import Install, Interpreted
 from places import Place
 from problems import FP32, Case
 from regimes import CUT_RUNS, MANY_CHANNELS, PROBLEMS, SHORT_PLANES, SWEPT, Problem, all_problems

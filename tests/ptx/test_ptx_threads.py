@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from faults import Fault
+from errors import Fault
 from grid import run
 from interpreted import steps_of
-from launch import Launch
 from memory import GlobalMemory
 from program import Module
 from small_programs import elementwise, kernel_text, launched
+from waves import Launch
 
 I32 = torch.int32
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import triton
 from interpreted import steps_of
-from launch import Launch
 from launches import TARGETS, recorded, specialised
 from launches import Launch as TritonLaunch
 from memory import GlobalMemory
 from program import Module
 from torch import Tensor
+from waves import Launch
 
 from vidfast.backends.triton import TritonBackend
 

@@ -9,18 +9,41 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from decode import Step
-from faults import Fault
-from launch import Launch
+from errors import Fault
 from memory import LOCAL, PARAMETERS, SHARED, WINDOW, GlobalMemory, OwnMemory
-from program import Register
+from program import Kernel, Register
 
 Array = Any
 WARP = 32
 MOST_STEPS = 1_000_000
+
+
+@dataclass
+class Launch:
+    """A kernel, and what it is launched with."""
+
+    kernel: Kernel
+    steps: list[Step]
+    title: str  # in messages
+    grid: tuple[int, int, int]
+    threads: int  # of a block, which has one dimension
+    shared_bytes: int  # asked for beside those of fixed size
+    parameters: bytes
+    overlap: bool = False  # it may start before the launch before it has ended
+    constants: dict[str, int] = field(default_factory=dict)  # where its arrays in global memory are
+
+    @property
+    def blocks(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def block(self, number: int) -> tuple[int, int, int]:
+        x, y, _ = self.grid
+        return number % x, number // x % y, number // (x * y)
 
 
 class Wave:
