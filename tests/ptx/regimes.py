@@ -85,6 +85,24 @@ PROBLEMS = (
     Problem(LONG_ROWS, FP64, FP64, "two_pass", g=1.0),
 )
 
+# Triton compiles each kernel anew for dtypes and strategies: fewer of them.
+FOR_TRITON = (
+    Problem(VECTORS, FP32, FP32),
+    Problem(VECTORS, BF16, BF16, "two_pass"),
+    Problem(SHORT_PLANES, FP32, BF16),
+    Problem(PIECES, FP32, FP32, "two_pass"),
+    Problem(EDGES, FP32, FP32, inplace=True),
+    Problem(CUT_RUNS, FP32, FP32),
+    Problem(CUT_RUNS, BF16, BF16, "two_pass"),
+    Problem(WHOLE_RUNS, FP64, FP64),
+    Problem(LAST_ROW, FP32, FP32, "two_pass"),
+    Problem(CHANNELS_LAST, FP16, BF16),
+    Problem(ONE_CHANNEL, FP64, FP64, "two_pass"),
+    Problem(MANY_CHANNELS, FP32, FP32, g=1.0),
+    Problem(STRIDED, BF16, BF16, inplace=True),
+    Problem(LONG_ROWS, FP32, FP32),
+)
+
 
 def all_problems(case: Case) -> Iterator[Problem]:
     """Every pair of dtypes and strategy, for `--slow`."""
