@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from decode import Run, Step, addresses, instruction, parts, reader, writer
+from decode import Run, Step, instruction, reader, writer
 from errors import Fault, UnknownInstruction
 from program import Immediate, Instruction, Operand, Pair
 from waves import WARP, Wave
 
 Array = Any
-_ALL = Immediate(0xFFFFFFFF, None)
 
 
 @instruction("bra", modifiers="uni")
@@ -132,30 +131,3 @@ def _active(ins: Instruction) -> Run:
         write(wave, np.repeat(active.sum(1).astype(np.uint32), WARP))
 
     return run
-
-
-@instruction("ldmatrix", "b16", "sync aligned m8n8 x1 x2 x4 trans shared shared::cta")
-def _load_matrices(ins: Instruction) -> Step:
-    """Thread 8 i + j of a warp gives the address of row j of matrix i, 16 bytes; each thread gets two neighbours."""
-    writes, address = [writer(o) for o in parts(ins.operands[0])], addresses(ins.operands[1])
-
-    def run(wave: Wave) -> None:
-        where = np.broadcast_to(address(wave), (wave.lanes,)).reshape(-1, WARP)
-        for i, write in enumerate(writes):
-            rows = np.zeros((wave.lanes // WARP, 8, 8), np.uint16)
-            words = np.zeros((wave.lanes // WARP, WARP, 4), np.uint32)
-            # the first eight threads of a warp load for all of it
-            own = np.zeros_like(where)
-            own[:, :8] = where[:, 8 * i : 8 * i + 8]
-            lanes = np.zeros((wave.lanes // WARP, WARP), bool)
-            lanes[:, :8] = True
-            with wave.only(lanes.reshape(-1) & wave.mask):
-                loaded = wave.load("shared", own.reshape(-1), 4, 4)
-                for j, word in enumerate(loaded):
-                    words[:, :, j] = wave.spread(word).reshape(-1, WARP)
-            rows[:] = words[:, :8].copy().view(np.uint16).reshape(-1, 8, 8)
-            if "trans" in ins.modifiers:
-                rows = np.ascontiguousarray(rows.transpose(0, 2, 1))
-            write(wave, np.ascontiguousarray(rows).view(np.uint32).reshape(-1))
-
-    return Step(ins, run, "warp", members=reader(_ALL, "b32"))

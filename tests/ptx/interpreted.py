@@ -15,6 +15,7 @@ import accesses  # noqa: F401  (the tables of instructions)
 import control  # noqa: F401
 import conversions  # noqa: F401
 import instructions  # noqa: F401
+import matrices  # noqa: F401
 from decode import Step, decoded
 from grid import run
 from memory import GlobalMemory

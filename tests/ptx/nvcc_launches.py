@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from interpreted import steps_of
 from memory import GlobalMemory
 from program import Kernel, Module
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from waves import Launch
 
 from vidfast.backends.cuda import CudaBackend
@@ -104,11 +104,12 @@ class NvccLaunches:
         self, primitive: str, inputs: tuple[Any, ...], outputs: dict[str, Any], memory: GlobalMemory
     ) -> list[Launch]:
         made: list[Launch] = []
-        backend = _Backend(self.native, memory.add)
+        backend = CudaBackend(self.native, None, "cpu", lambda index: 0)
         machine = self.native.machine()
         machine.instead = lambda launch: made.append(self._launch(launch))
         try:
-            getattr(backend, primitive)(*inputs, **outputs)
+            with _Allocations(memory):
+                getattr(backend, primitive)(*inputs, **outputs)
         finally:
             machine.instead = None
         return made
@@ -124,14 +125,15 @@ class NvccLaunches:
         )  # fmt: skip
 
 
-class _Backend(CudaBackend):
-    """Says where its workspaces are."""
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells memory of every tensor that the back end makes itself: its workspaces, whatever they are called."""
 
-    def __init__(self, native: Any, add: Callable[..., None]) -> None:
-        super().__init__(native, None, "cpu", lambda index: 0)
-        self._add = add
+    def __init__(self, memory: GlobalMemory) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._memory = memory
 
-    def _workspace(self, *problem: Any) -> Tensor:
-        x = super()._workspace(*problem)
-        self._add(x, "the workspace", holds=False, writable=True)
-        return x
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self._memory.add(out, "a workspace", holds="empty" not in str(func), writable=True)
+        return out

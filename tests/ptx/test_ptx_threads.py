@@ -244,16 +244,38 @@ def test_a_grid_that_lets_nothing_start_ends_first() -> None:
     assert pair_of_launches(READ + WRITE, first="") == [7] * 32
 
 
-def test_matrices_are_loaded_across_a_warp() -> None:
+@pytest.mark.parametrize("form", ["m8n8.x1", "m8n8.x1.trans"])
+def test_matrices_are_loaded_across_a_warp(form: str) -> None:
+    """Thread t's elements of two bytes: of row t / 4, or of column t / 4."""
     body = """mov.u32 %r2, memory;
     mad.lo.u32 %r3, %r1, 4, %r2;
-    st.shared.u32 [%r3], %r1;
+    mad.lo.u32 %r4, %r1, 0x20002, 0x10000;
+    st.shared.u32 [%r3], %r4;
     bar.sync 0;
     and.b32 %r4, %r1, 7;
     mad.lo.u32 %r4, %r4, 16, %r2;
-    ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r4];
+    ldmatrix.sync.aligned.{form}.shared.b16 {{%r5}}, [%r4];
     st.global.u32 [%d9], %r5;"""
-    assert ran(body, 32, shared=128, outside=SHARED) == list(range(32))
+    own = torch.arange(64).view(8, 8)
+    want = (own if form == "m8n8.x1" else own.T).reshape(32, 2).tolist()
+    got = ran(body.format(form=form), 32, shared=128, outside=SHARED)
+    assert [[v & 0xFFFF, v >> 16] for v in got] == want
+
+
+@pytest.mark.parametrize("trans", ["", ".trans"])
+def test_matrices_come_back_as_they_were_stored(trans: str) -> None:
+    body = """mov.u32 %r2, memory;
+    mad.lo.u32 %r3, %r1, 0x20002, 0x10000;
+    add.u32 %r5, %r3, 0x400040;
+    mad.lo.u32 %r4, %r1, 16, %r2;
+    stmatrix.sync.aligned.m8n8.x2{trans}.shared.b16 [%r4], {{%r3, %r5}};
+    bar.sync 0;
+    ldmatrix.sync.aligned.m8n8.x2{trans}.shared.b16 {{%r6, %r7}}, [%r4];
+    sub.u32 %r8, %r7, %r6;
+    sub.u32 %r9, %r6, %r3;
+    xor.b32 %r8, %r8, %r9;
+    st.global.u32 [%d9], %r8;"""
+    assert ran(body.format(trans=trans), 32, shared=512, outside=SHARED) == [0x400040] * 32
 
 
 def test_special_registers_of_a_thread() -> None:

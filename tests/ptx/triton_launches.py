@@ -71,6 +71,7 @@ class TritonLaunches:
         return Launch(
             kernel, steps_of(kernel), launch.name, (x, y, z),
             32 * compiled.metadata.num_warps, compiled.metadata.shared, bytes(data),
+            bool(getattr(compiled.metadata, "launch_pdl", False)),
         )  # fmt: skip
 
 
