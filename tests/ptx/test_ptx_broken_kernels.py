@@ -56,7 +56,7 @@ SHORT = Problem(SHORT_PLANES, FP32, FP32)
 SEVERAL = Problem(MANY_CHANNELS, FP32, FP32, g=1.0)  # blocks of the finish
 
 PLACE = r"\[\s*(%\w+)(?:\s*\+\s*(\d+))?\s*\]"
-BARRIER, WAIT = r"bar\.sync\s+0;", r"griddepcontrol\.wait;"
+BARRIER, WAIT = r"bar\.sync\s+0;", r"griddepcontrol\.wait\s*;"
 DISTANCE = r"(shfl\.sync\.bfly\.b32\s+[^,]+, %r\d+, )[^,]+"
 FMA = r"fma\.rn\.f32\s+(%[fr]\d+), %[fr]\d+, %[fr]\d+, (%[fr]\d+);"
 VECTOR, ELEMENT, SUM = (rf"(st\.global\.{kind}\s+){PLACE}" for kind in (r"v4\.(?:f32|b32)", "f32", "f64"))
