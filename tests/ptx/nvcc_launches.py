@@ -126,7 +126,7 @@ class NvccLaunches:
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells memory of every tensor that the back end makes itself: its workspaces, whatever they are called."""
+    """Tells memory of what the back end allocates itself: its workspaces, whatever they are called. They hold nothing."""
 
     def __init__(self, memory: GlobalMemory) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -134,6 +134,6 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor):
-            self._memory.add(out, "a workspace", holds="empty" not in str(func), writable=True)
+        if isinstance(out, Tensor) and "empty" in str(func):
+            self._memory.add(out, "a workspace", holds=False, writable=True)
         return out
