@@ -126,7 +126,7 @@ class NvccLaunches:
 
 
 class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells memory of what the back end allocates itself: its workspaces, whatever they are called. They hold nothing."""
+    """Tells memory of what the back end allocates itself: its workspaces, which hold nothing."""
 
     def __init__(self, memory: GlobalMemory) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
