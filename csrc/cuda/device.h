@@ -125,9 +125,8 @@ void launch(const char* name, void (*kernel)(Args), int64_t blocks, size_t share
             const Args& args, bool overlap = false) {
   const unsigned grid = static_cast<unsigned>(blocks);
 #ifdef VIDFAST_EMULATION
-  const cudaError_t status = emulation::launch([&] { kernel(args); }, grid, kThreads, shared);
+  const cudaError_t status = emulation::launch(kernel, args, grid, kThreads, shared, overlap);
   (void)stream;
-  (void)overlap;
 #else
   void* parameters[] = {const_cast<Args*>(&args)};
   cudaLaunchAttribute attribute{};

@@ -22,6 +22,7 @@ class Place:
     name: str
     device: torch.device
     limit: int | None  # elements of the biggest problem that runs here
+    gpu_code: bool = False  # a GPU's instructions, interpreted on tensors of the CPU
 
     @property
     def is_cpu(self) -> bool:

@@ -17,6 +17,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/half.h"
 
@@ -71,6 +73,16 @@ struct cudaFuncAttributes {};
 
 namespace emulation {
 
+// A launch as a test is given it.
+struct Launch {
+  const void* kernel;  // the function on the host
+  dim3 grid;
+  int threads;
+  size_t shared;
+  bool overlap;
+  std::string arguments;  // the bytes of its one parameter
+};
+
 // What tests turn. `fault`: an error that the probes are to see; `launch_fault`: one that every launch meets.
 struct Machine {
   uint64_t seed = 1;
@@ -81,10 +93,22 @@ struct Machine {
   cudaError_t launch_fault = cudaSuccess;
   long launches = 0;  // counted
   long memsets = 0;
+  std::function<void(const Launch&)> instead;  // is given every launch, which is then not run here
 };
 Machine& machine();
 
 cudaError_t launch(const std::function<void()>& kernel, unsigned blocks, int threads, size_t shared);
+template <class Args>
+cudaError_t launch(void (*kernel)(Args), const Args& args, unsigned blocks, int threads, size_t shared, bool overlap) {
+  if (!machine().instead) return launch([&] { kernel(args); }, blocks, threads, shared);
+  machine().instead({reinterpret_cast<const void*>(kernel),
+                     {blocks, 1, 1},
+                     threads,
+                     shared,
+                     overlap,
+                     std::string(reinterpret_cast<const char*>(&args), sizeof(Args))});
+  return cudaSuccess;
+}
 // Why the last launch failed.
 const char* failure();
 
@@ -120,6 +144,7 @@ inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, co
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  if (emulation::machine().instead) throw std::logic_error("a memset among launches that a test is given");
   std::memset(p, value, bytes);
   ++emulation::machine().memsets;
   return cudaSuccess;

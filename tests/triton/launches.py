@@ -133,9 +133,10 @@ class Code:
         return int(self.kernel.metadata.shared)
 
 
-def compiled(launch: Launch, target: str, aligned: bool = True) -> Code:
-    """The machine code for that launch, with pointers on 16 bytes or anywhere."""
-    signature, constants, attributes = {}, {}, {}
+def specialised(launch: Launch, aligned: Callable[[Tensor], bool]) -> tuple[Any, str]:
+    """What Triton compiles for that launch, and a text that is the same for the same code. aligned: on 16 bytes."""
+    signature: dict[str, str] = {}
+    constants, attributes = {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None:
@@ -143,10 +144,17 @@ def compiled(launch: Launch, target: str, aligned: bool = True) -> Code:
             constants[i,] = value
         elif isinstance(value, Tensor):
             signature[parameter.name] = _POINTER[value.dtype]
-            if aligned:
+            if aligned(value):
                 attributes[i,] = [["tt.divisibility", 16]]
         else:
             assert parameter.do_not_specialize, f"{parameter.name} would compile again for every divisor"
-            signature[parameter.name] = parameter.annotation_type or "i32"
-    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+            natural = "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[parameter.name] = parameter.annotation_type or natural
+    key = repr((launch.name, signature, constants, attributes, launch.options))
+    return triton.compiler.ASTSource(launch.kernel, signature, constants, attributes), key
+
+
+def compiled(launch: Launch, target: str, aligned: bool = True) -> Code:
+    """The machine code for that launch, with pointers on 16 bytes or anywhere."""
+    source, _ = specialised(launch, lambda x: aligned)
     return Code(triton.compile(source, target=TARGETS[target], options=launch.options), target)

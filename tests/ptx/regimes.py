@@ -1,0 +1,115 @@
+"""The problems of a normal run: every way through the kernels once, on shapes as small as it allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from bounds import check_call
+from places import Place
+from problems import BF16, BY_NAME, CASES, FP16, FP32, FP64, Case, short
+
+# mean, target
+PAIRS: tuple[tuple[torch.dtype, torch.dtype], ...] = (
+    (FP32, FP32), (BF16, BF16), (FP16, FP16), (FP64, FP64),
+    (FP32, BF16), (FP32, FP16), (BF16, FP32), (FP16, FP32), (FP16, BF16), (FP32, FP64),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Problem:
+    case: Case
+    mean: torch.dtype
+    target: torch.dtype
+    strategy: str = "one_pass"
+    g: float = -2.5
+    inplace: bool = False
+
+    def __str__(self) -> str:
+        dtypes = dict.fromkeys((short(self.mean), short(self.target)))
+        how = "inplace" if self.inplace else self.strategy
+        return "-".join((self.case.name, *dtypes, how, *(["1"] if self.g == 1.0 else [])))
+
+    def check(self, place: Place) -> None:
+        """Forward and backward, every output against the oracle."""
+        mean, target, alpha = self.case.tensors(self.mean, self.target)
+        check_call(
+            place, mean, target, alpha, g=self.g, strategy=self.strategy, inplace=self.inplace,
+            channel_dim=self.case.channel_dim,
+        )  # fmt: skip
+
+
+def _case(name: str, why: str, shape: tuple[int, ...], *layouts: str) -> Case:
+    return Case(name, why, shape, 1, *layouts)
+
+
+SHORT_PLANES = _case("short_planes", "planes of 17x19: several samples are one chunk", (11, 3, 17, 19))
+VECTORS = _case("vectors", "planes that are whole vectors", (3, 3, 24, 32))
+PIECES = _case("pieces", "a plane of several chunks, the last a short one", (2, 2, 9001))
+EDGES = _case("edges", "planes that begin and end between vectors", (3, 3, 17, 16), "shifted")
+CUT_RUNS = _case("cut_runs", "joined rows of small planes, their runs cut by tiles", (40, 33, 7, 8))
+WHOLE_RUNS = _case("whole_runs", "joined rows of one tile: a block adds a channel's runs", (67, 5, 2, 2))
+LAST_ROW = BY_NAME["rows_tail"]
+CHANNELS_LAST = BY_NAME["channels_last"]
+ONE_CHANNEL = _case("one_channel", "a single plane with a tail", (5, 1, 17, 67))
+MANY_CHANNELS = BY_NAME["rows_513"]  # several blocks of the finish, an odd width: no vectors
+STRIDED = BY_NAME["batch_slice_rows"]
+LONG_ROWS = _case("long_rows", "as many rows in a chunk as there are: the loop over batches", (1300, 24))
+
+PROBLEMS = (
+    Problem(SHORT_PLANES, FP32, FP32),
+    Problem(SHORT_PLANES, BF16, BF16, "two_pass"),
+    Problem(VECTORS, FP32, FP32),
+    Problem(VECTORS, BF16, BF16, "two_pass"),
+    Problem(PIECES, FP32, FP32, "two_pass"),
+    Problem(PIECES, BF16, BF16, inplace=True),
+    Problem(EDGES, FP32, FP32, inplace=True),
+    Problem(EDGES, FP32, BF16, "two_pass"),
+    Problem(CUT_RUNS, FP32, FP32),
+    Problem(CUT_RUNS, BF16, BF16, "two_pass"),
+    Problem(CUT_RUNS, FP64, FP64),
+    Problem(WHOLE_RUNS, FP32, BF16),
+    Problem(WHOLE_RUNS, FP16, BF16, "two_pass"),
+    Problem(LAST_ROW, FP32, FP32, "two_pass"),
+    Problem(LAST_ROW, BF16, BF16),
+    Problem(CHANNELS_LAST, FP32, FP32, inplace=True),
+    Problem(CHANNELS_LAST, FP16, BF16),
+    Problem(ONE_CHANNEL, FP32, FP32, "two_pass"),
+    Problem(ONE_CHANNEL, FP64, FP64),
+    Problem(ONE_CHANNEL, FP16, BF16),
+    Problem(MANY_CHANNELS, FP32, FP32, g=1.0),
+    Problem(MANY_CHANNELS, BF16, BF16, "two_pass"),
+    Problem(STRIDED, FP32, FP32, inplace=True),
+    Problem(LONG_ROWS, FP32, FP32),
+    Problem(LONG_ROWS, FP64, FP64, "two_pass", g=1.0),
+)
+
+# Triton compiles each kernel anew for dtypes and strategies: fewer of them.
+FOR_TRITON = (
+    Problem(VECTORS, FP32, FP32),
+    Problem(VECTORS, BF16, BF16, "two_pass"),
+    Problem(SHORT_PLANES, FP32, BF16),
+    Problem(PIECES, FP32, FP32, "two_pass"),
+    Problem(EDGES, FP32, FP32, inplace=True),
+    Problem(CUT_RUNS, FP32, FP32),
+    Problem(CUT_RUNS, BF16, BF16, "two_pass"),
+    Problem(WHOLE_RUNS, FP64, FP64),
+    Problem(LAST_ROW, FP32, FP32, "two_pass"),
+    Problem(CHANNELS_LAST, FP16, BF16),
+    Problem(ONE_CHANNEL, FP64, FP64, "two_pass"),
+    Problem(MANY_CHANNELS, FP32, FP32, g=1.0),
+    Problem(STRIDED, BF16, BF16, inplace=True),
+    Problem(LONG_ROWS, FP32, FP32),
+)
+
+
+def all_problems(case: Case) -> Iterator[Problem]:
+    """Every pair of dtypes and strategy, for `--slow`."""
+    for i, (mean, target) in enumerate(PAIRS):
+        yield Problem(case, mean, target, g=1.0 if i % 4 == 3 else -2.5)
+        yield Problem(case, mean, target, "two_pass")
+
+
+# The biggest has two million elements, and takes a minute in fp32 alone.
+SWEPT = tuple(case for case in CASES if case.numel <= 1 << 17)

@@ -1,0 +1,52 @@
+"""Triton's PTX for sm_90, interpreted: every output against the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from interpreted import Install, Interpreted
+from places import Place
+from problems import FP32, Case
+from regimes import CUT_RUNS, FOR_TRITON, MANY_CHANNELS, SHORT_PLANES, SWEPT, Problem, all_problems
+
+import vidfast
+
+
+@pytest.fixture
+def gpu(install: Install, triton_launches: Any) -> tuple[Interpreted, Place]:
+    return install("triton", triton_launches)
+
+
+@pytest.mark.parametrize("problem", FOR_TRITON, ids=str)
+def test_results(gpu: tuple[Interpreted, Place], problem: Problem) -> None:
+    problem.check(gpu[1])
+
+
+def test_alphas_gradient_alone(gpu: tuple[Interpreted, Place]) -> None:
+    mean, target, alpha = SHORT_PLANES.tensors(FP32)
+    want = torch.autograd.grad(
+        vidfast.gaussian_nll(mean, target, alpha.requires_grad_(), backend="reference"), alpha
+    )
+    torch.testing.assert_close(torch.autograd.grad(gpu[1].nll(mean, target, alpha), alpha), want)
+    assert gpu[0].ran[-1][0] == "alpha_gradient"
+
+
+@pytest.mark.parametrize("case", [MANY_CHANNELS, CUT_RUNS], ids=lambda c: c.name)
+def test_the_order_of_blocks_does_not_show(gpu: tuple[Interpreted, Place], case: Case) -> None:
+    backend, place = gpu
+    mean, target, alpha = case.tensors(FP32)
+    results = []
+    for seed in (0, 100, 200, 300):
+        backend.seed = seed
+        results.append(place.nll(mean, target, alpha))
+    assert all(torch.equal(x, results[0]) for x in results)
+    assert any(name == "finish" and grid[0] > 1 for name, grid in backend.ran)
+
+
+@pytest.mark.slow(reason="every shape in every pair of dtypes: half an hour, most of it in Triton's compiler")
+@pytest.mark.parametrize("case", SWEPT, ids=lambda c: c.name)
+def test_every_problem(gpu: tuple[Interpreted, Place], case: Case) -> None:
+    for problem in all_problems(case):
+        problem.check(gpu[1])
