@@ -98,6 +98,9 @@ TRITON = (
     Change("no counter from zero", "sweep_rows", r"@%p\d+ st\.global\.b32[^;]*;", "", SEVERAL, NOT_WRITTEN, count=1),
     Change("no barriers in the sweep", "sweep_rows", BARRIER, "", ROWS),
     Change("no barriers in the finish", "finish", BARRIER, "", ROWS, RACE),
+    Change("no wait for the sweep", "finish", WAIT, "", SHORT, NOT_WRITTEN),
+    Change("a load before the wait", "finish", WAIT + r"(.*?ld\.global\.[^;]*;)", r"\1 griddepcontrol.wait;", SHORT,
+           NOT_WRITTEN),
     Change("masks take one more", "sweep_planes", r"setp\.lt\.([su])(32|64)", r"setp.le.\1\2", PLANES),
 )  # fmt: skip
 
@@ -131,6 +134,7 @@ def test_a_change_of_nvccs_code_is_noticed(
 @pytest.mark.parametrize("change", TRITON, ids=str)
 def test_a_change_of_tritons_code_is_noticed(change: Change, install: Install, triton_launches: Any) -> None:
     launches: LaunchesOf = triton_launches.changed(
-        lambda name, text: change.applied(text) if name == change.where else text
+        lambda name, text: change.applied(text) if name == change.where else text,
+        overlap=int(WAIT in change.pattern),
     )
     check_noticed(change, *install("triton", launches))

@@ -16,6 +16,7 @@ from torch import Tensor
 from waves import Launch
 
 from vidfast.backends.triton import TritonBackend
+from vidfast.backends.triton.plan import RULE, Tuning
 
 Change = Callable[[str, str], str]
 
@@ -25,16 +26,18 @@ class TritonLaunches:
 
     Args:
         change: Given a kernel's name and its PTX, the text that is interpreted.
+        rule: The free numbers of the plan.
     """
 
-    def __init__(self, change: Change = lambda name, text: text) -> None:
+    def __init__(self, change: Change = lambda name, text: text, rule: Tuning = RULE) -> None:
         self._change = change
+        self._rule = rule
         self._compiled: dict[str, Any] = {}
         self._modules: dict[str, Module] = {}
 
-    def changed(self, change: Change) -> TritonLaunches:
-        """The same with another text of the kernels; what is compiled stays."""
-        other = TritonLaunches(change)
+    def changed(self, change: Change | None = None, **numbers: int) -> TritonLaunches:
+        """The same with another text of the kernels, or by other free numbers; what is compiled stays."""
+        other = TritonLaunches(change or self._change, self._rule._replace(**numbers))
         other._compiled = self._compiled
         return other
 
@@ -45,7 +48,7 @@ class TritonLaunches:
             getattr(backend, primitive)(*inputs, **outputs)
 
         there = {x.data_ptr() for x in (*inputs, *outputs.values()) if isinstance(x, Tensor)}
-        made = recorded(call)
+        made = recorded(call, rule=self._rule)
         for launch in made:
             for name, value in launch.arguments.items():
                 if isinstance(value, Tensor) and value.numel() and value.data_ptr() not in there:
