@@ -34,8 +34,11 @@ STAND_IN = "cpu"  # the name under which `auto` finds a back end for tensors on 
 class _Nothing:
     """A native module whose kernels do nothing."""
 
-    def __getattr__(self, name: str) -> Callable[..., int]:
-        return lambda *_: 0
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+    def cuda_workspace_bytes(self, *_: int) -> int:
+        return 304
 
 
 class _NoLaunch:

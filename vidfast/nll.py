@@ -74,8 +74,8 @@ def gaussian_nll(
         TypeError, ValueError: An argument is not as above; the text says what was wanted and what came.
         RuntimeError: The back end asked for cannot run, or `inplace` would destroy what other code still uses.
     """
-    options = (channel_dim, eps, reduction, full, weight, inplace, strategy, backend)
-    alpha, how = settled(mean, target, alpha, options, dispatch.choose_way)
+    options = (channel_dim, eps, reduction, full, inplace, strategy, backend)
+    alpha, how = settled(mean, target, alpha, options, weight, dispatch.choose_way)
     if how.way == KERNELS:
         return autograd.run_strategy(mean, target, alpha, how)
     if how.way == OPERATOR:

@@ -24,14 +24,16 @@ def test_results(gpu: tuple[Interpreted, Place], problem: Problem) -> None:
     problem.check(gpu[1])
 
 
-# What the rule does not choose here: tiles behind one another, a finish of many turns, one that starts early, small tiles.
+# What the rule does not choose: tiles behind one another, a finish of many turns, one that starts early, small tiles.
 @pytest.mark.parametrize(
     "numbers",
     [{"ahead": 0}, {"finish_depth": 2}, {"overlap": 1}, {"warps": 1, "vectors": 1, "smallest_chunk": 256}],
     ids=str,
 )
 @pytest.mark.parametrize("case", [SHORT_PLANES, MANY_CHANNELS, CUT_RUNS], ids=lambda c: c.name)
-def test_other_free_numbers(install: Install, triton_launches: Any, case: Case, numbers: dict[str, int]) -> None:
+def test_other_free_numbers(
+    install: Install, triton_launches: Any, case: Case, numbers: dict[str, int]
+) -> None:
     backend, place = install("triton", triton_launches.changed(**numbers))
     Problem(case, FP32, FP32).check(place)
     assert {"sweep_planes", "sweep_rows"} & {name for name, _ in backend.ran}
