@@ -42,14 +42,12 @@ def _shifted(base, offset):
 
 
 @device_function
-def _residual(x, y, grad_mean, grad_target, scale, live, WIDE: tl.constexpr):
-    """r of one tile; where a gradient is wanted, it is stored: scale * r, or its negative."""
-    r = widened(x, WIDE) - widened(y, WIDE)
+def _store_gradients(r, scale, grad_mean, grad_target, live):
+    """Of one tile: scale * r, and its negative, where one is wanted."""
     if grad_mean is not None:
         tl.store(grad_mean, rounded(r * scale, grad_mean.dtype.scalar.element_ty), mask=live)
     if grad_target is not None:
         tl.store(grad_target, rounded(-r * scale, grad_target.dtype.scalar.element_ty), mask=live)
-    return r
 
 
 @device_function
@@ -111,31 +109,31 @@ def _planes(
         scale = None
     total = tl.full([UNITS, VEC], 0, WIDE)
     for u0 in range(0, count, UNITS):
+        r = widened(x, WIDE) - widened(y, WIDE)
         u = u0 + UNITS + unit
         next_live = (u < count)[:, None]
         next_o, next_i = _unit(within, u, inner, inner_by, SHORT)
         next_o = (next_o * VEC)[:, None]
         next_i = (next_i * VEC)[:, None] + lane
         if AHEAD:
-            next_x = tl.load(mean + (next_o * mean_stride + next_i), mask=next_live, other=0.0)
-            next_y = tl.load(target + (next_o * target_stride + next_i), mask=next_live, other=0.0)
+            x = tl.load(mean + (next_o * mean_stride + next_i), mask=next_live, other=0.0)
+            y = tl.load(target + (next_o * target_stride + next_i), mask=next_live, other=0.0)
         to_mean = _shifted(grad_mean, o * grad_mean_stride + i)
-        r = _residual(x, y, to_mean, _shifted(grad_target, o * grad_target_stride + i), scale, live, WIDE)
+        _store_gradients(r, scale, to_mean, _shifted(grad_target, o * grad_target_stride + i), live)
         if partial is not None:
             total += r * r
         if not AHEAD:
-            next_x = tl.load(mean + (next_o * mean_stride + next_i), mask=next_live, other=0.0)
-            next_y = tl.load(target + (next_o * target_stride + next_i), mask=next_live, other=0.0)
-        x, y, o, i, live = next_x, next_y, next_o, next_i, next_live
+            x = tl.load(mean + (next_o * mean_stride + next_i), mask=next_live, other=0.0)
+            y = tl.load(target + (next_o * target_stride + next_i), mask=next_live, other=0.0)
+        o, i, live = next_o, next_i, next_live
     if tail is not None:  # one plane of one channel, whose last VEC - 1 values or fewer fill no vector
         if chunk == chunks - 1:
             end = (within + count) * VEC + lane + tl.full([UNITS, 1], 0, tl.int64)
             last = (tl.arange(0, UNITS) == 0)[:, None] & (lane < tail)
             last_x = tl.load(mean + end, mask=last, other=0.0)
             last_y = tl.load(target + end, mask=last, other=0.0)
-            r = _residual(
-                last_x, last_y, _shifted(grad_mean, end), _shifted(grad_target, end), scale, last, WIDE
-            )
+            r = widened(last_x, WIDE) - widened(last_y, WIDE)
+            _store_gradients(r, scale, _shifted(grad_mean, end), _shifted(grad_target, end), last)
             if partial is not None:
                 total += r * r
     if partial is not None:
@@ -209,9 +207,16 @@ def _rows(
     down = tl.arange(0, ROWS)
     here = (j < width)[None, :]
     live = (down < count)[:, None] & here
+    # Offsets of rows step, one for each tensor: a product of 64 bits takes four instructions.
     row = (down.to(tl.int64) * VEC)[:, None]
-    x = tl.load(mean + (row * mean_stride + j[None, :]), mask=live, other=0.0)
-    y = tl.load(target + (row * target_stride + j[None, :]), mask=live, other=0.0)
+    step = ROWS * VEC
+    in_mean = row * mean_stride
+    in_target = row * target_stride
+    in_grad_mean = row * grad_mean_stride
+    in_grad_target = row * grad_target_stride
+    column = j[None, :]
+    x = tl.load(mean + (in_mean + column), mask=live, other=0.0)
+    y = tl.load(target + (in_target + column), mask=live, other=0.0)
     if grad_mean is not None or grad_target is not None:
         # fp64 logarithms for NEAR channels, each once, then handed out to their columns
         run = quotient(j, inner_by)
@@ -228,30 +233,31 @@ def _rows(
         scale = None
     total = tl.full([ROWS, COLS], 0, WIDE)
     for row0 in range(0, count, ROWS):
-        next_row = row0 + ROWS + down
-        next_live = (next_row < count)[:, None] & here
-        next_row = (next_row.to(tl.int64) * VEC)[:, None]
+        r = widened(x, WIDE) - widened(y, WIDE)
+        in_mean += step * mean_stride
+        in_target += step * target_stride
+        next_live = (row0 + ROWS + down < count)[:, None] & here
         if AHEAD:
-            next_x = tl.load(mean + (next_row * mean_stride + j[None, :]), mask=next_live, other=0.0)
-            next_y = tl.load(target + (next_row * target_stride + j[None, :]), mask=next_live, other=0.0)
-        to_mean = _shifted(grad_mean, row * grad_mean_stride + j[None, :])
-        to_target = _shifted(grad_target, row * grad_target_stride + j[None, :])
-        r = _residual(x, y, to_mean, to_target, scale, live, WIDE)
+            x = tl.load(mean + (in_mean + column), mask=next_live, other=0.0)
+            y = tl.load(target + (in_target + column), mask=next_live, other=0.0)
+        to_target = _shifted(grad_target, in_grad_target + column)
+        _store_gradients(r, scale, _shifted(grad_mean, in_grad_mean + column), to_target, live)
+        in_grad_mean += step * grad_mean_stride
+        in_grad_target += step * grad_target_stride
         if partial is not None:
             total += r * r
         if not AHEAD:
-            next_x = tl.load(mean + (next_row * mean_stride + j[None, :]), mask=next_live, other=0.0)
-            next_y = tl.load(target + (next_row * target_stride + j[None, :]), mask=next_live, other=0.0)
-        x, y, row, live = next_x, next_y, next_row, next_live
+            x = tl.load(mean + (in_mean + column), mask=next_live, other=0.0)
+            y = tl.load(target + (in_target + column), mask=next_live, other=0.0)
+        live = next_live
     if tail is not None:  # the last joined row is shorter than the others
         if block == row_blocks - 1:
             end = (rows - begin) * width + j[None, :] + tl.full([ROWS, 1], 0, tl.int64)
             last = (tl.arange(0, ROWS) == 0)[:, None] & (j < tail)[None, :]
             last_x = tl.load(mean + end, mask=last, other=0.0)
             last_y = tl.load(target + end, mask=last, other=0.0)
-            r = _residual(
-                last_x, last_y, _shifted(grad_mean, end), _shifted(grad_target, end), scale, last, WIDE
-            )
+            r = widened(last_x, WIDE) - widened(last_y, WIDE)
+            _store_gradients(r, scale, _shifted(grad_mean, end), _shifted(grad_target, end), last)
             if partial is not None:
                 total += r * r
     if partial is not None:
