@@ -171,7 +171,13 @@ def alike(*tensors: Tensor) -> Callable[..., bool] | None:
 
     Like in type, dtype, device, shape, strides, requires_grad, and in how torch's dispatcher sees them now: as plain
     ones, negated, functional, without memory, in a transform, under a dispatch mode or autocast. Of jit tracing and
-    forward-mode derivatives it says nothing. None: where torch has no such check.
+    forward-mode derivatives it says nothing.
+
+    Args:
+        tensors: Strided ones, of any dtype and device.
+
+    Returns:
+        The function; None where torch has no such check.
     """
     if _guards is None:
         return None
@@ -182,6 +188,15 @@ def alike(*tensors: Tensor) -> Callable[..., bool] | None:
         return check if check(*tensors) is True else None
     except (TypeError, SystemError, RuntimeError):  # its arguments are others
         return None
+
+
+@lru_cache(maxsize=8)
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """What `function.apply` ends in, for tensors that no transform of torch.func holds, outside of transforms.
+
+    Before it, torch looks for default arguments and unwraps what transforms left behind.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
 def in_forward_mode() -> bool:

@@ -155,6 +155,7 @@ def check_tensors(
         isinstance(target, Tensor)
         and isinstance(alpha, Tensor)
         and not target.is_nested
+        and not alpha.is_nested
         and shape == target.shape
         and 0 <= channel < len(shape)
         and alpha.shape == shape[channel : channel + 1]

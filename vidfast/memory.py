@@ -81,9 +81,9 @@ def _is_kept(like: Tensor, strides: tuple[int, ...] | None) -> bool:
     return _C is not None and type(like) in PLAIN_TYPES and (strides is not None or like.is_contiguous())
 
 
-def workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(count,), uninitialised, for one call of a kernel on the current stream of the device."""
-    return torch.empty(count, dtype=dtype, device=device)
+def workspace(count: int, like: Tensor) -> Tensor:
+    """(count,), uninitialised, of the dtype and device of `like`, for one call of a kernel on its current stream."""
+    return like.new_empty(count)
 
 
 def empty_scratch(count: int, dtype: torch.dtype) -> Tensor:

@@ -75,12 +75,12 @@ def gaussian_nll(
         RuntimeError: The back end asked for cannot run, or `inplace` would destroy what other code still uses.
     """
     options = (channel_dim, eps, reduction, full, inplace, strategy, backend)
-    alpha, how = settled(mean, target, alpha, options, weight, dispatch.choose_way)
-    if how.way == KERNELS:
-        return autograd.run_strategy(mean, target, alpha, how)
-    if how.way == OPERATOR:
-        return ops.call_operator(mean, target, alpha, how.call)
-    return reference_nll(mean, target, alpha, how.call)
+    alpha, found = settled(mean, target, alpha, options, weight, dispatch.choose_way)
+    if found.way == KERNELS:
+        return autograd.run_strategy(mean, target, alpha, found)
+    if found.way == OPERATOR:
+        return ops.call_operator(mean, target, alpha, found.call)
+    return reference_nll(mean, target, alpha, found.call)
 
 
 def log_likelihood_map(

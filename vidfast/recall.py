@@ -10,18 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from vidfast._torch import alike, in_forward_mode, is_jit_tracing
+from vidfast._torch import (
+    alike,
+    in_forward_mode,
+    interpreter_stack,
+    is_functorch_wrapped,
+    is_jit_tracing,
+)
 from vidfast.arguments import Call, check_call, check_weight, loss_factor
 from vidfast.backends import still_takes
 from vidfast.backends.base import Backend
 from vidfast.layout import Layout, layout_of
 
-# So many different calls are remembered; one more, and all are forgotten.
+# At most so many shapes and options are remembered; one more, and all are forgotten.
 MOST = 4096
-# And so many of one shape and its options: of other dtypes, strides, devices, under autocast.
+# At most so many calls of one shape and its options: of other dtypes, strides, devices, under autocast.
 MOST_ALIKE = 8
 # The types of channel_dim, eps, reduction, full, inplace, strategy and backend in a call that is remembered.
 _TYPES = (int, float, str, bool, bool, str, str)
@@ -38,16 +45,19 @@ class Settled(NamedTuple):
         way: REFERENCE, OPERATOR or KERNELS.
         backend: Whose kernels compute it, if any do.
         layout: Of mean and target, if the back end walks them by one; None: not known yet.
+        recalled: Whether there was a call like it. Its tensors are then plain ones, with memory of their own, and no
+            transform, mode or tracer of torch's is around it.
     """
 
     call: Call
     way: str
     backend: Backend | None
     layout: Layout | None = None
+    recalled: bool = False
 
 
 # By the shape of mean and the options: checks of the tensors (`vidfast._torch.alike`), the newest first.
-_settled: dict[Any, list[tuple[Callable[..., bool], Settled]]] = {}
+_remembered: dict[Any, list[tuple[Callable[..., bool], Settled]]] = {}
 
 
 def settled(
@@ -72,24 +82,31 @@ def settled(
         TypeError, ValueError: An argument is not as it must be.
         RuntimeError: The back end asked for cannot run.
     """
+    stale = None
     if not is_dynamo_compiling():
         try:
-            for are_alike, known in _settled[mean.shape, options]:
-                if not are_alike(mean, target, alpha):
-                    continue
-                # What `alike` says nothing of. True and 1.0 are equal to 1, but no channel_dim.
-                if (
-                    tuple(map(type, options)) == _TYPES
-                    and type(weight) is float
-                    and not is_jit_tracing()
-                    and not in_forward_mode()
-                    and not (known.call.strategy == "one_pass" and target.requires_grad)
-                    and still_takes(known.backend, mean, target, alpha)
-                ):
-                    return alpha, known if known.call.weight == weight else _weighted(known, mean, weight)
-                break
-        except (KeyError, TypeError, AttributeError, RuntimeError):  # but the first: no tensor, or no option
-            pass
+            candidates = _remembered.get((mean.shape, options), ())
+            if candidates and not _have_strides(target, alpha):
+                candidates = ()
+        except (AttributeError, TypeError, RuntimeError):  # no tensor, one without a shape, or no option
+            candidates = ()
+        for are_alike, found in candidates:
+            if not are_alike(mean, target, alpha):
+                continue
+            # What `alike` says nothing of. True and 1.0 are equal to 1, but no channel_dim.
+            if (
+                tuple(map(type, options)) == _TYPES
+                and type(weight) is float
+                and not is_jit_tracing()
+                and not in_forward_mode()
+                and not (found.call.strategy == "one_pass" and target.requires_grad)
+                and still_takes(found.backend, mean, target, alpha)
+            ):
+                # 0.0 is equal to -0.0, but the loss has its sign
+                same = weight and found.call.weight == weight
+                return alpha, found if same else _weighted(found, mean, weight)
+            stale = are_alike
+            break
     given = alpha
     channel_dim, eps, reduction, full, inplace, strategy, name = options
     alpha, call = check_call(
@@ -99,23 +116,32 @@ def settled(
     if is_compiling() or backend is None or not backend.walks or alpha is not given:
         return alpha, Settled(call, way, backend)
     found = Settled(call, way, backend, layout_of(mean, target, call.channel))
-    check = alike(mean, target, alpha)
-    if check is not None and tuple(map(type, options)) == _TYPES:
-        if len(_settled) >= MOST:
-            _settled.clear()
+    # Nothing is kept of what a transform of torch.func holds, or left behind.
+    in_transform = interpreter_stack() is not None or any(map(is_functorch_wrapped, (mean, target, alpha)))
+    lasting = not in_transform and not in_forward_mode() and type(weight) is float
+    check = alike(mean, target, alpha) if lasting and tuple(map(type, options)) == _TYPES else None
+    if check is not None:
         key = mean.shape, options
-        _settled[key] = [(check, found), *_settled.get(key, [])][:MOST_ALIKE]
+        if len(_remembered) >= MOST and key not in _remembered:
+            _remembered.clear()
+        others = [one for one in _remembered.get(key, []) if one[0] is not stale]
+        _remembered[key] = [(check, found._replace(recalled=True)), *others][:MOST_ALIKE]
     return alpha, found
 
 
-def _weighted(known: Settled, mean: Tensor, weight: float) -> Settled:
+def _have_strides(*tensors: Tensor) -> bool:
+    """Whether torch may be asked for their strides: of a nested tensor, its check of them ends the process."""
+    return all(x.layout is torch.strided and not x.is_nested for x in tensors)
+
+
+def _weighted(found: Settled, mean: Tensor, weight: float) -> Settled:
     """What was settled, with this weight.
 
     Raises:
         ValueError: It is not finite.
     """
-    call = known.call
+    call = found.call
     check_weight(weight)
-    return known._replace(
+    return found._replace(
         call=call._replace(weight=weight, k=loss_factor(mean.shape, call.reduction, weight))
     )

@@ -12,6 +12,7 @@ from bench.gpu.workers import DEVICE, ask, backends, device_is_broken, processes
 # Numbers of points in cases.DEVICE_POINTS.
 STEP_POINTS = (0, 1, 5)
 TUNING_POINTS = (0, 1, 2, 4, 6, 7, 8, 10, 11, 13, 14, 16)
+TRITON_TUNING_POINTS = (0, 1, 2, 4, 8, 10, 13, 14)
 # Of seven samples the spread calls equal rows different in 1.6% of the cases, of five in 6%.
 FEWEST_SAMPLES = 7
 
@@ -180,20 +181,64 @@ def tune(job: Job) -> int | None:
 
 
 def tune_triton(job: Job) -> int | None:
-    """Every free number of the Triton back end's plan, changed alone, and some together."""
+    """The free numbers of the Triton back end's plan, each changed alone, and some together."""
     from bench.gpu import tuning
     from vidfast.report.device import TUNING_TRITON
 
-    overlaps, _ = ask(tuning.triton_overlaps, job.work / "ask")
+    overlaps, error = ask(tuning.triton_overlaps, job.work / "ask")
+    if error or not overlaps:
+        print(
+            f"overlap is left out: {error or 'it wants compute capability 9.0 and a Triton that launches so'}"
+        )
     suite = tuning.triton_suite(("ahead", "finish_depth") if job.small else None, bool(overlaps))
-    return tuned(job, tuning.triton_missing, suite, TUNING_TRITON)
+    return tuned(job, tuning.triton_missing, suite, TUNING_TRITON, TRITON_TUNING_POINTS)
 
 
-def tuned(job: Job, missing: Callable[[Sequence[str]], str | None], suite: Any, name: str) -> int | None:
+def tuned(
+    job: Job,
+    missing: Callable[[Sequence[str]], str | None],
+    suite: Any,
+    name: str,
+    points: Sequence[int] = TUNING_POINTS,
+) -> int | None:
+    """Measures a TuningSuite, after what it compiles was compiled in processes side by side.
+
+    Args:
+        job: Of the stage.
+        missing: Says of the back ends that run here why nothing can be tuned, or None.
+        suite: A :class:`bench.gpu.tuning.TuningSuite`.
+        name: Of the suite in the results.
+        points: Numbers of points in cases.DEVICE_POINTS.
+    """
     from bench.cases import device_cases
 
     reason, error = ask(lambda: missing(backends()), job.work / "ask")
     if error or reason:
         return not_here(error or reason)
-    cases = device_cases(name, DEVICE, job.small, TUNING_POINTS)
-    return measured(job, [(suite, case) for case in (cases[:2] if job.small else cases)], seconds=0.4)
+    cases = device_cases(name, DEVICE, job.small, points)[: 2 if job.small else None]
+    if suite.backend == "triton":
+        warm_tuned(job, suite, cases)
+    return measured(job, [(suite, case) for case in cases], seconds=0.4)
+
+
+def warm_tuned(job: Job, suite: Any, cases: Sequence[Any]) -> None:
+    """Compiles Triton's kernels for every setting of the cases in processes side by side, into its cache on disk."""
+    from bench.buffers import Pool
+    from bench.device_kernels import IN_PLACE, DeviceKernel
+
+    begin = time.monotonic()
+
+    def one(item: tuple[Any, Any]) -> dict[str, Any]:
+        case, values = item
+        with suite.changed(values):
+            DeviceKernel(suite.backend, IN_PLACE, case, Pool(case, slots=1)).prepare()()
+        return {}
+
+    items = [(case, values) for case in cases for values in ({}, *suite.settings().values())]
+    found = share(items, one, processes(), job.work / "warm-tuned", device_is_broken)
+    for (case, values), result in zip(items, found, strict=True):
+        if result is None:
+            raise KeyboardInterrupt
+        if "error" in result:
+            print(f"{case.title} | {values}: {result['error']}")
+    print(f"compiled in {time.monotonic() - begin:.1f} s", flush=True)

@@ -149,7 +149,7 @@ class Walk:
 def walked(mean: Tensor, target: Tensor, alpha: Tensor, recalled: bool = False, **options: Any) -> Walk:
     vidfast.gaussian_nll(mean, target, alpha, backend="cpu", **options)  # what is imported late is there now
     if not recalled:
-        recall._settled.clear()
+        recall._remembered.clear()
     walk = Walk(mean)
     sys.setprofile(walk)
     try:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vidfast
 from vidfast import _torch, backends, recall
 from vidfast.backends.cpu import BACKEND, CpuBackend
+from vidfast.backends.plain import PlainBackend
 
 pytestmark = pytest.mark.skipif(
     BACKEND.unavailable() is not None or _torch._guards is None,
@@ -30,9 +31,9 @@ def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]
 
 @pytest.fixture(autouse=True)
 def nothing_is_known() -> Iterator[None]:
-    recall._settled.clear()
+    recall._remembered.clear()
     yield
-    recall._settled.clear()
+    recall._remembered.clear()
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_a_weight_that_changes_is_no_other_call(checked: list[Any]) -> None:
     mean, target, alpha = tensors()
     for weight in (1.0, 0.5, 3.25, 1.0, 0.0):
         found = results(mean, target, alpha, weight=weight)
-        recall._settled.clear()
+        recall._remembered.clear()
         wanted = results(mean, target, alpha, weight=weight)
         assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
     assert len(checked) == 6, "the first, and one after everything was forgotten, five times"
@@ -184,6 +185,42 @@ def test_what_is_no_tensor_is_an_error_as_before(which: int) -> None:
         vidfast.gaussian_nll(*given)
 
 
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("kind", ["nested", "sparse", "meta"])
+def test_tensors_without_strides_or_values_are_errors_as_before(which: int, kind: str) -> None:
+    """torch's check of strides would end the process."""
+    given = [x.detach() for x in tensors()]
+    vidfast.gaussian_nll(*given)
+    x = given[which]
+    given[which] = {
+        "nested": lambda: torch.nested.nested_tensor(list(x) if x.dim() > 1 else [x]),
+        "sparse": x.to_sparse,
+        "meta": lambda: x.to("meta"),
+    }[kind]()
+    with pytest.raises(ValueError, match=r"must be a dense|must be on one device"):
+        vidfast.gaussian_nll(*given)
+
+
+def test_a_call_that_cannot_be_recalled_is_not_kept_again_and_again() -> None:
+    mean, target, alpha = tensors()
+    vidfast.gaussian_nll(mean, target, alpha)
+    for weight in (2, 2.0, 3):
+        for _ in range(3):
+            vidfast.gaussian_nll(mean, target, alpha, weight=weight)
+    with forward_ad.dual_level():
+        vidfast.gaussian_nll(mean, target, alpha)
+    ((_, (only,)),) = [(key, kept) for key, kept in recall._remembered.items()]
+    assert only[1].call.weight == 1.0
+
+
+def test_the_sign_of_a_weight_that_is_zero() -> None:
+    mean, target, alpha = (x.detach() for x in tensors())
+    for weight in (0.0, -0.0, 1.0, -0.0, 0.0):
+        loss = vidfast.gaussian_nll(mean, target, alpha, weight=weight)
+        want = vidfast.gaussian_nll(mean, target, alpha, weight=weight, backend="reference")
+        assert torch.signbit(loss) == torch.signbit(want)
+
+
 def test_one_pass_has_no_gradient_of_a_target_that_was_made_without_grad() -> None:
     mean, target, alpha = tensors()
     target.requires_grad_()
@@ -204,9 +241,59 @@ def test_another_back_end_of_the_name_is_asked_anew(
     results(*given)
     assert len(checked) == 2
     monkeypatch.setattr(CpuBackend, "supports", lambda *_: "it does not")
-    recall._settled.clear()
     with pytest.raises(RuntimeError, match="it does not"):
         results(*given, backend="cpu")
+    assert vidfast.gaussian_nll(*given).grad_fn is not None, "auto goes on to the reference"
+    recall._remembered.clear()
+    with pytest.raises(RuntimeError, match="it does not"):
+        results(*given, backend="cpu")
+
+
+def test_what_a_transform_left_behind_is_computed_as_ever(checked: list[Any]) -> None:
+    """A tensor that leaked from torch.func.grad stands for another; torch's own `apply` unwraps it."""
+    mean, target, alpha = tensors()
+    leaked: list[Tensor] = []
+
+    def leak(x: Tensor) -> Tensor:
+        leaked.append(2 * x)
+        return x.sum()
+
+    torch.func.grad(leak)(mean.detach())
+    want = results(2 * mean.detach(), target, alpha)
+    checked.clear()
+    for strategy in ("one_pass", "two_pass") * 2:
+        loss = vidfast.gaussian_nll(leaked[0], target, alpha, strategy=strategy)
+        torch.testing.assert_close([loss.detach(), *torch.autograd.grad(loss, alpha)], want)
+    assert len(checked) == 4, "none of them is remembered"
+
+
+def test_plain_tensors_inside_of_a_transform_are_refused_in_words() -> None:
+    mean, target, alpha = tensors()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            torch.func.vmap(lambda x: x * vidfast.gaussian_nll(mean, target, alpha))(torch.ones(2))
+        results(mean, target, alpha)
+
+
+def test_a_back_end_that_does_not_walk_gets_no_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes tensors as they are: none is copied for it."""
+    other = PlainBackend()
+    other.name = "cpu"
+    monkeypatch.setitem(backends._loaded, "cpu", other)
+    mean, target, alpha = tensors()
+    target = channels_last(target)
+    seen: list[Tensor] = []
+    right = PlainBackend.forward_grad
+
+    def forward_grad(self: Any, mean: Tensor, target: Tensor, *rest: Any, **outputs: Any) -> None:
+        seen.append(target)
+        right(self, mean, target, *rest, **outputs)
+
+    monkeypatch.setattr(PlainBackend, "forward_grad", forward_grad)
+    for _ in range(2):
+        results(mean, target, alpha)
+    assert all(x is target for x in seen), "it was copied"
+    assert len(seen) == 2
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,11 +301,11 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     mean, target, alpha = tensors()
     for eps in range(1, 9):
         vidfast.gaussian_nll(mean, target, alpha, eps=float(eps))
-        assert len(recall._settled) <= 3
+        assert len(recall._remembered) <= 3
     for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.float32):
         for other in (torch.float64, torch.bfloat16, torch.float16, torch.float32):
             vidfast.gaussian_nll(mean.to(dtype), target.to(other), alpha)
-    assert max(map(len, recall._settled.values())) == recall.MOST_ALIKE
+    assert max(map(len, recall._remembered.values())) == recall.MOST_ALIKE
 
 
 def test_without_torchs_check_every_call_is_checked(

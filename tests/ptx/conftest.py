@@ -13,6 +13,7 @@ import torch
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("core", "triton", "emulation")]
 
 from interpreted import Install, Interpreted, LaunchesOf
+from keeping import kept
 from nvcc_launches import NvccKernels, NvccLaunches, compile_ptx, missing_tool
 from places import Place
 
@@ -36,16 +37,16 @@ def nvcc_texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """nvcc's PTX of every file in csrc/cuda that has kernels."""
     missing = missing_tool()
     if missing is not None:
-        pytest.skip(f"there is no {missing}")
-    return compile_ptx(tmp_path_factory.mktemp("nvcc"))
+        pytest.skip(f"there is no {missing}: neither in CUDA_HOME nor on PATH")
+    return compile_ptx(kept("nvcc") or tmp_path_factory.mktemp("nvcc"))
 
 
 @pytest.fixture(scope="session")
-def native(emulated_module: Path) -> Any:
-    """CUDA's native host code."""
+def native(nvcc_texts: dict[str, str], request: pytest.FixtureRequest) -> Any:
+    """CUDA's native host code. It takes long to build: not where there is nothing for it to launch."""
     from emulated import load_module
 
-    return load_module(emulated_module)
+    return load_module(request.getfixturevalue("emulated_module"))
 
 
 @pytest.fixture(scope="session")

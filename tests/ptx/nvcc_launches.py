@@ -29,8 +29,12 @@ _TYPES = {"vidfast::cpu::bf16": "__nv_bfloat16", "vidfast::cpu::f16": "__half"}
 
 
 def nvcc() -> str | None:
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
-    return shutil.which("nvcc") or (str(home) if home.exists() else None)
+    """That of CUDA_HOME or CUDA_PATH, of PATH, or of the usual place: in the order of setup.py."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named and (Path(named) / "bin" / "nvcc").exists():
+        return str(Path(named) / "bin" / "nvcc")
+    usual = Path("/usr/local/cuda/bin/nvcc")
+    return shutil.which("nvcc") or (str(usual) if usual.exists() else None)
 
 
 def missing_tool() -> str | None:

@@ -208,6 +208,8 @@ class Module:
 
     def kernel(self, name: str) -> Kernel:
         if name not in self._kernels:
+            if name not in self._entries:
+                raise ValueError(f"there is no kernel {name!r}, but {', '.join(self._entries) or 'none'}")
             entry, text = self._entries[name], self._text
             body = text[entry.end() : _end_of_braces(text, entry.end() - 1)]
             outside = [a for a in _ARRAY.finditer(text) if not self._is_inside(a.start())]

@@ -12,6 +12,7 @@ from problems import FP32, Case
 from regimes import CUT_RUNS, FOR_TRITON, MANY_CHANNELS, SHORT_PLANES, SWEPT, Problem, all_problems
 
 import vidfast
+from vidfast.backends.triton import launch
 
 
 @pytest.fixture
@@ -37,6 +38,25 @@ def test_other_free_numbers(
     backend, place = install("triton", triton_launches.changed(**numbers))
     Problem(case, FP32, FP32).check(place)
     assert {"sweep_planes", "sweep_rows"} & {name for name, _ in backend.ran}
+
+
+def test_extents_beyond_32_bits(
+    install: Install, triton_launches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a chunk begins is divided in 64 bits: planes and `scale`, in place in a slice of a batch."""
+    for name in ("plan", "plan_scale"):
+        right = getattr(launch, name)
+
+        def wide(*args: Any, right: Any = right) -> Any:
+            cut = right(*args)
+            return cut._replace(narrow=False) if hasattr(cut, "narrow") else cut
+
+        monkeypatch.setattr(launch, name, wide)
+    case = Case("strided_planes", "chunks that begin within planes", (5, 3, 17, 19), 1, "batch_slice")
+    backend, place = install("triton", triton_launches.changed(warps=1, vectors=1, smallest_chunk=256))
+    Problem(case, FP32, FP32, inplace=True).check(place)
+    assert backend.ran[0] == ("sweep_planes", backend.ran[0][1])
+    assert backend.ran[0][1][0] > 5, "a plane has several chunks"
 
 
 def test_alphas_gradient_alone(gpu: tuple[Interpreted, Place]) -> None:

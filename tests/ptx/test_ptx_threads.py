@@ -143,6 +143,18 @@ def test_a_shuffle_of_a_divided_warp() -> None:
         ran(body.replace("-1", "0xffffff00"))
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "shfl.sync.bfly.b32 %r3, %r1, 1, 31, 0xffff; st.global.u32 [%d9], %r3;",
+        "bar.warp.sync 1; st.global.u32 [%d9], %r1;",
+    ],
+)
+def test_all_are_there_and_some_are_not_named(body: str) -> None:
+    with pytest.raises(Fault, match="does not name itself"):
+        ran(body)
+
+
 def test_a_shuffle_waits_for_threads_that_come_later() -> None:
     """Their way is further down in the text, and comes back."""
     body = """setp.lt.u32 %p1, %r1, 5;

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Callable
 from typing import Any
 
 import triton
 from interpreted import steps_of
+from keeping import kept
 from launches import TARGETS, recorded, specialised
 from launches import Launch as TritonLaunch
 from memory import GlobalMemory
@@ -62,7 +64,13 @@ class TritonLaunches:
             self._compiled[key] = triton.compile(source, target=TARGETS["sm_90"], options=launch.options)
         compiled = self._compiled[key]
         if key not in self._modules:
-            self._modules[key] = Module(self._change(launch.name, compiled.asm["ptx"]))
+            text = self._change(launch.name, compiled.asm["ptx"])
+            folder = kept("triton")
+            if folder is not None:
+                (folder / f"{launch.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.ptx").write_text(
+                    text
+                )
+            self._modules[key] = Module(text)
         kernel = self._modules[key].kernel(compiled.metadata.name)
         values = [launch.arguments[name] for name, kind in source.signature.items() if kind != "constexpr"]
         data = bytearray(kernel.parameter_bytes)

@@ -261,7 +261,7 @@ class Wave:
                     at = min(self.fronts)
                     self._advance(at, self.fronts.pop(at), hold)
                 if not hold:
-                    self._nobody_waits()
+                    self._check_none_waits()
         except Fault as fault:
             raise Fault(self._place(fault)) from None
 
@@ -330,11 +330,9 @@ class Wave:
             self._add(target, chosen & (which == i))
 
     def _meet(self, step: Step, at: int, arrived: Array) -> Array:
-        """Those that go on: whose warp or block is here. The others stay behind."""
+        """The threads whose warp or block is complete, and who go on. The others wait here."""
         there = arrived | self.parked.pop(at, False)
-        if there.all():
-            ready = there
-        elif step.kind == "block":
+        if step.kind == "block":
             ready = np.repeat(there.reshape(-1, self.threads).all(1), self.threads) & there
         else:
             ready = self._whole_warps(step, there)
@@ -350,6 +348,8 @@ class Wave:
         assert step.members is not None
         self._set(there)
         members = np.broadcast_to(step.members(self), (self.lanes,)).reshape(-1, WARP)
+        if there.all() and (members == np.uint32(0xFFFFFFFF)).all():
+            return there
         present = there.reshape(-1, WARP)
         named = (members[:, :, None] >> np.arange(WARP, dtype=np.uint32)) & np.uint32(1) == 1  # by whom, whom
         outside = present & ~np.einsum("wii->wi", named)
@@ -358,7 +358,7 @@ class Wave:
         missing = (present[:, :, None] & named & ~present[:, None, :]).any((1, 2))
         return np.repeat(~missing, WARP) & there
 
-    def _nobody_waits(self) -> None:
+    def _check_none_waits(self) -> None:
         for at, mask in sorted(self.parked.items()):
             self.step = self.launch.steps[at]
             self.mask = mask

@@ -129,6 +129,10 @@ class Code:
         found["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", self.text))
         return found
 
+    def registers(self) -> int:
+        """Of a thread, on NVIDIA's GPUs."""
+        return int(re.search(r"\bREG:(\d+)", self._tool("-res-usage")).group(1))  # type: ignore[union-attr]
+
     def shared_bytes(self) -> int:
         return int(self.kernel.metadata.shared)
 

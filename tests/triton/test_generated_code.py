@@ -148,9 +148,28 @@ def test_the_first_tile_is_loaded_before_anything_is_divided(regime: str, primit
     ]
     loads = [i for i, line in enumerate(code) if "LDG.E.128" in line]
     heavy = next(i for i, line in enumerate(code) if HEAVY.search(line))
-    vectors = RULE.vectors
-    assert len(loads) >= 2 * 2 * vectors, "the first tile's and the loop's"
-    assert loads[2 * vectors - 1] < heavy, f"{code[heavy]} stands before the loads of the first tile"
+    first = 2 * RULE.vectors
+    assert len(loads) >= 2 * first, "the first tile's and the loop's"
+    assert loads[first - 1] < heavy, f"{code[heavy]} stands before the loads of the first tile"
+    stores = [i for i, line in enumerate(code) if "STG.E.128" in line]
+    before = sum(load < stores[0] for load in loads[first : 2 * first])
+    assert compiled(sweep, "sm_90").registers() <= 96, "five programs of 128 threads have no more"
+    assert before == (first if ahead else 0), (
+        "a tile's loads stand before the stores of the one before it, if ahead"
+    )
+
+
+@pytest.mark.parametrize("regime", ["big_planes", "channels_last"])
+def test_a_finish_computes_while_its_first_sums_are_on_their_way(regime: str) -> None:
+    """Where it does not start early, the loads of its first tile stand before the channels' logarithms."""
+    finish = launches("forward_grad", regime, "bf16")[1]
+    code = [
+        line.strip() for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", compiled(finish, "sm_90").text)
+    ]
+    loads = [i for i, line in enumerate(code) if re.search(r"\bLDG\b", line)]
+    first = next(i for i, line in enumerate(code) if re.search(r"\bD(ADD|MUL|FMA)\b", line))
+    a_thread = finish.arguments["CHANNELS"] * finish.arguments["DEPTH"] // (32 * finish.options["num_warps"])
+    assert sum(load < first for load in loads) >= max(a_thread, 1), "channels are computed first"
 
 
 def test_a_finish_that_starts_early_waits_before_it_reads_sums() -> None:

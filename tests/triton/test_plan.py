@@ -10,6 +10,7 @@ from vidfast.backends.triton.plan import (
     FEW_ROWS,
     LONGEST_RUN,
     RULE,
+    Finish,
     Flat,
     Planes,
     Rows,
@@ -123,3 +124,27 @@ def test_a_divisor_divides_exactly(d: int) -> None:
         for n in (multiple * d - 1, multiple * d, multiple * d + 1, (1 << 31) - 1):
             if 0 <= n < 1 << 31:
                 assert n * factor >> shift == n // d
+
+
+def test_extents_beyond_32_bits_are_divided_in_64() -> None:
+    """A chunk's first vector is divided by its plane's: by multiplication where that is exact."""
+    plane = 1 << 20
+    for outer, narrow in ((1 << 12, True), (1 << 14, False)):
+        planes = plan(outer, 1, plane, 2 * plane, plane, 4, 4)  # with gaps: no single plane
+        assert isinstance(planes, Planes)
+        assert planes.narrow is narrow
+        assert plan_scale(outer, plane, 2 * plane, plane, 4).narrow is narrow
+
+
+@pytest.mark.parametrize(
+    ("partials", "wanted"),
+    [
+        ((784, 256, 1), Finish(784, 1, True, 32, 8, 512, 8)),  # channels last, 56x56
+        ((16, 1000, 1), Finish(16, 1, True, 32, 32, 16, 4)),  # logits
+        ((1, 256, 7), Finish(1, 7, False, 8, 32, 8, 4)),  # planes
+        ((1, 1, 5000), Finish(1, 5000, False, 1, 1, 4096, 8)),  # one channel
+    ],
+)
+def test_the_finish_is_as_wide_as_its_sums(partials: tuple[int, int, int], wanted: Finish) -> None:
+    assert plan_finish(*partials) == wanted
+    assert wanted.channels * wanted.depth <= 16 * 32 * wanted.warps, "more loads in flight than a thread has"

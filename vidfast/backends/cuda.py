@@ -13,6 +13,7 @@ from torch import Tensor
 from vidfast._torch import current_stream
 from vidfast.arguments import Call
 from vidfast.layout import Layout, RowLayout
+from vidfast.memory import workspace
 from vidfast.raw import NATIVE_DTYPE, NO_ROWS, address, native_dtype
 
 _NO_GUARD = contextlib.nullcontext()
@@ -45,7 +46,7 @@ class CudaBackend:
         self._stream = stream
         self._is_cuda = device_type == "cuda"
         self._refused: dict[int, str | None] = {}  # by device: why it cannot run there
-        self._workspace = lru_cache(maxsize=4096)(self._numbers)
+        self._numbers = lru_cache(maxsize=4096)(self._numbers_of_workspace)
 
     def unavailable(self) -> str | None:
         """Why the extension was built without it, or torch, the driver or the machine has no CUDA."""
@@ -119,12 +120,12 @@ class CudaBackend:
         mean_dtype, target_dtype = NATIVE_DTYPE[mean.dtype], NATIVE_DTYPE[target.dtype]
         index = mean.get_device()
         with self._on(index):
-            workspace = sum_sq.new_empty(self._workspace(extents, mean_dtype, target_dtype))
+            space = workspace(self._numbers(extents, mean_dtype, target_dtype), sum_sq)
             self._native.cuda_forward(
                 mean.data_ptr(), mean_stride, mean_dtype, target.data_ptr(), target_stride, target_dtype,
                 alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], outer, channels, inner, call.k, call.eps, call.full,
                 loss.data_ptr(), NATIVE_DTYPE[loss.dtype], sum_sq.data_ptr(),
-                workspace.data_ptr(), self._stream(index),
+                space.data_ptr(), self._stream(index),
             )  # fmt: skip
 
     def forward_grad(
@@ -144,13 +145,13 @@ class CudaBackend:
         mean_dtype, target_dtype = NATIVE_DTYPE[mean.dtype], NATIVE_DTYPE[target.dtype]
         index = mean.get_device()
         with self._on(index):
-            workspace = grad_alpha.new_empty(self._workspace(extents, mean_dtype, target_dtype))
+            space = workspace(self._numbers(extents, mean_dtype, target_dtype), grad_alpha)
             self._native.cuda_forward_grad(
                 mean.data_ptr(), mean_stride, mean_dtype, target.data_ptr(), target_stride, target_dtype,
                 alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], outer, channels, inner, call.k, call.eps, call.full,
                 loss.data_ptr(), NATIVE_DTYPE[loss.dtype],
                 grad_mean.data_ptr(), mean_stride if call.inplace else channels * inner,
-                grad_alpha.data_ptr(), workspace.data_ptr(), self._stream(index),
+                grad_alpha.data_ptr(), space.data_ptr(), self._stream(index),
             )  # fmt: skip
 
     def backward(
@@ -207,8 +208,8 @@ class CudaBackend:
                 0 if scaled_alpha is None else NATIVE_DTYPE[scaled_alpha.dtype], self._stream(index),
             )  # fmt: skip
 
-    def _numbers(self, extents: tuple[int, ...], mean_dtype: int, target_dtype: int) -> int:
-        """How many fp64 numbers hold partial sums and a counter; the kernels set what they read."""
+    def _numbers_of_workspace(self, extents: tuple[int, ...], mean_dtype: int, target_dtype: int) -> int:
+        """How many fp64 numbers have room for partial sums and a counter; the kernels set what they read."""
         size: int = self._native.cuda_workspace_bytes(*extents, mean_dtype, target_dtype)
         return -(-size // 8)
 

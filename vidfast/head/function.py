@@ -58,7 +58,7 @@ class Head(torch.autograd.Function):
             return (None,) * (7 + len(ctx.layers))
         (student, grad_alpha, *layers), own = restored(ctx, g.device)
         assert grad_alpha is not None
-        origin, twice = grad_alpha, torch.is_grad_enabled()
+        of_graph, twice = grad_alpha, torch.is_grad_enabled()
         g = incoming(g)
         own = own and not graph_is_retained()
         grad_alpha = (grad_alpha.detach() if twice else grad_alpha) if ctx.needs_input_grad[2] else None
@@ -76,7 +76,7 @@ class Head(torch.autograd.Function):
             for x, like in zip(layers, ctx.layers, strict=True)
         ]
         if twice:
-            student, grad_alpha, *scaled = not_twice(origin, student, grad_alpha, *scaled)
+            student, grad_alpha, *scaled = not_twice(of_graph, student, grad_alpha, *scaled)
         return student, None, grad_alpha, None, None, None, None, *scaled
 
     @staticmethod

@@ -155,7 +155,7 @@ class Captured:
         for name, value in numbers.items():
             self._inner._native.cuda_set_free_number(name, value)
         if numbers:
-            self._inner._workspace.cache_clear()
+            self._inner._numbers.cache_clear()
 
     def _run(self, primitive: str, inputs: tuple[Any, ...], **outputs: Any) -> None:
         run = getattr(self._inner, primitive)

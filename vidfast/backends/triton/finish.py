@@ -25,20 +25,6 @@ from vidfast.backends.triton.math import (
 LOG_2PI: tl.constexpr = tl.constexpr(0x3FFD67F1C864BEB5)
 
 
-@device_function
-def begin_sweep(workspace, partials_at, pid, dtype: tl.constexpr, OVERLAP: tl.constexpr):
-    """The partial sums in a sweep's workspace, whose counter is set to 0 for `finish`, or None: no sums are wanted."""
-    if workspace is not None:
-        if OVERLAP:  # `finish` may come, and waits for this sweep's end
-            tl.extra.cuda.gdc_launch_dependents()
-        if pid == 0:
-            tl.store(counter_of(workspace), 0)
-        partial = partials_of(workspace, partials_at, dtype)
-    else:
-        partial = None
-    return partial
-
-
 # A workspace is in fp64: the counter of the programs of `finish` that are done, as int32; each program's loss; partial
 # sums of r^2, in the type that r is computed in.
 
@@ -53,6 +39,20 @@ def counter_of(workspace):
 def partials_of(workspace, partials_at, dtype: tl.constexpr):
     """The partial sums of a workspace, as a pointer."""
     return (workspace + partials_at).to(tl.pointer_type(dtype), bitcast=True)
+
+
+@device_function
+def begin_sweep(workspace, partials_at, pid, dtype: tl.constexpr, OVERLAP: tl.constexpr):
+    """The partial sums in a sweep's workspace, whose counter is set to 0 for `finish`, or None: no sums are wanted."""
+    if workspace is not None:
+        if OVERLAP:  # `finish` may come, and waits for this sweep's end
+            tl.extra.cuda.gdc_launch_dependents()
+        if pid == 0:
+            tl.store(counter_of(workspace), 0)
+        partial = partials_of(workspace, partials_at, dtype)
+    else:
+        partial = None
+    return partial
 
 
 @device_function

@@ -42,6 +42,14 @@ def _shifted(base, offset):
 
 
 @device_function
+def _load(mean, target, in_mean, in_target, live):
+    """One tile of both."""
+    x = tl.load(mean + in_mean, mask=live, other=0.0)
+    y = tl.load(target + in_target, mask=live, other=0.0)
+    return x, y
+
+
+@device_function
 def _store_gradients(r, scale, grad_mean, grad_target, live):
     """Of one tile: scale * r, and its negative, where one is wanted."""
     if grad_mean is not None:
@@ -101,8 +109,7 @@ def _planes(
     o, i = _unit(within, unit, inner, inner_by, SHORT)
     o = (o * VEC)[:, None]
     i = (i * VEC)[:, None] + lane
-    x = tl.load(mean + (o * mean_stride + i), mask=live, other=0.0)
-    y = tl.load(target + (o * target_stride + i), mask=live, other=0.0)
+    x, y = _load(mean, target, o * mean_stride + i, o * target_stride + i, live)
     if grad_mean is not None or grad_target is not None:
         scale = grad_scale(alpha + channel, g, eps_bits, k_bits, True, WIDE)
     else:
@@ -116,22 +123,23 @@ def _planes(
         next_o = (next_o * VEC)[:, None]
         next_i = (next_i * VEC)[:, None] + lane
         if AHEAD:
-            x = tl.load(mean + (next_o * mean_stride + next_i), mask=next_live, other=0.0)
-            y = tl.load(target + (next_o * target_stride + next_i), mask=next_live, other=0.0)
+            x, y = _load(
+                mean, target, next_o * mean_stride + next_i, next_o * target_stride + next_i, next_live
+            )
         to_mean = _shifted(grad_mean, o * grad_mean_stride + i)
         _store_gradients(r, scale, to_mean, _shifted(grad_target, o * grad_target_stride + i), live)
         if partial is not None:
             total += r * r
         if not AHEAD:
-            x = tl.load(mean + (next_o * mean_stride + next_i), mask=next_live, other=0.0)
-            y = tl.load(target + (next_o * target_stride + next_i), mask=next_live, other=0.0)
+            x, y = _load(
+                mean, target, next_o * mean_stride + next_i, next_o * target_stride + next_i, next_live
+            )
         o, i, live = next_o, next_i, next_live
     if tail is not None:  # one plane of one channel, whose last VEC - 1 values or fewer fill no vector
         if chunk == chunks - 1:
             end = (within + count) * VEC + lane + tl.full([UNITS, 1], 0, tl.int64)
             last = (tl.arange(0, UNITS) == 0)[:, None] & (lane < tail)
-            last_x = tl.load(mean + end, mask=last, other=0.0)
-            last_y = tl.load(target + end, mask=last, other=0.0)
+            last_x, last_y = _load(mean, target, end, end, last)
             r = widened(last_x, WIDE) - widened(last_y, WIDE)
             _store_gradients(r, scale, _shifted(grad_mean, end), _shifted(grad_target, end), last)
             if partial is not None:
@@ -215,8 +223,7 @@ def _rows(
     in_grad_mean = row * grad_mean_stride
     in_grad_target = row * grad_target_stride
     column = j[None, :]
-    x = tl.load(mean + (in_mean + column), mask=live, other=0.0)
-    y = tl.load(target + (in_target + column), mask=live, other=0.0)
+    x, y = _load(mean, target, in_mean + column, in_target + column, live)
     if grad_mean is not None or grad_target is not None:
         # fp64 logarithms for NEAR channels, each once, then handed out to their columns
         run = quotient(j, inner_by)
@@ -238,8 +245,7 @@ def _rows(
         in_target += step * target_stride
         next_live = (row0 + ROWS + down < count)[:, None] & here
         if AHEAD:
-            x = tl.load(mean + (in_mean + column), mask=next_live, other=0.0)
-            y = tl.load(target + (in_target + column), mask=next_live, other=0.0)
+            x, y = _load(mean, target, in_mean + column, in_target + column, next_live)
         to_target = _shifted(grad_target, in_grad_target + column)
         _store_gradients(r, scale, _shifted(grad_mean, in_grad_mean + column), to_target, live)
         in_grad_mean += step * grad_mean_stride
@@ -247,15 +253,13 @@ def _rows(
         if partial is not None:
             total += r * r
         if not AHEAD:
-            x = tl.load(mean + (in_mean + column), mask=next_live, other=0.0)
-            y = tl.load(target + (in_target + column), mask=next_live, other=0.0)
+            x, y = _load(mean, target, in_mean + column, in_target + column, next_live)
         live = next_live
     if tail is not None:  # the last joined row is shorter than the others
         if block == row_blocks - 1:
             end = (rows - begin) * width + j[None, :] + tl.full([ROWS, 1], 0, tl.int64)
             last = (tl.arange(0, ROWS) == 0)[:, None] & (j < tail)[None, :]
-            last_x = tl.load(mean + end, mask=last, other=0.0)
-            last_y = tl.load(target + end, mask=last, other=0.0)
+            last_x, last_y = _load(mean, target, end, end, last)
             r = widened(last_x, WIDE) - widened(last_y, WIDE)
             _store_gradients(r, scale, _shifted(grad_mean, end), _shifted(grad_target, end), last)
             if partial is not None:

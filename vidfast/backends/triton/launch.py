@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vidfast.arguments import Call
+from vidfast.backends.triton.interpreter import interpreter_fault
 from vidfast.backends.triton.plan import (
     ALPHA_BLOCK,
     NOTHING,
@@ -100,7 +101,7 @@ class TritonBackend:
             if INTERPRETED.value:
                 # a thread of its own has none of this one's modes, transforms and default devices
                 with ThreadPoolExecutor(1) as thread:
-                    return thread.submit(_interpreter_fault).result(), "cpu"
+                    return thread.submit(interpreter_fault).result(), "cpu"
             from triton.runtime import driver
 
             kind = str(driver.active.get_active_torch_device().type)
@@ -309,7 +310,9 @@ class TritonBackend:
         is_wide = _F64 in (mean.dtype, target.dtype)
         partials_at = 1 + ending.programs  # behind the counter and the losses
         partials = blocks * channels * inner
-        space = workspace(partials_at + (partials if is_wide else ceil_div(partials, 2)), _F64, mean.device)
+        sums = grad_alpha if sum_sq is None else sum_sq  # in fp64, as the workspace
+        assert sums is not None
+        space = workspace(partials_at + (partials if is_wide else ceil_div(partials, 2)), sums)
         self._sweep(
             tuning,
             cut,
@@ -384,27 +387,6 @@ class TritonBackend:
                 VEC=planned.vec, ROWS=planned.tile_rows, COLS=planned.tile_columns,
                 BLOCK_ROWS=planned.block_rows, NEAR=planned.near, JOINED=planned.join > 1, **options,
             )  # fmt: skip
-
-
-def _interpreter_fault() -> str | None:
-    """Why this Triton's interpreter cannot run here, or None. Triton 3.6 cannot count with numpy 2.4 and later."""
-    import numpy
-    import triton
-
-    from vidfast.backends.triton.math import counts
-
-    found = torch.full((2,), -1, dtype=torch.int32, device="cpu")
-    try:
-        counts[(1,)](found, 7)
-    except Exception as error:
-        versions = f"triton {triton.__version__} with numpy {numpy.__version__}"
-        return (
-            f"the interpreter of {versions} fails ({error}): install another version of one of them, "
-            "or unset TRITON_INTERPRET"
-        )
-    if found.tolist() != [0, 2]:
-        return f"the interpreter of triton {triton.__version__} counts wrong: {found.tolist()} for [0, 2]"
-    return None
 
 
 BACKEND = TritonBackend()

@@ -37,7 +37,9 @@ class Tuning(NamedTuple):
     smallest_chunk: int = 4096
     largest_chunk: int = 65536
     ahead: int = 1  # 1: a tile is loaded while the one before it is computed; 0: behind it
-    finish_depth: int = 512  # partial sums of a channel that a program of the finish loads at once, of rows
+    finish_depth: int = (
+        512  # partial sums of a channel that a program of the finish loads at once (rows only)
+    )
     overlap: int = 0  # 1: the finish starts while the sweep ends (NVIDIA, compute capability 9.0, Triton 3.4)
 
 
@@ -297,8 +299,8 @@ def _rows(
 def plan_finish(blocks: int, channels: int, inner: int, tuning: Tuning = RULE) -> Finish:
     """The programs for partial sums [blocks, C, inner].
 
-    Up to 16 loads in flight a thread, and so few channels a program that many programs share the sums: 8 neighbours in
-    fp32 are what memory is read by.
+    Up to 16 loads in flight a thread, and so few channels a program that many programs share the sums: memory is read
+    in sectors of 32 bytes, 8 numbers of fp32.
     """
     across = inner == 1
     depth, most = blocks * inner, _up(channels)
