@@ -355,10 +355,30 @@ def test_the_notes_are_written_between_their_markers(tmp_path: Path) -> None:
     assert text.endswith("after\n")
 
 
-def test_a_run_that_only_tuned_is_for_the_kernel_notes(tmp_path: Path) -> None:
+def test_each_back_end_has_a_table_of_its_own_numbers(tmp_path: Path) -> None:
     rows = [
-        stored_row(provider, samples(1e-4), suite="tuning", graph=True)
-        for provider in ("as built", "kShare=4")
+        stored_row(provider, samples(seconds), suite=suite, graph=True)
+        for suite, number, changed in (("tuning", "kShare=4", 8e-5), ("tuning triton", "ahead=0", 2e-4))
+        for provider, seconds in (("as built", 1e-4), (number, changed))
+    ]
+    run = run_of(tmp_path, rows)
+    notes = device.notes([run])
+    cuda, triton = notes.split("Triton: one pass in place")
+    for text, own, other, gain in (
+        (cuda, "kShare", "ahead", "+25.0%"),
+        (triton, "ahead", "kShare", "-50.0%"),
+    ):
+        assert f"| {own}=" in text
+        assert gain in text
+        assert other not in text
+    titles = [section.title for section in device.sections(run)]
+    assert [f"Free numbers of the {name} back end" for name in ("CUDA", "Triton")] == titles[-2:]
+
+
+@pytest.mark.parametrize("suite", ["tuning", "tuning triton"])
+def test_a_run_that_only_tuned_is_for_the_kernel_notes(tmp_path: Path, suite: str) -> None:
+    rows = [
+        stored_row(provider, samples(1e-4), suite=suite, graph=True) for provider in ("as built", "kShare=4")
     ]
     run = run_of(tmp_path, rows)
     assert device.only_tuned(run)

@@ -284,6 +284,23 @@ def test_tritons_numbers_are_put_back_and_make_other_plans() -> None:
     assert names == set(tuning.TRITON_GRID) - {"overlap"}
 
 
+@pytest.mark.parametrize(
+    ("capability", "wanted"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)]
+)
+def test_an_early_start_wants_a_device_for_it(
+    capability: tuple[int, int], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    import torch
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert tuning.triton_overlaps() is (wanted and "launch_pdl" in CUDAOptions.__dataclass_fields__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not tuning.triton_overlaps()
+
+
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Case]]:
     """What a stage would measure, instead of measuring it."""
