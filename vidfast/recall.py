@@ -86,8 +86,11 @@ def settled(
     if not is_dynamo_compiling():
         try:
             candidates = _remembered.get((mean.shape, options), ())
-            if candidates and not _have_strides(target, alpha):
-                candidates = ()
+            # torch's check asks for strides, and those of a nested tensor end the process
+            plain = target.layout is alpha.layout is torch.strided and not (
+                target.is_nested or alpha.is_nested
+            )
+            candidates = candidates if plain else ()
         except (AttributeError, TypeError, RuntimeError):  # no tensor, one without a shape, or no option
             candidates = ()
         for are_alike, found in candidates:
@@ -127,11 +130,6 @@ def settled(
         others = [one for one in _remembered.get(key, []) if one[0] is not stale]
         _remembered[key] = [(check, found._replace(recalled=True)), *others][:MOST_ALIKE]
     return alpha, found
-
-
-def _have_strides(*tensors: Tensor) -> bool:
-    """Whether torch may be asked for their strides: of a nested tensor, its check of them ends the process."""
-    return all(x.layout is torch.strided and not x.is_nested for x in tensors)
 
 
 def _weighted(found: Settled, mean: Tensor, weight: float) -> Settled:
