@@ -92,7 +92,7 @@ def free_numbers(values: Mapping[str, int]) -> Iterator[None]:
     """The CUDA back end plans with these values inside the block, and as before behind it."""
     module, backend = native(), load("cuda")
     before = module.cuda_free_numbers()
-    forget = backend._numbers.cache_clear  # type: ignore[attr-defined]
+    forget = backend._workspace_length.cache_clear  # type: ignore[attr-defined]
     try:
         for name, value in values.items():
             module.cuda_set_free_number(name, value)

@@ -74,7 +74,7 @@ def test_the_results_are_right_with_every_value(values: dict[str, int]) -> None:
 
 def test_a_plan_made_before_is_not_kept() -> None:
     """The workspace's size is remembered by shape: it must be asked for anew under another number, and again behind."""
-    numbers_of = backends.load("cuda")._numbers  # type: ignore[attr-defined]
+    numbers_of = backends.load("cuda")._workspace_length  # type: ignore[attr-defined]
     problem = ((64, 8, 4096, 8 * 4096, 8 * 4096), 0, 0)
     before = numbers_of(*problem)
     with free_number("kChunks", 1 << 20), free_number("kFewestVectors", 16):

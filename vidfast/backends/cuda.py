@@ -46,7 +46,7 @@ class CudaBackend:
         self._stream = stream
         self._is_cuda = device_type == "cuda"
         self._refused: dict[int, str | None] = {}  # by device: why it cannot run there
-        self._numbers = lru_cache(maxsize=4096)(self._numbers_of_workspace)
+        self._workspace_length = lru_cache(maxsize=4096)(self._count_workspace)
 
     def unavailable(self) -> str | None:
         """Why the extension was built without it, or torch, the driver or the machine has no CUDA."""
@@ -120,7 +120,7 @@ class CudaBackend:
         mean_dtype, target_dtype = NATIVE_DTYPE[mean.dtype], NATIVE_DTYPE[target.dtype]
         index = mean.get_device()
         with self._on(index):
-            space = workspace(self._numbers(extents, mean_dtype, target_dtype), sum_sq)
+            space = workspace(self._workspace_length(extents, mean_dtype, target_dtype), sum_sq)
             self._native.cuda_forward(
                 mean.data_ptr(), mean_stride, mean_dtype, target.data_ptr(), target_stride, target_dtype,
                 alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], outer, channels, inner, call.k, call.eps, call.full,
@@ -145,7 +145,7 @@ class CudaBackend:
         mean_dtype, target_dtype = NATIVE_DTYPE[mean.dtype], NATIVE_DTYPE[target.dtype]
         index = mean.get_device()
         with self._on(index):
-            space = workspace(self._numbers(extents, mean_dtype, target_dtype), grad_alpha)
+            space = workspace(self._workspace_length(extents, mean_dtype, target_dtype), grad_alpha)
             self._native.cuda_forward_grad(
                 mean.data_ptr(), mean_stride, mean_dtype, target.data_ptr(), target_stride, target_dtype,
                 alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], outer, channels, inner, call.k, call.eps, call.full,
@@ -208,7 +208,7 @@ class CudaBackend:
                 0 if scaled_alpha is None else NATIVE_DTYPE[scaled_alpha.dtype], self._stream(index),
             )  # fmt: skip
 
-    def _numbers_of_workspace(self, extents: tuple[int, ...], mean_dtype: int, target_dtype: int) -> int:
+    def _count_workspace(self, extents: tuple[int, ...], mean_dtype: int, target_dtype: int) -> int:
         """How many fp64 numbers have room for partial sums and a counter; the kernels set what they read."""
         size: int = self._native.cuda_workspace_bytes(*extents, mean_dtype, target_dtype)
         return -(-size // 8)

@@ -148,14 +148,24 @@ class Captured:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def _numbers(self) -> dict[str, int]:
-        return self._inner._native.cuda_free_numbers() if self.name == "cuda" else {}
+    @property
+    def rule(self) -> Any:
+        return self._inner.rule
 
-    def _set(self, numbers: dict[str, int]) -> None:
+    @rule.setter
+    def rule(self, value: Any) -> None:
+        self._inner.rule = value
+
+    def _numbers(self) -> Any:
+        return self._inner._native.cuda_free_numbers() if self.name == "cuda" else self._inner.rule
+
+    def _set(self, numbers: Any) -> None:
+        if self.name != "cuda":
+            self._inner.rule = numbers
+            return
         for name, value in numbers.items():
             self._inner._native.cuda_set_free_number(name, value)
-        if numbers:
-            self._inner._numbers.cache_clear()
+        self._inner._workspace_length.cache_clear()
 
     def _run(self, primitive: str, inputs: tuple[Any, ...], **outputs: Any) -> None:
         run = getattr(self._inner, primitive)
