@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from bench.gpu.runner import Job, not_here
@@ -71,27 +72,37 @@ def rates(job: Job) -> int | None:
     return measured(job, [(suite, case) for case in cases], seconds=0.5)
 
 
-def warm(job: Job, cases: Sequence[Any]) -> None:
-    """Compiles Triton's kernels for the cases in processes side by side, into its cache on disk."""
-    from bench.buffers import Pool
-    from bench.device_kernels import PRIMITIVES, DeviceKernel
+def compile_all(job: Job, calls: dict[str, Callable[[], object]]) -> None:
+    """Makes the calls, of these names, in processes side by side: what they compile ends in caches on disk.
 
+    Raises:
+        KeyboardInterrupt: An interrupt came first.
+    """
     begin = time.monotonic()
 
-    def one(item: tuple[Any, str]) -> dict[str, Any]:
-        case, primitive = item
-        if "triton" in backends():
-            DeviceKernel("triton", primitive, case, Pool(case, slots=1)).prepare()()
+    def one(name: str) -> dict[str, Any]:
+        calls[name]()
         return {}
 
-    items = [(case, primitive) for case in cases for primitive in PRIMITIVES]
-    found = share(items, one, processes(), job.work / "warm", device_is_broken)
-    for (case, primitive), result in zip(items, found, strict=True):
+    found = share(list(calls), one, processes(), job.work / "compile", device_is_broken)
+    for name, result in zip(calls, found, strict=True):
         if result is None:
             raise KeyboardInterrupt
         if "error" in result:
-            print(f"{case.title} | triton {primitive}: {result['error']}")
+            print(f"{name}: {result['error']}")
     print(f"compiled in {time.monotonic() - begin:.1f} s", flush=True)
+
+
+def warm(job: Job, cases: Sequence[Any]) -> None:
+    """Compiles Triton's kernels for the cases."""
+    from bench.buffers import Pool
+    from bench.device_kernels import PRIMITIVES, DeviceKernel
+
+    def one(case: Any, primitive: str) -> None:
+        if "triton" in backends():
+            DeviceKernel("triton", primitive, case, Pool(case, slots=1)).prepare()()
+
+    compile_all(job, {f"{c.title} | triton {p}": partial(one, c, p) for c in cases for p in PRIMITIVES})
 
 
 def host(job: Job) -> int | None:
@@ -147,27 +158,17 @@ def head(job: Job) -> int | None:
 
 
 def warm_heads(job: Job, cases: Sequence[Any]) -> None:
-    """Compiles the compiled rows of the cases in processes side by side, into the compilers' caches on disk."""
+    """Compiles the compiled rows of the cases."""
     from bench.buffers import Pool
     from bench.modules import VID_LOSS
     from bench.providers import COMPILE
     from vidfast.report.results import COMPILED_DEFAULT
 
-    begin = time.monotonic()
-
-    def one(item: tuple[Any, str]) -> dict[str, Any]:
-        case, name = item
+    def one(case: Any, name: str) -> None:
         VID_LOSS[name](case, Pool(case, slots=1))(case.gradients[0]).prepare()()
-        return {}
 
-    items = [(case, name) for case in cases for name in (COMPILE, COMPILED_DEFAULT)]
-    found = share(items, one, processes(), job.work / "warm-heads", device_is_broken)
-    for (case, name), result in zip(items, found, strict=True):
-        if result is None:
-            raise KeyboardInterrupt
-        if "error" in result:
-            print(f"{case.title} | {name}: {result['error']}")
-    print(f"compiled in {time.monotonic() - begin:.1f} s", flush=True)
+    names = (COMPILE, COMPILED_DEFAULT)
+    compile_all(job, {f"{c.title} | {name}": partial(one, c, name) for c in cases for name in names})
 
 
 def tune(job: Job) -> int | None:
@@ -222,23 +223,16 @@ def tuned(
 
 
 def warm_tuned(job: Job, suite: Any, cases: Sequence[Any]) -> None:
-    """Compiles Triton's kernels for every setting of the cases in processes side by side, into its cache on disk."""
+    """Compiles Triton's kernels for every setting of the cases."""
     from bench.buffers import Pool
     from bench.device_kernels import IN_PLACE, DeviceKernel
+    from vidfast.report.device import AS_BUILT
 
-    begin = time.monotonic()
-
-    def one(item: tuple[Any, Any]) -> dict[str, Any]:
-        case, values = item
+    def one(case: Any, values: dict[str, int]) -> None:
         with suite.changed(values):
             DeviceKernel(suite.backend, IN_PLACE, case, Pool(case, slots=1)).prepare()()
-        return {}
 
-    items = [(case, values) for case in cases for values in ({}, *suite.settings().values())]
-    found = share(items, one, processes(), job.work / "warm-tuned", device_is_broken)
-    for (case, values), result in zip(items, found, strict=True):
-        if result is None:
-            raise KeyboardInterrupt
-        if "error" in result:
-            print(f"{case.title} | {values}: {result['error']}")
-    print(f"compiled in {time.monotonic() - begin:.1f} s", flush=True)
+    settings = {AS_BUILT: {}, **suite.settings()}
+    compile_all(
+        job, {f"{c.title} | {name}": partial(one, c, v) for c in cases for name, v in settings.items()}
+    )

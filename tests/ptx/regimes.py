@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from bounds import check_call
+from interpreted import Interpreted
 from places import Place
 from problems import BF16, BY_NAME, CASES, FP16, FP32, FP64, Case, short
 
@@ -38,6 +39,16 @@ class Problem:
             place, mean, target, alpha, g=self.g, strategy=self.strategy, inplace=self.inplace,
             channel_dim=self.case.channel_dim,
         )  # fmt: skip
+
+
+def check_any_order(backend: Interpreted, place: Place, case: Case) -> None:
+    """The loss has the same bits in whatever order blocks run."""
+    mean, target, alpha = case.tensors(FP32)
+    results = []
+    for seed in (0, 100, 200, 300):
+        backend.seed = seed
+        results.append(place.nll(mean, target, alpha))
+    assert all(torch.equal(x, results[0]) for x in results)
 
 
 def _case(name: str, why: str, shape: tuple[int, ...], *layouts: str) -> Case:
