@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vidfast.arguments import Call
-from vidfast.backends.triton.interpreter import interpreter_fault
+from vidfast.backends.triton.interpreter import interpreter_fault as _interpreter_fault
 from vidfast.backends.triton.plan import (
     ALPHA_BLOCK,
     NOTHING,
@@ -101,7 +101,7 @@ class TritonBackend:
             if INTERPRETED.value:
                 # a thread of its own has none of this one's modes, transforms and default devices
                 with ThreadPoolExecutor(1) as thread:
-                    return thread.submit(interpreter_fault).result(), "cpu"
+                    return thread.submit(_interpreter_fault).result(), "cpu"
             from triton.runtime import driver
 
             kind = str(driver.active.get_active_torch_device().type)
