@@ -23,8 +23,10 @@ from vidfast.backends.triton.finish import finish as finish
 from vidfast.backends.triton.math import (
     device_function,
     grad_scale,
+    place_of,
     quotient,
     rounded,
+    start_of,
     widened,
     write_grad_alpha,
 )
@@ -59,21 +61,6 @@ def _store_gradients(r, scale, grad_mean, grad_target, live):
 
 
 @device_function
-def _unit(within, u, inner, inner_by, SHORT: tl.constexpr):
-    """(plane, vector in it) of a chunk's vectors u, of which the first is `within` its plane."""
-    if SHORT:  # 32 bits are enough
-        t = within.to(tl.int32) + u
-        plane = quotient(t, inner_by)
-        i = (t - plane * inner.to(tl.int32)).to(tl.int64)
-        o = plane.to(tl.int64)
-    else:  # a chunk is no longer than a plane: it crosses one end at most
-        t = within + u
-        o = (t >= inner).to(tl.int64)
-        i = t - o * inner
-    return o, i
-
-
-@device_function
 def _planes(
     mean, target, grad_mean, grad_target, alpha, g, partial,
     outer, channels, inner, tail, mean_stride, target_stride, grad_mean_stride, grad_target_stride,
@@ -92,10 +79,7 @@ def _planes(
     channel = (pid - turn * channels).to(tl.int64)
     begin = chunk * CHUNK_UNITS
     count = tl.minimum(outer.to(tl.int64) * inner - begin, CHUNK_UNITS).to(tl.int32)
-    if NARROW:
-        first = quotient(begin.to(tl.int32), inner_by).to(tl.int64)
-    else:
-        first = begin // inner
+    first = start_of(begin, inner, inner_by, NARROW)
     within = begin - first * inner
     plane = channel * inner
 
@@ -106,7 +90,7 @@ def _planes(
     lane = tl.arange(0, VEC)[None, :]
     unit = tl.arange(0, UNITS)
     live = (unit < count)[:, None]
-    o, i = _unit(within, unit, inner, inner_by, SHORT)
+    o, i = place_of(within, unit, inner, inner_by, SHORT)
     o = (o * VEC)[:, None]
     i = (i * VEC)[:, None] + lane
     x, y = _load(mean, target, o * mean_stride + i, o * target_stride + i, live)
@@ -119,7 +103,7 @@ def _planes(
         r = widened(x, WIDE) - widened(y, WIDE)
         u = u0 + UNITS + unit
         next_live = (u < count)[:, None]
-        next_o, next_i = _unit(within, u, inner, inner_by, SHORT)
+        next_o, next_i = place_of(within, u, inner, inner_by, SHORT)
         next_o = (next_o * VEC)[:, None]
         next_i = (next_i * VEC)[:, None] + lane
         if AHEAD:

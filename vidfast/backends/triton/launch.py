@@ -208,8 +208,10 @@ class TritonBackend:
         """As the protocol says."""
         with self._on(alpha):
             if mean is not None and target is not None:
+                tuning = self._tuning(mean, target, layout)
                 self._sweep(
-                    *self._plan(mean, target, layout),
+                    tuning,
+                    self._planned(mean, target, layout, tuning),
                     mean,
                     target,
                     alpha,
@@ -260,22 +262,16 @@ class TritonBackend:
                 ALPHA_BLOCK=ALPHA_BLOCK, num_warps=flat.warps, enable_fp_fusion=True,
             )  # fmt: skip
 
-    def _plan(self, mean: Tensor, target: Tensor, layout: Layout) -> tuple[Tuning, Planes | Rows]:
-        tuning = self.rule
-        if autotunes():
-            tuning = tuned(
-                mean, target, layout, tuning, functools.partial(self._seconds, mean, target, layout)
-            )
-        return self._planned(mean, target, layout, tuning)
+    def _tuning(self, mean: Tensor, target: Tensor, layout: Layout) -> Tuning:
+        if not autotunes():
+            return self.rule
+        return tuned(mean, target, layout, self.rule, functools.partial(self._seconds, mean, target, layout))
 
-    def _planned(
-        self, mean: Tensor, target: Tensor, layout: Layout, tuning: Tuning
-    ) -> tuple[Tuning, Planes | Rows]:
-        return tuning, plan(*layout[:5], mean.element_size(), target.element_size(), tuning)
+    def _planned(self, mean: Tensor, target: Tensor, layout: Layout, tuning: Tuning) -> Planes | Rows:
+        return plan(*layout[:5], mean.element_size(), target.element_size(), tuning)
 
     def _seconds(self, mean: Tensor, target: Tensor, layout: Layout, tuning: Tuning) -> float:
         """How long forward_grad takes with these free numbers."""
-        planned = self._planned(mean, target, layout, tuning)
         alpha = torch.zeros(layout.channels, device=mean.device)
         loss = torch.empty((), dtype=_F64, device=mean.device)
         grad_mean = empty_dense(mean, layout.dense, mean.dtype)
@@ -284,7 +280,7 @@ class TritonBackend:
         return median_seconds(
             lambda: self._reduce(
                 mean, target, alpha, layout, call,
-                loss=loss, grad_mean=grad_mean, grad_alpha=grad_alpha, planned=planned,
+                loss=loss, grad_mean=grad_mean, grad_alpha=grad_alpha, tuning=tuning,
             )
         )  # fmt: skip
 
@@ -300,10 +296,11 @@ class TritonBackend:
         grad_mean: Tensor | None = None,
         sum_sq: Tensor | None = None,
         grad_alpha: Tensor | None = None,
-        planned: tuple[Tuning, Planes | Rows] | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         """The two launches of forward and forward_grad."""
-        tuning, cut = planned or self._plan(mean, target, layout)
+        tuning = tuning or self._tuning(mean, target, layout)
+        cut = self._planned(mean, target, layout, tuning)
         channels = layout.channels
         blocks, inner = cut.partials
         ending = plan_finish(blocks, channels, inner, tuning)

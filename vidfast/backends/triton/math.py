@@ -3,6 +3,7 @@
 # The body of a kernel is Triton's language: untyped, and what is known at compile time must stand in an `if` of its
 # own, since `and` would make it a number of the device.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# ruff: noqa: SIM108
 
 import os
 from collections.abc import Callable
@@ -63,6 +64,31 @@ def quotient(n, by):
     """n // d of int32 numbers that are not negative, without a division: `by` is :func:`.plan.divisor` of d."""
     by = by.to(tl.int64)
     return ((n.to(tl.int64) * (by & 0xFFFFFFFF)) >> (by >> 32)).to(tl.int32)
+
+
+@device_function
+def start_of(begin, inner, inner_by, NARROW: tl.constexpr):
+    """The plane, or row, of `inner` vectors in which a chunk begins; NARROW: all extents are below 2^31."""
+    if NARROW:
+        first = quotient(begin.to(tl.int32), inner_by).to(tl.int64)
+    else:
+        first = begin // inner
+    return first
+
+
+@device_function
+def place_of(within, u, inner, inner_by, SHORT: tl.constexpr):
+    """(plane, vector in it) of a chunk's vectors u, of which the first is `within` its plane."""
+    if SHORT:  # 32 bits are enough
+        t = within.to(tl.int32) + u
+        plane = quotient(t, inner_by)
+        i = (t - plane * inner.to(tl.int32)).to(tl.int64)
+        o = plane.to(tl.int64)
+    else:  # a chunk is no longer than a plane: it crosses one end at most
+        t = within + u
+        o = (t >= inner).to(tl.int64)
+        i = t - o * inner
+    return o, i
 
 
 @device_function

@@ -3,12 +3,12 @@
 # The body of a kernel is Triton's language: untyped, and what is known at compile time must stand in an `if` of its
 # own, since `and` would make it a number of the device.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-# ruff: noqa: SIM102, SIM108
+# ruff: noqa: SIM102
 
 import triton
 import triton.language as tl
 
-from vidfast.backends.triton.math import device_function, quotient, rounded, widened
+from vidfast.backends.triton.math import device_function, place_of, rounded, start_of, widened
 
 
 @device_function
@@ -23,10 +23,7 @@ def _scale_chunk(
     row = row.to(tl.int64)
     begin = pid.to(tl.int64) * CHUNK_UNITS
     count = tl.minimum(outer.to(tl.int64) * row - begin, CHUNK_UNITS).to(tl.int32)
-    if NARROW:
-        first = quotient(begin.to(tl.int32), row_by).to(tl.int64)
-    else:
-        first = begin // row
+    first = start_of(begin, row, row_by, NARROW)
     within = begin - first * row
     src += first * src_stride * VEC
     dst += first * dst_stride * VEC
@@ -34,15 +31,7 @@ def _scale_chunk(
     for u0 in range(0, count, UNITS):
         u = u0 + tl.arange(0, UNITS)
         live = (u < count)[:, None]
-        if SHORT:
-            t = within.to(tl.int32) + u
-            row_of = quotient(t, row_by)
-            i = (t - row_of * row.to(tl.int32)).to(tl.int64)
-            o = row_of.to(tl.int64)
-        else:
-            t = within + u
-            o = (t >= row).to(tl.int64)
-            i = t - o * row
+        o, i = place_of(within, u, row, row_by, SHORT)
         x = widened(tl.load(src + ((o * src_stride + i) * VEC)[:, None] + lane, mask=live, other=0.0), WIDE)
         tl.store(
             dst + ((o * dst_stride + i) * VEC)[:, None] + lane,
