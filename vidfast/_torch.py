@@ -77,6 +77,11 @@ def left_alone(function: Callable[..., T]) -> Callable[..., T]:
     return call
 
 
+def dynamo_watches() -> bool:
+    """Whether torch.compile may make graphs of the frames that run now. Where torch does not say: yes."""
+    return _frame_callback() is not None
+
+
 def comptime() -> Callable[[Callable[[Any], None]], None] | None:
     """dynamo's comptime, which calls a function while it traces, with the frame that asks. None: there is none."""
     try:
@@ -402,6 +407,12 @@ def has_forward_hook(module: nn.Module) -> bool:
     return bool(_private(module, "_forward_hooks", None))
 
 
+def last_forward_hook(module: nn.Module) -> object:
+    """The forward hook that runs last on the module itself. None: there is none, or torch keeps no such list."""
+    hooks = _private(module, "_forward_hooks", None)
+    return next(reversed(hooks.values())) if hooks else None
+
+
 def has_hook(module: nn.Module) -> bool:
     """Whether any hook is registered on the module itself. A torch without these lists: True."""
     return not _HAS_HOOK_LISTS or bool(
@@ -424,7 +435,7 @@ def set_compiled_call(module: nn.Module, call: Any) -> None:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether a call of the module is one of torch.compile's: by `module.compile()` or `torch.compile(module)`."""
-    return hasattr(module, "_orig_mod") or compiled_call(module) is not None
+    return compiled_call(module) is not None or "_orig_mod" in _private(module, "_modules", ())
 
 
 def uncompiled(module: nn.Module) -> nn.Module:

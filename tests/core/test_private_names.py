@@ -114,12 +114,10 @@ def test_the_core_works_without_all_of_them() -> None:
 
 # ---- nothing else uses one
 
-# Not torch's: of namedtuples and of Python.
-OTHERS = {"_replace", "_asdict", "_fields", "_getframe", "_exit"}
+# Not torch's: of namedtuples, of Python, and Accelerate's mark on the layers that it has placed.
+OTHERS = {"_replace", "_asdict", "_fields", "_getframe", "_exit", "_hf_hook"}
 # Methods of torch's classes that a subclass is meant to override, and so to call.
 OVERRIDDEN = {"_load_from_state_dict", "_apply"}
-# accelerate's, without which its state outlives a run.
-ACCELERATES = {"_shared_state", "_reset_state"}
 PRIVATE = re.compile(r"_[A-Za-z]\w*")
 
 
@@ -156,7 +154,7 @@ def private_names_in(source: str) -> set[str]:
             asked |= {part for name in names for part in name.split(".")}
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
             asked |= {str(x.value) for x in node.args[1:2] if isinstance(x, ast.Constant)}
-    private = {name for name in asked if PRIVATE.fullmatch(name)} - OTHERS - OVERRIDDEN - ACCELERATES
+    private = {name for name in asked if PRIVATE.fullmatch(name)} - OTHERS - OVERRIDDEN
     return {name for name in private if name not in own or is_torchs(name)}
 
 

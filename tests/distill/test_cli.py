@@ -265,10 +265,10 @@ def test_missing_extras_are_one_line(
 
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in ("accelerate", "sklearn") else found(name)
+        importlib.util, "find_spec", lambda name: None if name in ("safetensors", "sklearn") else found(name)
     )
     result = run(capsys, "distill")
-    assert_one_line(result, "accelerate, scikit-learn", "pip install 'vidfast[train]'")
+    assert_one_line(result, "safetensors, scikit-learn", "pip install 'vidfast[train]'")
 
 
 def test_info_prints_what_info_returns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,12 +134,26 @@ def test_a_method_that_hides_a_parameter_is_refused(student: SmallNet, teacher: 
         Distiller(student, teacher, [Hides("first")], example=torch.zeros(1, 1, 8, 8))
 
 
-def test_frozen_parameters_are_left_to_the_user(student: SmallNet) -> None:
+def test_what_is_frozen_now_is_in_the_groups_and_trains_once_it_is_unfrozen(
+    student: SmallNet, teacher: SmallNet, images: Tensor, labels: Tensor
+) -> None:
     student.first.requires_grad_(False)
-    distiller = Distiller(student)
-    assert {id(p) for g in distiller.parameter_groups(0.1) for p in g["params"]} == {
-        id(p) for p in student.parameters() if p.requires_grad
-    }
+    vid = VID(PAIRS)
+    distiller = Distiller(student, teacher, [vid], example=images)
+    vid.likelihoods.requires_grad_(False)
+    optimizer = torch.optim.SGD(distiller.parameter_groups(0.1, weight_decay=0.1))
+    watched = {"first": student.first[0].weight, "alpha": vid.likelihoods[0].alpha}
+
+    def moved() -> set[str]:
+        before = {name: p.detach().clone() for name, p in watched.items()}
+        distiller(images, labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return {name for name, p in watched.items() if not torch.equal(p, before[name])}
+
+    assert moved() == set()
+    distiller.requires_grad_(True)
+    assert moved() == {"first", "alpha"}
 
 
 def test_the_teacher_is_frozen(distiller: Distiller, images: Tensor, labels: Tensor) -> None:
@@ -150,13 +164,14 @@ def test_the_teacher_is_frozen(distiller: Distiller, images: Tensor, labels: Ten
     assert not own & {id(p) for p in teacher.parameters()}
     distiller.train()
     assert distiller.student.training
-    assert not teacher.training
     teacher.train()
+    teacher.second.eval()
+    modes = [module.training for module in teacher.modules()]
     optimizer = torch.optim.SGD(distiller.parameter_groups(0.1), lr=0.1)
     for _ in range(2):
         distiller(images, labels).loss.backward()
         optimizer.step()
-    assert not any(module.training for module in teacher.modules())
+    assert [module.training for module in teacher.modules()] == modes
     assert all(torch.equal(value, teacher.state_dict()[key]) for key, value in before.items())
 
 

@@ -112,6 +112,7 @@ def test_several_processes_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert main(["experiment", "table1", "--out", str(tmp_path / "out")]) == 2
     assert "without torchrun" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

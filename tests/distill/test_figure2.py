@@ -54,6 +54,7 @@ def test_readings_are_the_gaussians_over_all_images(student: SmallNet, teacher: 
     # Inputs are pixels: mean 0 and standard deviation 1 leave them as they are.
     pixels = Normalisation(torch.zeros(1), torch.ones(1))
     distiller.train()
+    teacher.eval()
     found = read(VIDMaps(distiller, vid), vid.pair_names(), data, [4, 1], bright=pixels, batch_size=3)
     assert distiller.student.training
     for i, reading in enumerate(found):
@@ -79,7 +80,7 @@ def test_readings_are_the_gaussians_over_all_images(student: SmallNet, teacher: 
 
 
 def test_q_without_a_student_has_each_channels_moments(student: SmallNet, teacher: SmallNet) -> None:
-    distiller, vid = built(student, teacher)
+    distiller, vid = built(student, teacher.eval())
     seen, unseen = torch.randn(9, 1, 8, 8), torch.randn(4, 1, 8, 8)
     marginal = MarginalMaps(
         VIDMaps(distiller, vid), Images(seen, torch.zeros(9, dtype=torch.int64)), floor=1e-6, batch_size=4

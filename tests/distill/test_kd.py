@@ -100,7 +100,7 @@ def test_the_teacher_gets_no_gradient() -> None:
 
 
 def test_in_a_distiller_beside_another_term() -> None:
-    student, teacher = SmallNet(4), SmallNet(6)
+    student, teacher = SmallNet(4), SmallNet(6).eval()
     calls = []
     student.register_forward_hook(lambda *_: calls.append("student"))
     teacher.register_forward_hook(lambda *_: calls.append("teacher"))
@@ -127,8 +127,13 @@ def test_networks_of_other_classes_are_refused_when_built() -> None:
     ("student", "teacher", "message"),
     [
         ((2,), (2,), r"\(B, classes\) or \(B, classes, ...\), got \(2,\) and \(2,\)"),
-        ((2, 3, 4), (2, 3, 5), r"one shape, got the student's \(2, 3, 4\) and the teacher's \(2, 3, 5\)"),
+        (
+            (2, 3, 4, 1),
+            (2, 3, 5, 1),
+            r"one shape, got the student's \(2, 3, 4, 1\) and the teacher's \(2, 3, 5, 1\)",
+        ),
         ((2, 3), (2, 3, 4), "one shape"),
+        ((2, 3, 4), (2, 3, 4), r"wanted class_dim for logits of three.*got \(2, 3, 4\).*class_dim=-1 for"),
     ],
 )
 def test_logits_of_other_shapes_are_refused(

@@ -82,6 +82,7 @@ def test_a_distiller_takes_their_regressors_and_gives_their_loss(images: Tensor,
             renamed[f"{stem}.{name}" if stem else f"terms.vid.likelihoods.{pair}.alpha"] = value
     distiller.load_state_dict(renamed)
     losses = distiller(images, labels)
+    teacher.eval()
     with torch.no_grad():
         features = [[net.first(images), net.second(net.first(images))] for net in (student, teacher)]
         vid = sum(

@@ -71,7 +71,9 @@ def teacher_in(dtype: torch.dtype | None, images: Images) -> tuple[Distiller, nn
     torch.manual_seed(3)
     student, teacher = PlainNet(4), PlainNet(6)
     distiller = Distiller(student, teacher, [VID(PAIRS)], example=images.images[:2], teacher_dtype=dtype)
-    return distiller, teacher
+    assert distiller.teacher is not None
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    return distiller, distiller.teacher
 
 
 @pytest.mark.parametrize("autocast", [False, True])

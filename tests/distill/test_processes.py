@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from plain_network import plain_data, plain_distiller
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -29,7 +28,7 @@ from vidfast.distill.trainer import NonFiniteLossError, Trainer, TrainOptions
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-5
 
-# As by default where there is no GPU: Accelerate joins processes on the CPU only if it is told that they are there.
+# As by default where there is no GPU.
 DEVICE = "cpu" if torch.cuda.is_available() else "auto"
 PLAIN = TrainOptions(steps=12, batch_size=8, lr=0.05, eval_every=5, device=DEVICE)
 # A last part that is uneven: 7 images are 4 and 3, and these are cut into 3 parts.
@@ -83,7 +82,6 @@ def join(rank: int, port: int) -> None:
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def in_one_of_two(rank: int, port: int, folder: str) -> None:

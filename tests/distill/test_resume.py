@@ -223,6 +223,9 @@ def test_a_damaged_file_is_named(small_data: Images, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 nonsense")
     with pytest.raises(CheckpointError, match=r"checkpoint.pt: damaged"):
         train(small_data, QUICK, tmp_path, resume=True)
+    with pytest.raises(FileExistsError, match=r"checkpoint.pt: wanted a folder without a training"):
+        train(small_data, QUICK, tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
     train(small_data, QUICK, tmp_path)
     path = tmp_path / "checkpoint.pt"
     whole = bytearray(path.read_bytes())

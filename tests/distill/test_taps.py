@@ -138,9 +138,22 @@ def test_a_layer_that_returns_a_tuple_is_an_error() -> None:
         record(network, Taps(network, ["0"]), torch.randn(2, 5, 3))
 
 
-def test_a_network_under_inference_mode_is_an_error(student: nn.Module, images: Tensor) -> None:
+@pytest.mark.parametrize("clone", [False, True])
+def test_in_inference_mode_taps_work_as_without_gradients(images: Tensor, clone: bool) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU())
+    taps = Taps(network, ["0"], clone=clone)
+    with torch.no_grad():
+        expected = record(network, taps, images)["0"]
+    with torch.inference_mode():
+        found = record(network, taps, images)["0"]
+    assert found.is_inference()
+    assert torch.equal(found, expected)
+
+
+def test_a_network_that_enters_inference_mode_itself_is_an_error(student: nn.Module, images: Tensor) -> None:
     taps = Taps(student, ["first"])
-    with torch.inference_mode(), pytest.raises(TapError, match="no_grad"):
+    student.forward = torch.inference_mode()(student.forward)  # type: ignore[method-assign]
+    with torch.no_grad(), pytest.raises(TapError, match=r"'first' made its output under.*no_grad"):
         record(student, taps, images)
 
 
@@ -152,12 +165,26 @@ def test_a_shared_layer_has_all_its_names(images: Tensor) -> None:
     assert found["0"] is found["alias"]
 
 
-def test_remove_takes_the_hooks_off(student: nn.Module, images: Tensor) -> None:
+def test_hooks_are_on_the_layers_while_recording_and_at_no_other_time(
+    student: nn.Module, images: Tensor
+) -> None:
     taps = Taps(student, ["first", "second"])
-    assert student.first._forward_hooks
+
+    def hooks() -> list[int]:
+        return [len(layer._forward_hooks) for layer in (student.first, student.second)]
+
+    assert hooks() == [0, 0]
+    with taps.recording():
+        assert hooks() == [1, 1]
+    assert hooks() == [0, 0]
+    with pytest.raises(ZeroDivisionError), taps.recording():
+        raise ZeroDivisionError
+    assert hooks() == [0, 0]
+
+
+def test_removed_taps_record_nothing(student: nn.Module, images: Tensor) -> None:
+    taps = Taps(student, ["first", "second"])
     taps.remove()
-    assert not student.first._forward_hooks
-    assert not student.second._forward_hooks
     taps.remove()
     with pytest.raises(TapError, match="taps were removed"):
         record(student, taps, images)

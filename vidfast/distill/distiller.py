@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 from vidfast._torch import is_compiled, version_of
 
+from .inputs import call, cast, tensors_of
 from .methods.base import Activations, Batch, Method
+from .modes import eval_mode
+from .processes import wrapper_in
 from .taps import Taps
+from .task import Count, TaskLoss, count_of
+from .teacher import Shared, in_dtype, move
 
 
 class Losses(NamedTuple):
@@ -56,8 +61,13 @@ class Distiller(nn.Module):
         touching the random state, to find the shapes from which the terms make their parameters. Only a
         Distiller without terms can do without.
     task_weight: the weight of the loss on the labels. task_loss: (logits, labels) -> scalar.
-    teacher_dtype: the floating-point type that the teacher is converted to and run in, outside of autocast,
-        such as torch.bfloat16: its inputs are cast, and its activations reach the terms in this type.
+    task_count: (labels) -> what task_loss divides by, a number or a scalar tensor, such as the number of labels
+        that it does not ignore. Known by itself for torch's cross_entropy and nll_loss (also with
+        `functools.partial`) and their modules. Where it is known, the labels' term of a batch in which it is 0 is
+        0 with zero gradients, and not NaN, and a Trainer counts the parts of a batch by it; else by their images.
+    teacher_dtype: the floating-point type that the teacher is run in, outside of autocast, such as torch.bfloat16:
+        its inputs are cast, and its activations reach the terms in this type. A teacher of another type is copied,
+        and `distiller.teacher` is the copy.
     clone_taps: copy every tapped activation, for layers whose output is modified in place afterwards.
     logits: picks the logits out of what a network returns.
 
@@ -65,10 +75,14 @@ class Distiller(nn.Module):
     take.
 
     The teacher is not a submodule: it is absent from parameters(), state_dict() and train(), and runs in eval
-    mode and without gradients whatever is called; it does follow .to(), .cuda(), .half() and the like. So a
+    mode and without gradients whatever is called; between its runs it has the modes that it had. It does follow
+    .to(), .cuda(), .half() and the like, unless Accelerate has dispatched it or transformers has quantised it. So a
     checkpoint holds what was learned (student, regressors, variances) and not a copy of a frozen input.
 
-    Raises TypeError or ValueError for terms that do not fit, UnknownNameError for unknown layers.
+    Student and teacher may share modules without parameters, and layers that stay frozen.
+
+    Raises TypeError or ValueError for arguments that do not fit, UnknownNameError for unknown layers, TapError for
+    layers that cannot be tapped.
     """
 
     student: nn.Module
@@ -83,7 +97,8 @@ class Distiller(nn.Module):
         *,
         example: Any = None,
         task_weight: float = 1.0,
-        task_loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+        task_loss: TaskLoss = nn.functional.cross_entropy,
+        task_count: Count | None = None,
         teacher_dtype: torch.dtype | None = None,
         clone_taps: bool = False,
         logits: Callable[[Any], Tensor] = logits_of,
@@ -103,18 +118,21 @@ class Distiller(nn.Module):
         if teacher_dtype is not None and not teacher_dtype.is_floating_point:
             raise ValueError(f"wanted a floating-point teacher_dtype, got {teacher_dtype}")
         self.task_weight, self.task_loss, self.pick_logits = float(task_weight), task_loss, logits
+        self._given_count = task_count
         self.teacher_dtype = teacher_dtype
+        self._shared = Shared([], [])
+        if teacher is not None:
+            self._shared = Shared.between(student, teacher)
+            if teacher_dtype is not None:
+                teacher = in_dtype(teacher, teacher_dtype)
+                self._shared = Shared.between(student, teacher)
         self.student = student
         self.__dict__["teacher"] = teacher
-        if teacher is not None:
-            self._refuse_shared_parameters()
         self.terms = nn.ModuleDict(self._named(terms))
         if terms and example is None:
             raise ValueError(
                 "wanted example=, one batch of inputs: the terms make their parameters from its feature shapes"
             )
-        if teacher is not None:
-            teacher.eval().to(teacher_dtype)
 
         student_layers = [layer for term in terms for layer in term.student_layers]
         teacher_layers = [layer for term in terms for layer in term.teacher_layers]
@@ -128,6 +146,7 @@ class Distiller(nn.Module):
                 for term in terms:
                     term.build(batch)
             self._check_groups()
+            self._check_wrapper()
         except BaseException:
             self.remove_taps()
             raise
@@ -140,13 +159,16 @@ class Distiller(nn.Module):
         labels: Tensor | None = None,
         *,
         scale: float = 1.0,
+        task_scale: float | Tensor | None = None,
         teacher: Activations | None = None,
     ) -> Losses:
         """The loss of one batch.
 
         labels: what task_loss takes, (B,) class numbers by default; None leaves the task's term out.
-        scale: multiplies the whole loss, 1/accumulation steps for instance. It is folded into every term's
-            weight, so that `loss.backward()` reaches the kernels with a gradient of exactly 1.
+        scale: multiplies the whole loss, a part's share of the batch's images for instance. It is folded into every
+            term's weight, so that `loss.backward()` reaches the kernels with a gradient of exactly 1.
+        task_scale: multiplies the labels' term in place of scale, a number or a scalar tensor: the part's share of
+            what task_loss divides by, where labels are ignored or classes weighted.
         teacher: what `teacher_activations` gave for these inputs, to use instead of running the teacher.
 
         Raises RuntimeError if a network modifies its inputs in place, or after `remove_taps`; TapError for a
@@ -162,19 +184,17 @@ class Distiller(nn.Module):
                     "wanted scale as a number, got a Tensor: it is folded into the terms' weights"
                 )
             scale = float(scale)
+        self._shared.check()
         batch = self._run(inputs, labels, teacher)
         if not batch.student.logits.numel():
             raise ValueError(f"the batch is empty: the logits are {tuple(batch.student.logits.shape)}")
         terms: dict[str, Tensor] = {}
         if labels is not None:
-            terms["task"] = self.task_loss(batch.student.logits, labels) * (self.task_weight * scale)
+            share = scale if task_scale is None else task_scale
+            terms["task"] = self._task(batch.student.logits, labels) * (self.task_weight * share)
         for name, term in self.terms.items():
             assert isinstance(term, Method)
             terms[name] = term(batch, term.weight * scale)
-        if labels is not None and terms["task"].dim():
-            raise ValueError(
-                f"wanted a task_loss that gives a scalar, got {tuple(terms['task'].shape)} (reduction='none'?)"
-            )
         if not terms:
             raise ValueError("nothing to learn from: no labels were given and there are no terms")
         loss = sum(list(terms.values())[1:], next(iter(terms.values())))
@@ -188,8 +208,27 @@ class Distiller(nn.Module):
             labels: Tensor | None = None,
             *,
             scale: float = 1.0,
+            task_scale: float | Tensor | None = None,
             teacher: Activations | None = None,
         ) -> Losses: ...
+
+    def _task(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = self.task_loss(logits, labels)
+        if loss.dim():
+            raise ValueError(
+                f"wanted a task_loss that gives a scalar, got {tuple(loss.shape)} (reduction='none'?)"
+            )
+        count = None if self.task_count is None else self.task_count(labels)
+        if count is None:
+            return loss
+        # 0 / 0 where all labels are ignored; what flows back is then 0 too.
+        counts = torch.as_tensor(count, device=loss.device) > 0
+        return torch.where(counts, loss, torch.zeros_like(loss))
+
+    @property
+    def task_count(self) -> Count | None:
+        """(labels) -> what task_loss divides by; None where that is not known."""
+        return self._given_count or count_of(self.task_loss)
 
     @torch.no_grad()
     def teacher_activations(self, inputs: Any) -> Activations:
@@ -201,25 +240,26 @@ class Distiller(nn.Module):
         """
         if self.teacher is None:
             raise ValueError("there is no teacher")
-        # Somebody may have called teacher.train(); batch statistics of the student's data would leak in.
-        if any(module.training for module in self.teacher.modules()):
-            self.teacher.eval()
-        if self.teacher_dtype is None:
-            return self._activations(self.teacher, self._teacher_taps, inputs, "teacher")
-        cast, dtype = [t for t in _tensors_of(inputs) if t.is_floating_point()], self.teacher_dtype
-        device = next((t.device.type for t in cast), "cpu")
-        with torch.autocast(device, enabled=False):
-            return self._activations(self.teacher, self._teacher_taps, _cast(inputs, dtype), "teacher")
+        # In training mode, batch statistics of the student's data would leak in.
+        with eval_mode(self.teacher):
+            if self.teacher_dtype is None:
+                return self._activations(self.teacher, self._teacher_taps, inputs, "teacher")
+            floating, dtype = [t for t in tensors_of(inputs) if t.is_floating_point()], self.teacher_dtype
+            device = next((t.device.type for t in floating), "cpu")
+            with torch.autocast(device, enabled=False):
+                return self._activations(self.teacher, self._teacher_taps, cast(inputs, dtype), "teacher")
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Every trainable parameter, once, as groups for a torch optimizer.
+        """Every parameter, once, as groups for a torch optimizer.
 
         Each has params, lr, weight_decay and a name: "student", then what each term asks for, such as
-        "vid.regressor" and "vid.alpha" (no weight decay, a learning rate of its own).
+        "vid.regressor" and "vid.alpha" (no weight decay, a learning rate of its own). What is frozen now is among
+        them, as in `model.parameters()`: an optimizer leaves parameters without a gradient alone, and trains them
+        once they are unfrozen.
         """
         groups = [
             {
-                "params": [p for p in self.student.parameters() if p.requires_grad],
+                "params": list(self.student.parameters()),
                 "lr": lr,
                 "weight_decay": weight_decay,
                 "name": "student",
@@ -230,7 +270,7 @@ class Distiller(nn.Module):
             for group in term.parameter_groups():
                 groups.append(
                     {
-                        "params": [p for p in group.params if p.requires_grad],
+                        "params": list(group.params),
                         "lr": lr * group.lr_factor,
                         "weight_decay": weight_decay if group.decay else 0.0,
                         "name": f"{name}.{group.name}" if group.name else name,
@@ -252,13 +292,15 @@ class Distiller(nn.Module):
                 "a Distiller's teacher is fixed: its terms were built for it; make a new Distiller"
             )
         super().__setattr__(name, value)
+        if name == "student" and "_student_taps" in self.__dict__:
+            old = self._student_taps
+            old.remove()
+            self._student_taps = Taps(value, old.layers, clone=old.clone, role="student")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher is not None:
-            self.teacher._apply(fn)  # type: ignore[no-untyped-call]
-            if self.teacher_dtype is not None:
-                self.teacher.to(self.teacher_dtype)
+            move(self.teacher, fn, self.teacher_dtype)
         return self
 
     @property
@@ -295,14 +337,9 @@ class Distiller(nn.Module):
         # The other network and the terms get the same inputs. Without terms nobody reads them again.
         # torch.compile cannot trace versions: there the probe has looked. Inference tensors have none.
         watched = self.terms and not torch.compiler.is_compiling()
-        before = [(t, version_of(t)) for t in _tensors_of(inputs) if not t.is_inference()] if watched else []
+        before = [(t, version_of(t)) for t in tensors_of(inputs) if not t.is_inference()] if watched else []
         with taps.recording() as activations:
-            if isinstance(inputs, Mapping):
-                output = network(**inputs)
-            elif isinstance(inputs, (tuple, list)):
-                output = network(*inputs)
-            else:
-                output = network(inputs)
+            output = call(network, inputs)
             if any(version_of(tensor) != version for tensor, version in before):
                 raise RuntimeError(
                     f"the {role} ({type(network).__name__}) modified its inputs in place (as an in-place ReLU at "
@@ -334,48 +371,20 @@ class Distiller(nn.Module):
             named[term.name] = term
         return named
 
-    def _refuse_shared_parameters(self) -> None:
-        assert self.teacher is not None
-        own = {id(p) for p in self.student.parameters()}
-        for name, parameter in self.teacher.named_parameters():
-            if id(parameter) in own:
-                raise ValueError(
-                    f"student and teacher share the parameter {name!r}: the teacher is frozen and the student is "
-                    "not; give copy.deepcopy(network) as the teacher"
-                )
-
     def _check_groups(self) -> None:
         """Every trainable parameter is in exactly one group: an alpha left out is VID turned into scaled MSE."""
         grouped = Counter(id(p) for group in self.parameter_groups(lr=1.0) for p in group["params"])
         for name, parameter in self.named_parameters():
-            times = grouped[id(parameter)] if parameter.requires_grad else 1
-            if times != 1:
+            times = grouped[id(parameter)]
+            if times > 1 or (parameter.requires_grad and not times):
                 raise RuntimeError(f"parameter {name!r} is in {times} parameter groups, wanted exactly one")
 
-
-def _tensors_of(inputs: Any) -> list[Tensor]:
-    """The tensors among a network's inputs: itself, or those of a tuple, list or mapping."""
-    if isinstance(inputs, Mapping):
-        inputs = list(inputs.values())
-    return [t for t in (inputs if isinstance(inputs, (tuple, list)) else [inputs]) if isinstance(t, Tensor)]
-
-
-def _cast(inputs: Any, dtype: torch.dtype) -> Any:
-    """The same inputs with floating-point tensors in another type."""
-    if isinstance(inputs, Mapping):
-        return {name: _cast(value, dtype) for name, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return [_cast(value, dtype) for value in inputs]
-    return inputs.to(dtype) if isinstance(inputs, Tensor) and inputs.is_floating_point() else inputs
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a block; afterwards every submodule has the mode it had, frozen ones included."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, training in modes:
-            submodule.training = training
+    def _check_wrapper(self) -> None:
+        """A wrapper around the student alone does not average the gradients of the terms' parameters."""
+        wrapper, name = wrapper_in(self.student), next((n for n, _ in self.terms.named_parameters()), None)
+        if wrapper is not None and name is not None:
+            raise ValueError(
+                f"wanted a student without {wrapper}, got one with it: the gradients of the terms' parameters, such "
+                f"as {name!r}, would not be averaged over the processes, and these parameters diverge; give the bare "
+                f"network, and wrap the Distiller: {wrapper}(Distiller(network, ...))"
+            )

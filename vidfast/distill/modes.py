@@ -1,67 +1,121 @@
-"""What training does to the networks besides their weights: training mode, torch.compile, SyncBatchNorm."""
+"""The training and eval modes of networks: changed for a while, and given back as they were."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from vidfast._torch import BATCH_NORM, compiled_call, has_forward_hook, set_compiled_call
-
-from .distiller import Distiller
+Modes = list[tuple[nn.Module, bool]]
 
 
-def train_mode(model: nn.Module, frozen: Sequence[nn.Module]) -> None:
+def modes_of(module: nn.Module) -> Modes:
+    """Every submodule, the module itself first, with whether it is in training mode.
+
+    Without those that have no mode, as a frozen network of TorchScript.
+    """
+    return [(m, m.training) for m in module.modules() if hasattr(m, "training")]
+
+
+def restore(modes: Modes) -> None:
+    """Give every submodule the mode that `modes_of` found, through `train()` where a class has one of its own.
+
+    Such classes do more than to set a flag (LoRA layers merge their weights in eval mode), and must undo it.
+    """
+    for module, training in modes:
+        if module.training != training:
+            with suppress(NotImplementedError):
+                module.train(training)
+    for module, training in modes:
+        if module.training != training:
+            module.training = training
+
+
+@contextmanager
+def kept_modes(module: nn.Module) -> Iterator[None]:
+    """After the block every submodule has the mode that it had before."""
+    modes = modes_of(module)
+    try:
+        yield
+    finally:
+        restore(modes)
+
+
+@dataclass
+class _InEvalMode:
+    """A network that some blocks have put into eval mode: how many of them, and the modes that it had before."""
+
+    blocks: int
+    modes: Modes
+
+
+_LOCK = threading.Lock()
+_IN_EVAL_MODE: dict[int, _InEvalMode] = {}
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a block; afterwards every submodule has the mode it had, frozen ones included.
+
+    Several threads may be in such blocks with one module: the last one to leave gives its modes back.
+    """
+    if torch.compiler.is_compiling():  # a graph has neither locks nor other threads
+        modes = modes_of(module)
+        _to_eval(module, modes)
+        try:
+            yield
+        finally:
+            restore(modes)
+        return
+    with _LOCK:
+        entry = _IN_EVAL_MODE.get(id(module))
+        if entry is None:
+            modes = modes_of(module)
+            if any(training for _, training in modes):
+                entry = _IN_EVAL_MODE[id(module)] = _InEvalMode(0, modes)
+                _to_eval(module, modes)
+        if entry is not None:
+            entry.blocks += 1
+    try:
+        yield
+    finally:
+        if entry is not None:
+            with _LOCK:
+                entry.blocks -= 1
+                if not entry.blocks:
+                    del _IN_EVAL_MODE[id(module)]
+                    restore(entry.modes)
+
+
+def _to_eval(module: nn.Module, modes: Modes) -> None:
+    """Eval mode, if anything is in training mode."""
+    if any(training for _, training in modes):
+        try:
+            module.eval()
+        except NotImplementedError:  # an exported program, whose graph is of one mode
+            for submodule, _ in modes:
+                submodule.training = False
+
+
+def train_mode(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
     """Training mode for all but the frozen modules."""
     model.train()
     for module in frozen:
         module.training = False
 
 
-@contextmanager
-def compiled(distiller: Distiller, how: bool | str) -> Iterator[None]:
-    """Both networks run by torch.compile during the block. how: False for not, True, or a backend's name.
+def frozen_parts(network: nn.Module) -> list[nn.Module]:
+    """The submodules that a training leaves in eval mode.
 
-    The losses stay eager: their kernels are the same there, and nothing waits for a compiler.
+    Those in eval mode while the network is in training mode, and, where all of it is in eval mode, those whose
+    parameters all require no gradient.
     """
-    if not how:
-        yield
-        return
-    networks = [n for n in (distiller.student, distiller.teacher) if n is not None]
-    before = [compiled_call(network) for network in networks]
-    try:
-        for network in networks:
-            network.compile(backend=how if isinstance(how, str) else "inductor")
-        yield
-    finally:
-        for network, call in zip(networks, before, strict=True):
-            set_compiled_call(network, call)
-
-
-def synchronise_batchnorm(distiller: Distiller) -> None:
-    """Make the student's BatchNorm layers torch's SyncBatchNorm: statistics over the batch of all processes.
-
-    The parameters and the names in checkpoints stay the same. Raises ValueError if a term taps such a layer, or if
-    the student is one: the new layer would not have the tap.
-    """
-    student = distiller.student
-    for name, module in student.named_modules():
-        if isinstance(module, BATCH_NORM) and (has_forward_hook(module) or not name):
-            raise ValueError(
-                f"the BatchNorm layer {name!r} is tapped and would be replaced; use "
-                "torch.nn.SyncBatchNorm.convert_sync_batchnorm(student) before you make the Distiller"
-            )
-    modes = {name: module.training for name, module in student.named_modules()}
-    nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
-    for name, module in student.named_modules():
-        module.training = modes[name]
-
-
-def frozen_parts(student: nn.Module) -> list[nn.Module]:
-    """The submodules that `fit` leaves in eval mode; its text has the rule."""
-    in_eval = [module for module in student.modules() if not module.training]
-    if student.training:
+    in_eval = [module for module in network.modules() if not module.training]
+    if network.training:
         return in_eval
     return [
         module

@@ -1,43 +1,166 @@
-"""A command in several processes, as `torchrun` and `accelerate launch` start them: one speaks and writes."""
+"""One or several processes, as `torchrun` and `accelerate launch` start them: where each computes, and who speaks.
+
+With torch's own means alone, and without state of our own in the process: what a training does follows from its
+options, whatever else runs beside it.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from typing import TypeVar
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, distributed, nn
 
 T = TypeVar("T")
 
+_PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def joined() -> bool:
+    """Whether this process has joined others."""
+    return distributed.is_available() and distributed.is_initialized()
+
 
 def process_count() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes there are: those joined, else those that a launcher has started."""
+    if joined():
+        return distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
-def on_cpu(device: str) -> bool:
-    """Whether to tell Accelerate that it is on the CPU: without a GPU it joins several processes only if told so."""
-    return device == "cpu" or (process_count() > 1 and not torch.cuda.is_available())
+def process_index() -> int:
+    """This process's number, 0 for the only one."""
+    return distributed.get_rank() if joined() else int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
     """Whether this is the process that writes files: the first of several, or the only one."""
-    return process_count() == 1 or int(os.environ.get("RANK", "0")) == 0
+    return process_count() == 1 or process_index() == 0
+
+
+def join(device: str) -> torch.device:
+    """Join the other processes, if there are any and this one has not, and return the device to compute on.
+
+    Of several GPUs a process takes the one of its LOCAL_RANK. A group of processes that is there is used as it is;
+    one that is made here stays.
+
+    device: the kind of device, such as "cpu" or "cuda"; "auto" for the one that torch prefers here.
+    """
+    found = torch.device(_preferred() if device == "auto" else device)
+    if process_count() == 1:
+        return found
+    if found.type == "cuda":
+        local = os.environ.get("LOCAL_RANK")
+        number = torch.cuda.current_device() if local is None else int(local) % torch.cuda.device_count()
+        found = torch.device("cuda", number)
+        torch.cuda.set_device(found)
+    if not joined():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
+    return found
+
+
+def _preferred() -> str:
+    """The kind of device that torch computes on by preference."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else found.type
+
+
+class Processes:
+    """What a training asks of the processes that it runs in: the device, precision, and what they tell each other.
+
+    device: where this process computes. index, count: of this process, and how many there are.
+
+    Raises ValueError for fp16 on a CPU, and for settings of `accelerate launch` that no training here follows.
+    """
+
+    def __init__(self, device: str, precision: str) -> None:
+        _refuse_sharding()
+        self.device = join(device)
+        if precision == "fp16" and self.device.type == "cpu":
+            raise ValueError("mixed_precision='fp16' needs a GPU; on the CPU take 'bf16' or 'no'")
+        self.count = process_count()
+        self.index = process_index() if self.count > 1 else 0
+        self.is_main = self.index == 0
+        self.dtype = _PRECISIONS[precision]
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """A loss scaler for fp16; it does nothing in the other precisions."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def autocast(self) -> torch.autocast:
+        """The precision that was asked for, also where the caller is inside of another autocast."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """The model, with its gradients averaged over the processes if there are several."""
+        if self.count == 1:
+            return model
+        on_gpu = self.device.type == "cuda"
+        return nn.parallel.DistributedDataParallel(model, [self.device] if on_gpu else None)
+
+    def unsent(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A block in which gradients of a wrapped model are added up here, and not sent."""
+        return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in a tensor of its own."""
+        total = values.clone()
+        if self.count > 1:
+            distributed.all_reduce(total)
+        return total
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(processes, ...): every process's values, which have one shape."""
+        if self.count == 1:
+            return values[None]
+        found = [torch.empty_like(values) for _ in range(self.count)]
+        distributed.all_gather(found, values.contiguous())
+        return torch.stack(found)
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the first one's values."""
+        if self.count > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
+
+
+def _refuse_sharding() -> None:
+    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
+            raise ValueError(
+                f"wanted processes that each hold the whole networks, got `accelerate launch` with {what}: the Trainer "
+                "averages gradients by torch's DistributedDataParallel; turn it off in accelerate's configuration, or "
+                "write a loop of your own around the Distiller"
+            )
+
+
+def wrapper_in(network: nn.Module) -> str | None:
+    """The name of the wrapper around the network, or around a part of it, that averages or shards for processes."""
+    kinds: tuple[type, ...] = (nn.parallel.DistributedDataParallel,)
+    # A network can be of FSDP's only where FSDP has been imported, which takes long.
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        kinds += (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
+    return next(
+        (kind.__name__ for module in network.modules() for kind in kinds if isinstance(module, kind)), None
+    )
 
 
 @contextmanager
-def one_voice(*, cpu: bool) -> Iterator[None]:
+def one_voice(device: str) -> Iterator[None]:
     """Join the other processes for the block, in which only the first one's stdout and stderr go anywhere.
 
-    Does nothing where there is one process. cpu: the processes compute on the CPU, whatever else there is.
+    Does nothing where there is one process. device: as for `join`.
     """
     if process_count() == 1:
         yield
         return
-    from accelerate import PartialState
-
-    state = PartialState(cpu=cpu)
+    found = joined()
+    join(device)
     with open(os.devnull, "w") as nowhere:
         if is_main():
             yield
@@ -45,8 +168,8 @@ def one_voice(*, cpu: bool) -> Iterator[None]:
             with redirect_stdout(nowhere), redirect_stderr(nowhere):
                 yield
     # Not after an exception: the others may be waiting for this process, and its end is what frees them.
-    with suppress(RuntimeError):
-        state.destroy_process_group()
+    if not found:
+        distributed.destroy_process_group()
 
 
 def from_main(work: Callable[[], T]) -> T:
@@ -56,8 +179,6 @@ def from_main(work: Callable[[], T]) -> T:
     """
     if process_count() == 1:
         return work()
-    from accelerate.utils import broadcast_object_list
-
     done: list[tuple[bool, T | None]] = [(False, None)]
     failed: BaseException | None = None
     if is_main():
@@ -65,7 +186,7 @@ def from_main(work: Callable[[], T]) -> T:
             done = [(True, work())]
         except BaseException as error:
             failed = error
-    broadcast_object_list(done, from_process=0)
+    distributed.broadcast_object_list(done, 0)
     if failed is not None:
         raise failed
     good, value = done[0]

@@ -25,7 +25,6 @@ HELP = "train a teacher, a student alone and a student with VID-I, and compare t
 CONFIG = "config.json"
 
 NEEDS = {
-    "accelerate": "accelerate",
     "matplotlib": "matplotlib",
     "PIL": "Pillow",
     "safetensors": "safetensors",
@@ -135,9 +134,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     require_extras()
-    from ..processes import on_cpu, one_voice
+    from ..processes import one_voice
 
-    with one_voice(cpu=on_cpu(arguments.device)):
+    with one_voice(arguments.device):
         return _run(arguments)
 
 

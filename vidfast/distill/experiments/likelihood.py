@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from vidfast.nll import GaussianNLL, log_likelihood_map
 
 from ..data.base import LabelledImages, Normalisation
-from ..distiller import Distiller, eval_mode
+from ..distiller import Distiller
 from ..methods.base import Activations, Batch
 from ..methods.vid import VID
+from ..modes import eval_mode
 from ..taps import Taps
 
 # For every pair of layers: log q(t_hw|s), (B, H, W), and the teacher's activation t, (B, C, H, W).
@@ -77,7 +78,7 @@ class VIDMaps:
     def __call__(self, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
         device = next(self.distiller.parameters()).device
         inputs = inputs.to(device)
-        with eval_mode(self.distiller), torch.no_grad():
+        with eval_mode(self.distiller), eval_mode(self.network), torch.no_grad():
             with self._student.recording() as of_student:
                 logits = self.distiller.pick_logits(self.distiller.student(inputs))
                 student = Activations(of_student(), logits)
@@ -95,7 +96,7 @@ class VIDMaps:
             return found
 
     def remove(self) -> None:
-        """Take the hooks off both networks."""
+        """Take what hooks there are off both networks."""
         self._student.remove()
         self._teacher.remove()
 

@@ -23,52 +23,77 @@ class KD(Method):
     """T^2 times the Kullback-Leibler divergence of the student's softened outputs from the teacher's.
 
     temperature: T.
+    class_dim: the logits' dimension of the classes; None for dimension 1, which logits of three dimensions must be
+        told, since they may be (B, classes, positions) or, as a language model's, (B, positions, classes).
     weight: what the term is multiplied by. With the default 0.9 goes `Distiller(..., task_weight=0.1)`.
 
     Logits are (B, classes) or (B, classes, ...), as of a segmentation network, averaged over all but the
     classes; any floating dtype, computed in fp32 or wider.
 
     Raises ValueError for a temperature that is not positive and finite, and, when built, for networks whose
-    logits differ in shape.
+    logits differ in shape, for three dimensions without class_dim, and for a class_dim that they do not have.
     """
 
     default_name: ClassVar[str] = "kd"
 
-    def __init__(self, temperature: float = 4.0, *, weight: float = 0.9, name: str | None = None) -> None:
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        *,
+        class_dim: int | None = None,
+        weight: float = 0.9,
+        name: str | None = None,
+    ) -> None:
         super().__init__(weight=weight, name=name)
         self.temperature = check_temperature(temperature)
+        if class_dim is not None and (isinstance(class_dim, bool) or not isinstance(class_dim, int)):
+            raise TypeError(f"wanted class_dim as a whole number, or None, got {class_dim!r}")
+        self.class_dim = class_dim
 
     def build(self, batch: Batch) -> None:
         self._check(batch.student.logits, batch.from_teacher.logits)
 
     def forward(self, batch: Batch, factor: float) -> Tensor:
         student, teacher = batch.student.logits, batch.from_teacher.logits.detach()
-        self._check(student, teacher)
-        log_s = torch.log_softmax(wide(student) / self.temperature, dim=1)
-        log_t = torch.log_softmax(wide(teacher) / self.temperature, dim=1)
-        divergence = (log_t.exp() * (log_t - log_s)).sum(1).mean()
+        dim = self._check(student, teacher)
+        log_s = torch.log_softmax(wide(student) / self.temperature, dim=dim)
+        log_t = torch.log_softmax(wide(teacher) / self.temperature, dim=dim)
+        divergence = (log_t.exp() * (log_t - log_s)).sum(dim).mean()
         return divergence * (factor * self.temperature**2)
 
-    @staticmethod
-    def _check(student: Tensor, teacher: Tensor) -> None:
+    def _check(self, student: Tensor, teacher: Tensor) -> int:
+        """The dimension of the classes, from 1 on."""
         if student.dim() < 2 or teacher.dim() < 2:
             raise ValueError(
                 "wanted logits of shape (B, classes) or (B, classes, ...), got "
                 f"{tuple(student.shape)} and {tuple(teacher.shape)}"
             )
-        if student.shape[1] != teacher.shape[1]:
+        if self.class_dim is None and student.dim() == 3:
             raise ValueError(
-                f"KD compares the same classes, but the student has {student.shape[1]} and the teacher "
-                f"{teacher.shape[1]}; LwF and VIDLP take a teacher of other classes"
+                f"wanted class_dim for logits of three dimensions, got {tuple(student.shape)} without: give KD(..., "
+                "class_dim=1) for (B, classes, positions), class_dim=-1 for (B, positions, classes)"
+            )
+        given = 1 if self.class_dim is None else self.class_dim
+        dim = given + student.dim() if given < 0 else given
+        if not 1 <= dim < student.dim():
+            raise ValueError(
+                f"wanted a class_dim of logits {tuple(student.shape)} that is not the batch's, got {given}"
+            )
+        if student.dim() == teacher.dim() and student.shape[dim] != teacher.shape[dim]:
+            raise ValueError(
+                f"KD compares the same classes, but the student has {student.shape[dim]} and the teacher "
+                f"{teacher.shape[dim]}; LwF and VIDLP take a teacher of other classes"
             )
         if student.shape != teacher.shape:
             raise ValueError(
                 f"wanted logits of one shape, got the student's {tuple(student.shape)} and the teacher's "
                 f"{tuple(teacher.shape)}"
             )
+        return dim
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature:g}, {super().extra_repr()}"
+        classes = "" if self.class_dim is None else f", class_dim={self.class_dim}"
+        return f"temperature={self.temperature:g}{classes}, {super().extra_repr()}"
 
 
 def check_temperature(temperature: float) -> float:

@@ -1,0 +1,74 @@
+"""The loss on the labels: over what it is a mean, so that the parts of a batch count by that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TaskLoss = Callable[[Tensor, Tensor], Tensor]
+# labels -> a number, or a scalar tensor.
+Count = Callable[[Tensor], "Tensor | float"]
+
+# The label that torch's losses ignore unless told otherwise.
+IGNORED = -100
+
+
+def count_of(task_loss: TaskLoss) -> Count | None:
+    """What one of torch's losses on class numbers divides by, as a function of the labels; None for other losses.
+
+    Known are `cross_entropy` and `nll_loss` of torch.nn.functional, with `functools.partial` or without, and their
+    modules, if they reduce by the mean: the number of labels that are not ignored, or the sum of their classes'
+    weights.
+    """
+    options = _options(task_loss)
+    if options is None or options.get("reduction") != "mean":
+        return None
+    ignored: int = options["ignore_index"]
+    weight: Tensor | None = options["weight"]
+
+    def count(labels: Tensor) -> Tensor | float:
+        if labels.is_floating_point():  # probabilities of the classes, (B, C, ...)
+            return labels.numel() / max(1, labels.shape[min(1, labels.dim() - 1)])
+        counts = labels != ignored
+        if weight is None:
+            return counts.sum()
+        classes = labels.where(counts, torch.zeros_like(labels)).long()
+        weights = weight.to(labels.device)[classes]
+        return weights.where(counts, torch.zeros_like(weights)).sum()
+
+    return count
+
+
+def ignored_label(task_loss: TaskLoss) -> int:
+    """The label that the loss leaves out, as far as it can be seen; torch's -100 for a loss that does not say."""
+    options = _options(task_loss)
+    return IGNORED if options is None else int(options["ignore_index"])
+
+
+def knows_its_classes(task_loss: TaskLoss) -> bool:
+    """Whether the loss is one of torch's on class numbers, for which dimension 1 of the logits holds the classes."""
+    return _options(task_loss) is not None
+
+
+_OPTIONS: dict[str, Any] = {"weight": None, "ignore_index": IGNORED, "reduction": "mean"}
+
+
+def _options(task_loss: TaskLoss) -> dict[str, Any] | None:
+    """Weight, ignore_index and reduction of one of torch's losses on class numbers; None for any other loss."""
+    for kind in (nn.CrossEntropyLoss, nn.NLLLoss):
+        if isinstance(task_loss, kind):
+            own = type(task_loss).forward is kind.forward
+            return {name: getattr(task_loss, name) for name in _OPTIONS} if own else None
+    given: dict[str, Any] = {}
+    function: object = task_loss
+    if isinstance(task_loss, partial):
+        function, given = task_loss.func, task_loss.keywords
+        if task_loss.args or "size_average" in given or "reduce" in given:
+            return None
+    if function is not nn.functional.cross_entropy and function is not nn.functional.nll_loss:
+        return None
+    return {name: given.get(name, default) for name, default in _OPTIONS.items()}
