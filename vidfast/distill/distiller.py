@@ -18,7 +18,7 @@ from .methods.base import Activations, Batch, Method
 from .modes import eval_mode
 from .processes import wrapper_in
 from .taps import Taps
-from .task import Count, TaskLoss, count_of
+from .task import Count, TaskLoss, count_of, mean_loss
 from .teacher import Shared, in_dtype, move
 
 
@@ -191,7 +191,8 @@ class Distiller(nn.Module):
         terms: dict[str, Tensor] = {}
         if labels is not None:
             share = scale if task_scale is None else task_scale
-            terms["task"] = self._task(batch.student.logits, labels) * (self.task_weight * share)
+            task = mean_loss(self.task_loss, self.task_count, batch.student.logits, labels)
+            terms["task"] = task * (self.task_weight * share)
         for name, term in self.terms.items():
             assert isinstance(term, Method)
             terms[name] = term(batch, term.weight * scale)
@@ -211,19 +212,6 @@ class Distiller(nn.Module):
             task_scale: float | Tensor | None = None,
             teacher: Activations | None = None,
         ) -> Losses: ...
-
-    def _task(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss = self.task_loss(logits, labels)
-        if loss.dim():
-            raise ValueError(
-                f"wanted a task_loss that gives a scalar, got {tuple(loss.shape)} (reduction='none'?)"
-            )
-        count = None if self.task_count is None else self.task_count(labels)
-        if count is None:
-            return loss
-        # 0 / 0 where all labels are ignored; what flows back is then 0 too.
-        counts = torch.as_tensor(count, device=loss.device) > 0
-        return torch.where(counts, loss, torch.zeros_like(loss))
 
     @property
     def task_count(self) -> Count | None:

@@ -15,6 +15,7 @@ from vidfast._torch import uncompiled
 
 from .distiller import Distiller
 from .stream import kept_random_state, seed_everything
+from .teacher import weights_of
 
 _LOOKED_AT = 8
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -89,7 +90,7 @@ def _described(term: nn.Module) -> str:
 def _digest_of_weights(network: nn.Module | None) -> str:
     digest = hashlib.sha256()
     if network is not None:
-        add_weights(digest, network.state_dict(), kinds=True)
+        add_weights(digest, weights_of(network), kinds=True)
     return digest.hexdigest()[:16]
 
 
@@ -100,8 +101,10 @@ def add_weights(digest: Any, weights: Mapping[str, Any], *, kinds: bool = False)
     """
     for name, value in weights.items():
         digest.update(name.encode())
-        if isinstance(value, Tensor):
-            _add_tensor(digest, value, kinds)
+        # Quantised layers keep weight and bias as one value.
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(part, Tensor):
+                _add_tensor(digest, part, kinds)
 
 
 def _class_of(network: nn.Module | None) -> str:
@@ -138,4 +141,5 @@ def _add(digest: Any, item: Any) -> None:
 def _add_tensor(digest: Any, tensor: Tensor, kind: bool = True) -> None:
     if kind:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    values = tensor.detach().int_repr() if tensor.is_quantized else tensor.detach()
+    digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

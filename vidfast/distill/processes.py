@@ -92,8 +92,18 @@ class Processes:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def autocast(self) -> torch.autocast:
-        """The precision that was asked for, also where the caller is inside of another autocast."""
+        """The precision that was asked for."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    @contextmanager
+    def no_autocast(self) -> Iterator[None]:
+        """A block that the caller's autocast does not reach, nor the weights that it keeps in 16 bits until it ends."""
+        torch.clear_autocast_cache()
+        try:
+            with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            torch.clear_autocast_cache()
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         """The model, with its gradients averaged over the processes if there are several."""

@@ -43,6 +43,42 @@ def count_of(task_loss: TaskLoss) -> Count | None:
     return count
 
 
+def mean_loss(task_loss: TaskLoss, count: Count | None, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss on the labels; 0 with zero gradients, and not 0 / 0, where nothing counts.
+
+    count: (labels) -> what the loss divides by, or None if that is not known. A scalar on the device is not looked at
+        on the host.
+
+    Raises ValueError for a loss that is no scalar.
+    """
+    divisor = None if count is None else count(labels)
+    counts = None if divisor is None else torch.as_tensor(divisor, device=logits.device) > 0
+    # What flows back from 0 / 0 is NaN, unless all labels are ignored by torch's own losses, which then look at none.
+    options = _options(task_loss)
+    if counts is not None and (options is None or options["weight"] is not None):
+        logits = _Guarded.apply(logits, counts)  # type: ignore[no-untyped-call]
+    loss = task_loss(logits, labels)
+    if loss.dim():
+        raise ValueError(
+            f"wanted a task_loss that gives a scalar, got {tuple(loss.shape)} (reduction='none'?)"
+        )
+    return loss if counts is None else torch.where(counts, loss, torch.zeros_like(loss))
+
+
+class _Guarded(torch.autograd.Function):
+    """The logits, with zero gradients where nothing counts."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(counts)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (counts,) = ctx.saved_tensors
+        return torch.where(counts, gradient, torch.zeros_like(gradient)), None
+
+
 def ignored_label(task_loss: TaskLoss) -> int:
     """The label that the loss leaves out, as far as it can be seen; torch's -100 for a loss that does not say."""
     options = _options(task_loss)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,16 @@ def move(teacher: nn.Module, change: Callable[[Tensor], Tensor], dtype: torch.dt
         return torch.empty_like(found, dtype=tensor.dtype).copy_(tensor)
 
     teacher._apply(change if dtype is None else keeps_dtype)  # type: ignore[no-untyped-call]
+
+
+def weights_of(network: nn.Module) -> Mapping[str, Any]:
+    """The network's state_dict, also where Accelerate keeps it in files or in memory until a layer runs."""
+    if not is_dispatched(network):
+        return network.state_dict()
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    found: Mapping[str, Any] = get_state_dict_offloaded_model(network)
+    return found
 
 
 def is_dispatched(network: nn.Module) -> bool:

@@ -125,7 +125,7 @@ class Trainer:
         if not resume:
             self._refuse_to_overwrite()
         self.history = []
-        with kept_random_state(), kept_modes(self.distiller):
+        with kept_random_state(), kept_modes(self.distiller), self.processes.no_autocast():
             return self._fit(resume)
 
     def _fit(self, resume: bool) -> list[Row]:
@@ -220,6 +220,8 @@ class Trainer:
         scaler.step(state.optimizer)
         scaler.update()
         state.optimizer.zero_grad()
+        # Autocast keeps weights in 16 bits until its outermost block ends, and one may be around this training.
+        torch.clear_autocast_cache()
 
     def _augmented(self, augment: Augmentation, inputs: Tensor, step: int, whole: int) -> Tensor:
         """This process's images as they would be augmented if it had the whole batch."""
@@ -237,7 +239,8 @@ class Trainer:
 
         Raises ValueError for labels that are not class numbers, one for each item or position of the logits.
         """
-        return self._evaluation().accuracy(data, batch_size)
+        with self.processes.no_autocast():
+            return self._evaluation().accuracy(data, batch_size)
 
     def _evaluation(self) -> Evaluation:
         distiller = self.distiller
