@@ -17,7 +17,7 @@ from small_networks import PAIRS, SmallNet
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from vidfast.distill import VID, Distiller, Losses
+from vidfast.distill import VID, Distiller, Losses, TapError
 from vidfast.distill.trainer import Trainer, TrainOptions
 
 BACKEND = "aot_eager"
@@ -116,3 +116,108 @@ def test_an_in_place_change_is_found_by_the_probe_although_compiled() -> None:
     student = torch.compile(Modifies(4), backend=BACKEND)
     with pytest.raises(RuntimeError, match=r"'first.0' was modified in place"):
         Distiller(student, PlainNet(6), [VID({"first.0": "first"})], example=plain_data().images[:2])
+
+
+# ---- graphs that are made without taps
+
+EVALUATED = ["before the Distiller", "before the Distiller, in training", "after it, before its first call"]
+
+
+@pytest.mark.parametrize("way", ["torch.compile(student)", "student.compile()"])
+@pytest.mark.parametrize("when", EVALUATED)
+def test_a_student_that_was_compiled_and_run_says_what_to_do(way: str, when: str) -> None:
+    data = plain_data(12)
+    torch.manual_seed(3)
+    student, teacher = SmallNet(4), SmallNet(6)
+    if way == "student.compile()":
+        student.compile(backend=BACKEND)
+    else:
+        student = torch.compile(student, backend=BACKEND)
+
+    def run(training: bool) -> None:
+        student.train(training)
+        with torch.set_grad_enabled(training):
+            student(data.images)
+        student.train()
+
+    if when.startswith("before"):
+        run(training="training" in when)
+    statistics = {n.replace("_orig_mod.", ""): v.clone() for n, v in student.state_dict().items()}
+    distiller = Distiller(student, teacher, [VID(PAIRS)], example=data.images[:2])
+    if when.startswith("after"):
+        run(training=False)
+
+    def call() -> Losses:
+        if "in training" in when:
+            return distiller(data.images, data.labels)
+        distiller.eval()
+        with torch.no_grad():
+            return distiller(data.images, data.labels)
+
+    eager = made()
+    eager.load_state_dict({**eager.state_dict(), **{f"student.{n}": v for n, v in statistics.items()}})
+    if when.startswith("before"):
+        with pytest.raises(
+            TapError, match=r"'first' was not called.*torch.compile made a graph of the student"
+        ):
+            call()
+        torch.compiler.reset()
+    student.load_state_dict({n: statistics[n.replace("_orig_mod.", "")] for n in student.state_dict()})
+    if "in training" in when:
+        assert_same(step(distiller, distiller), step(eager, eager))
+    else:
+        torch.testing.assert_close(call().terms["task"], eager.eval()(data.images, data.labels).terms["task"])
+        assert call().terms["vid"].isfinite()
+
+
+def test_a_student_compiled_after_the_distiller_was_made_and_run_before_its_first_call() -> None:
+    data = plain_data(12)
+    distiller = made()
+    distiller.student.compile(backend=BACKEND)
+    distiller.eval()
+    with torch.no_grad():
+        distiller.student(data.images)
+        with pytest.raises(TapError, match=r"call torch.compiler.reset\(\) once, after the Distiller"):
+            distiller(data.images, data.labels)
+        torch.compiler.reset()
+        found = distiller(data.images, data.labels).terms
+        expected = made().eval()(data.images, data.labels).terms
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_networks_that_teach_each_other_compile() -> None:
+    """Each is in training mode as a student and in eval mode as a teacher, in one graph with fullgraph=True."""
+    data, found = plain_data(12), []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        a, b = SmallNet(4), SmallNet(6)
+        pair = [Distiller(s, t, [VID(PAIRS)], example=data.images[:2]) for s, t in ((a, b), (b, a))]
+        calls: list[Any] = [
+            torch.compile(d, backend=BACKEND, fullgraph=True) if compiled else d for d in pair
+        ]
+        losses = []
+        for _ in range(3):
+            for call in calls:
+                loss = call(data.images, data.labels).loss
+                loss.backward()
+                losses.append(float(loss.detach()))
+            assert all(module.training for network in (a, b) for module in network.modules())
+        found.append((losses, a.state_dict(), b.state_dict()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for eager, compiled_state in zip(found[0][1:], found[1][1:], strict=True):
+        for name, value in eager.items():
+            torch.testing.assert_close(compiled_state[name], value, rtol=1e-5, atol=1e-6)
+    assert int(found[1][1]["first.1.num_batches_tracked"]) == 3
+
+
+def test_a_hook_that_comes_later_is_seen_in_a_compiled_network_too() -> None:
+    data = plain_data(12)
+    results = []
+    for compiled in (False, True):
+        distiller = made()
+        if compiled:
+            distiller.student.compile(backend=BACKEND)
+        distiller.student.first.register_forward_hook(lambda module, args, output: 3 * output)
+        results.append(distiller(data.images, data.labels).loss)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)

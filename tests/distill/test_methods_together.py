@@ -103,6 +103,39 @@ def test_all_compile_with_the_networks_into_one_graph(
     torch.testing.assert_close(other_gradients, gradients, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_validation_in_inference_mode_is_that_without_gradients(
+    distiller: Distiller, images: Tensor, labels: Tensor, autocast: bool
+) -> None:
+    """As Lightning validates; and the next step learns as if nothing had been."""
+    distiller.eval()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            torch.manual_seed(0)
+            expected = distiller(images, labels).terms
+        with torch.inference_mode():
+            torch.manual_seed(0)
+            found = distiller(images, labels).terms
+            torch.manual_seed(0)
+            of_copies = distiller(images.clone(), labels).terms  # inputs that inference mode made
+            kept = distiller.teacher_activations(images)
+            torch.manual_seed(0)
+            of_kept = distiller(images, labels, teacher=kept).terms
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+        assert torch.equal(of_copies[name], value), name
+        assert torch.equal(of_kept[name], value), name
+    gradients = []
+    for before in (False, True):
+        one = copy.deepcopy(distiller).eval()
+        if before:
+            with torch.inference_mode():
+                one(images, labels)
+        torch.manual_seed(0)
+        gradients.append(step(one, one, images, labels)[1])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_bf16_autocast_is_near_fp32(distiller: Distiller, images: Tensor, labels: Tensor) -> None:
     distiller.eval()
     terms, _ = step(distiller, distiller, images, labels)

@@ -10,17 +10,19 @@ import random
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from plain_network import plain_data, plain_distiller
+from plain_network import PlainNet, plain_data, plain_distiller
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vidfast import cli
+from vidfast.distill import KD, VID, Distiller
 from vidfast.distill.data import Images, random_shift
 from vidfast.distill.trainer import NonFiniteLossError, Trainer, TrainOptions
 
@@ -63,10 +65,30 @@ def train(options: TrainOptions, data: Dataset[Any], folder: Path | None = None)
     return trainer.fit(resume=folder is not None), distiller.state_dict()
 
 
+def train_ignoring(task_loss: Any, options: TrainOptions = PLAIN) -> tuple[Any, Any]:
+    """Labels of which every third does not count, so that the processes' parts count differently."""
+    data = plain_data()
+    labels = data.labels.where(torch.arange(len(data)) % 4 > 0, torch.tensor(-100))
+    distiller = plain_distiller(data, weight=2.0)
+    distiller.task_loss = task_loss
+    trainer = Trainer(
+        distiller,
+        data.subset(torch.arange(len(data)), labels),
+        options,
+        evaluate={"test": data.subset(torch.arange(25), labels[:25])},
+        progress=False,
+    )
+    return trainer.fit(), distiller.state_dict()
+
+
+WEIGHTED = partial(nn.functional.cross_entropy, weight=torch.tensor([0.2, 1.0, 3.0]))
+
 CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "plain": lambda: train(PLAIN, plain_data()),
     "uneven": lambda: train(UNEVEN, plain_data()),
     "noisy": lambda: train(replace(PLAIN, workers=1), Noisy(plain_data())),
+    "ignored labels": lambda: train_ignoring(nn.functional.cross_entropy),
+    "weighted classes in parts": lambda: train_ignoring(WEIGHTED, replace(UNEVEN, batch_size=8, clip=None)),
 }
 
 
@@ -124,6 +146,13 @@ def in_one_of_two(rank: int, port: int, folder: str) -> None:
         Trainer(plain_distiller(plain_data(), reduction="sum"), plain_data(), PLAIN, progress=False)
     except ValueError as error:
         results["sum"] = str(error)
+    try:
+        train_ignoring(lambda z, y: nn.functional.cross_entropy(z, y))
+    except ValueError as error:
+        results["unknown loss"] = str(error)
+    results["unlabelled"] = unlabelled_in_turn(rank, 2)
+    results["wrapped"] = wrapped_students()
+    results["torch's own"] = torch.distributed.get_backend()
     torch.save(results, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -138,6 +167,48 @@ def own_loop(rank: int, world: int) -> dict[str, Tensor]:
         model(images[:7], labels[:7], scale=7 / len(images), teacher=kept).loss.backward()
     model(images[7:], labels[7:], scale=1 - 7 / len(images)).loss.backward()
     return {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
+
+
+def unlabelled_in_turn(rank: int, world: int) -> dict[str, Any]:
+    """Labelled and unlabelled batches in turn, with VID alone: an unlabelled one does not reach the classifier."""
+    found: dict[str, Any] = {}
+    for unused in (True, False):
+        distiller, data = plain_distiller(plain_data()), plain_data(16)
+        options = {"find_unused_parameters": unused}
+        model: Any = nn.parallel.DistributedDataParallel(distiller, **options) if world > 1 else distiller
+        optimizer = torch.optim.SGD(distiller.parameter_groups(lr=0.05, weight_decay=0.01), momentum=0.9)
+        images, labels = data.images[rank::world], data.labels[rank::world]
+        try:
+            for i in range(4):
+                model(images, None if i % 2 else labels).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            found[str(unused)] = {name: p.detach() for name, p in distiller.named_parameters()}
+        except RuntimeError as error:
+            found[str(unused)] = str(error)
+        if world == 1:
+            break
+    return found
+
+
+def wrapped_students() -> dict[str, Any]:
+    """What is said of a student in DistributedDataParallel, with terms that have parameters and without."""
+    found: dict[str, Any] = {}
+    data = plain_data(16)
+    for name, term in (("VID", VID({"module.first": "first"})), ("KD", KD())):
+        student, teacher = PlainNet(4), PlainNet(6)
+        for place in ("the student", "a part of it"):
+            wrapped: nn.Module = nn.parallel.DistributedDataParallel(student)
+            if place == "a part of it":
+                student.fc = nn.parallel.DistributedDataParallel(student.fc)  # type: ignore[assignment]
+                wrapped = student
+                term = VID({"first": "first"}) if name == "VID" else KD()
+            try:
+                Distiller(wrapped, teacher, [term], example=data.images[:2])(data.images, data.labels)
+                found[f"{name}, {place}"] = "fine"
+            except ValueError as error:
+                found[f"{name}, {place}"] = str(error)
+    return found
 
 
 def free_port() -> int:
@@ -199,11 +270,32 @@ def test_every_process_stops_when_one_sees_a_loss_that_is_not_finite(two: list[d
         assert "not finite: the term 'task', 'vid' became inf or nan in step 1" in of_process["error"]
 
 
+def test_unlabelled_batches_in_turn_need_what_the_docs_say(two: list[dict[str, Any]]) -> None:
+    expected = unlabelled_in_turn(0, 1)["True"]
+    for of_process in two:
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                of_process["unlabelled"]["True"][name], value, rtol=1e-5, atol=WEIGHT_TOLERANCE, msg=name
+            )
+        assert "find_unused_parameters=True" in of_process["unlabelled"]["False"]
+
+
+def test_a_wrapped_student_is_refused_where_terms_have_parameters(two: list[dict[str, Any]]) -> None:
+    for of_process in two:
+        found = of_process["wrapped"]
+        for place in ("the student", "a part of it"):
+            assert "'vid.regressors.0.0.weight'" in found[f"VID, {place}"]
+            assert "DistributedDataParallel(Distiller(network, ...))" in found[f"VID, {place}"]
+            assert found[f"KD, {place}"] == "fine"
+
+
 def test_what_does_not_go_with_processes_is_refused(two: list[dict[str, Any]]) -> None:
     for of_process in two:
         assert "SyncBatchNorm does not run on the CPU" in of_process["sync_batchnorm"]
         assert "'vid' has reduction='sum'" in of_process["sum"]
         assert "a number of processes of 2" in of_process["sum"]
+        assert "wanted a task_loss that is a mean over images" in of_process["unknown loss"]
+        assert of_process["torch's own"] == "gloo"
 
 
 DISTILL = [

@@ -255,3 +255,123 @@ def test_without_gradients_a_reentrant_checkpoint_and_frozen_layers_are_fine(ima
         assert record(network, Taps(network, ["layer"]), images)["layer"].shape == (6, 2, 8, 8)
     frozen = nn.Sequential(nn.Conv2d(1, 2, 1).requires_grad_(False), nn.Conv2d(2, 2, 1))
     assert not record(frozen, Taps(frozen, ["0"]), images)["0"].requires_grad
+
+
+# ---- what the layer's caller gets
+
+
+def doubled(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+@pytest.mark.parametrize("when", ["before the taps", "after the taps", "both"])
+def test_a_tap_sees_what_other_hooks_made_of_the_output(images: Tensor, when: str) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU())
+    if when != "after the taps":
+        network[0].register_forward_hook(doubled)
+    taps = Taps(network, ["0"])
+    if when != "before the taps":
+        network[0].register_forward_hook(doubled)
+    seen: list[Tensor] = []
+    network[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for _ in range(2):
+        found = record(network, taps, images)["0"]
+        assert found is seen[-1]
+
+
+def test_a_replaced_layer_is_tapped_where_it_was(images: Tensor) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU())
+    taps = Taps(network, ["0"])
+    network[0] = nn.Conv2d(1, 5, 1)
+    assert record(network, taps, images)["0"].shape[1] == 5
+    del network[0]
+    taps = Taps(network, ["0"])
+    del network[0]
+    with pytest.raises(UnknownNameError, match="has no layer '0' any more"):
+        record(network, taps, images)
+
+
+class ReadsWeights(nn.Module):
+    """Reads a layer's weights without calling it, as nn.MultiheadAttention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.layer.weight)
+
+
+def test_a_layer_that_is_never_called_says_what_may_be_the_case(images: Tensor) -> None:
+    network = ReadsWeights()
+    with pytest.raises(TapError, match=r"reads its weights without calling it.*tap a layer that is called"):
+        record(network, Taps(network, ["layer"]), images)
+
+
+def test_outputs_that_are_no_tensor_say_what_to_do() -> None:
+    x = torch.randn(2, 5, 4)
+    attention = nn.ModuleDict({"attend": nn.MultiheadAttention(4, 2, batch_first=True)})
+    attention.forward = lambda x: attention["attend"](x, x, x)[0]  # type: ignore[method-assign]
+    for network, layer in ((nn.Sequential(nn.LSTM(4, 3)), "0"), (attention, "attend")):
+        with pytest.raises(
+            TapError, match=rf"'{layer}' .* returned a tuple of 2.*nn.Identity\(\) through which"
+        ):
+            record(network, Taps(network, [layer]), x)
+
+
+def test_transformer_layers_run_their_layers_while_tapped() -> None:
+    """In eval mode and without gradients torch goes a shorter way, past the layers, where there are no hooks."""
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False
+    ).eval()
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad():
+        found = record(encoder, Taps(encoder, ["layers.0.linear1", "layers.1"]), x)
+    assert found["layers.0.linear1"].shape == (3, 5, 16)
+    torch.testing.assert_close(found["layers.1"], encoder(x), rtol=1e-5, atol=1e-5)
+
+
+# ---- networks that run no hooks
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "kind", ["script", "trace", "frozen", "loaded", "export", "a scripted layer", "unflattened"]
+)
+def test_networks_that_run_no_hooks_are_refused_when_the_taps_are_made(images: Tensor, kind: str) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Sequential(nn.ReLU()), nn.Flatten()).eval()
+
+    def loaded() -> nn.Module:
+        stored = io.BytesIO()
+        torch.jit.save(torch.jit.script(network), stored)
+        stored.seek(0)
+        found: nn.Module = torch.jit.load(stored)
+        return found
+
+    make = {
+        "script": lambda: torch.jit.script(network),
+        "trace": lambda: torch.jit.trace(network, images),
+        "frozen": lambda: torch.jit.freeze(torch.jit.script(network)),
+        "loaded": loaded,
+        "export": lambda: torch.export.export(network, (images,)).module(),
+        "a scripted layer": lambda: nn.Sequential(torch.jit.script(network[0]), nn.Flatten()),
+        "unflattened": lambda: torch.export.unflatten(torch.export.export(network, (images,))),
+    }
+    other = make[kind]()
+    why = "a graph" if kind == "export" else "TorchScript"
+    if kind == "unflattened":  # its layers are called again
+        torch.testing.assert_close(record(other, Taps(other, ["0"]), images)["0"], network[0](images))
+        return
+    with pytest.raises(TapError, match=rf"layer '0' cannot be tapped: the teacher is {why}.*such as KD"):
+        Taps(other, ["0"], role="teacher")
+    Taps(other, [], role="teacher")
+
+
+def test_symbolic_traces_call_their_layers(images: Tensor) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Sequential(nn.ReLU(), nn.ReLU()), nn.Flatten())
+    traced = torch.fx.symbolic_trace(network)
+    found = record(traced, Taps(traced, ["0", "1.0"]), images)
+    torch.testing.assert_close(found["1.0"], network[0](images).relu())
+    # A block whose layers the trace calls is itself not called.
+    with pytest.raises(TapError, match="layer '1' cannot be tapped"):
+        Taps(traced, ["1"])

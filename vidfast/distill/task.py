@@ -74,7 +74,7 @@ class _Guarded(torch.autograd.Function):
         return logits.view_as(logits)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (counts,) = ctx.saved_tensors
         return torch.where(counts, gradient, torch.zeros_like(gradient)), None
 

@@ -18,18 +18,19 @@ class TaskParts:
     """The shares of the parts of a batch in its loss on the labels, over all processes.
 
     A loss whose divisor is known (`Distiller.task_count`) counts by it. Any other loss counts by images, and then the
-    loss of a batch must be the mean of its parts' losses: that is looked at, in every step for the parts of one
-    process and in the first for those of all.
+    loss of a batch must be the mean of its parts' losses: that is looked at, on random logits, for the parts of one
+    process in every step, and for those of all processes in the first `every` steps and then in one of as many.
 
     accumulation: how many parts each process cuts its part of the batch into.
     """
 
-    def __init__(self, distiller: Distiller, processes: Processes, accumulation: int) -> None:
-        self.distiller, self.processes, self.accumulation = distiller, processes, accumulation
-        self.parts: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, distiller: Distiller, processes: Processes, accumulation: int, every: int) -> None:
+        self.distiller, self.processes = distiller, processes
+        self.accumulation, self.every = accumulation, every
+        self.labels: list[Tensor] = []
         self.classes: tuple[int, ...] | None = None
         self.disagreed = torch.zeros((), dtype=torch.bool, device=processes.device)
-        self.first = True
+        self.steps = 0
 
     def _looks(self) -> bool:
         """Whether nothing is known of the loss, and a batch is cut."""
@@ -51,23 +52,25 @@ class TaskParts:
         return list(torch.where(total > 0, counts * self.processes.count / total, torch.zeros_like(counts)))
 
     def see(self, logits: Tensor, labels: Tensor) -> None:
-        """Keep what a part gave until the end of the step, if it must be looked at."""
+        """Keep what a part was until the end of the step, if it must be looked at."""
         self.classes = tuple(logits.shape[1:])
         if self._looks():
-            self.parts.append((logits.detach(), labels))
+            self.labels.append(labels)
 
     def end_step(self) -> None:
         """Look at the parts of a step. Raises ValueError in the first one, before the optimizer's step."""
-        parts, self.parts = self.parts, []
-        first, self.first = self.first, False
-        if first and self.processes.count > 1 and self._looks():
-            found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(self.processes.count)]
-            distributed.all_gather_object(found, [(z.cpu(), y.cpu()) for z, y in parts])
-            parts = [part for of_process in found for part in of_process]
-        if len(parts) > 1:
-            agree = parts_agree(self.distiller.task_loss, [z for z, _ in parts], [y for _, y in parts])
-            self.disagreed |= ~agree.to(self.disagreed.device)
-        if first:
+        labels, self.labels = self.labels, []
+        self.steps += 1
+        if not self._looks():
+            return
+        if self.processes.count > 1 and (self.steps <= self.every or self.steps % self.every == 0):
+            found: list[list[Tensor]] = [[] for _ in range(self.processes.count)]
+            distributed.all_gather_object(found, [part.cpu() for part in labels])
+            labels = [part.to(self.processes.device) for of_process in found for part in of_process]
+        if len(labels) > 1:
+            assert self.classes is not None
+            self.disagreed |= ~parts_agree(self.distiller.task_loss, self.classes, labels)
+        if self.steps == 1:
             self.check()
 
     def check(self) -> None:
@@ -130,12 +133,18 @@ def refuse_sums(distiller: Distiller, accumulation: int, processes: int) -> None
             )
 
 
-def parts_agree(task_loss: TaskLoss, logits: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
-    """Whether a batch's loss is the mean of its parts' losses, each counted by its images: a bool on the device."""
+def parts_agree(task_loss: TaskLoss, classes: Sequence[int], labels: Sequence[Tensor]) -> Tensor:
+    """Whether a batch's loss is the mean of its parts' losses, each counted by its images: a bool on the device.
+
+    For random logits (B, *classes), without touching the random state. labels: of each part.
+    """
+    device = labels[0].device
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
-        whole = task_loss(torch.cat(list(logits)).float(), torch.cat(list(labels)))
+        logits = [torch.randn((len(y), *classes), generator=generator, device=device) for y in labels]
+        whole = task_loss(torch.cat(logits), torch.cat(list(labels)))
         total = sum(len(part) for part in labels)
-        shares = [task_loss(z.float(), y) * (len(y) / total) for z, y in zip(logits, labels, strict=True)]
+        shares = [task_loss(z, y) * (len(y) / total) for z, y in zip(logits, labels, strict=True)]
         difference = (torch.stack(shares).sum() - whole).abs()
         # What is not finite is named by another check.
         return (difference <= 1e-3 * whole.abs() + 1e-5) | ~difference.isfinite()

@@ -154,7 +154,7 @@ class Trainer:
         self.history = state.history
         # A run that was stopped between its checkpoint and the row of the same step.
         row_lacks = start > 0 and options.row_due(start, self.size) and self._last_row() < start
-        task = TaskParts(distiller, processes, options.accumulation)
+        task = TaskParts(distiller, processes, options.accumulation, options.check_every)
         bar, owned = self._bar(start)
         writer = self._writer(start if row_lacks else start + 1)
         try:
