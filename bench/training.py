@@ -143,7 +143,7 @@ class Distillation:
         self.term = VID(
             pairs={tap: tap for tap in student.taps}, regressor=str(facts["regressor"]), weight=1.0
         )
-        distiller = Distiller(student, teacher, terms=[self.term], example=self.images[:2])
+        distiller = Distiller(student, teacher.eval(), terms=[self.term], example=self.images[:2])
         self.distiller = distiller.to(case.device).train()
         self.watch = TermWatch(case.device)
         self.losses = {True: watched(self.term, self.watch), False: public_pair_loss(self.term)}

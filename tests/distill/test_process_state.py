@@ -129,6 +129,20 @@ def test_an_autocast_around_fit_does_not_count(precision: Any, around: torch.dty
     assert results[0][2] == results[1][2] == results[0][0][-1]["test_accuracy"]
 
 
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_modes_without_gradients_around_fit_do_not_count(
+    alone: tuple[Any, Any], around: Callable[[], Any]
+) -> None:
+    distiller = made(the_data())
+    trainer = trainer_of(the_data(), distiller)
+    with around():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        history = trainer.fit()
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+    assert history == alone[0]
+    assert_same(distiller.state_dict(), alone[1])
+
+
 def test_an_accelerator_that_comes_later_is_free_in_its_options(small_data: Images) -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState

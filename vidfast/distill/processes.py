@@ -96,11 +96,17 @@ class Processes:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     @contextmanager
-    def no_autocast(self) -> Iterator[None]:
-        """A block that the caller's autocast does not reach, nor the weights that it keeps in 16 bits until it ends."""
+    def own_modes(self) -> Iterator[None]:
+        """A block that the caller's modes do not reach: autocast, with the weights that it keeps in 16 bits until it
+        ends, and those in which there are no gradients."""
         torch.clear_autocast_cache()
         try:
-            with torch.autocast("cpu", enabled=False), torch.autocast(self.device.type, enabled=False):
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.autocast("cpu", enabled=False),
+                torch.autocast(self.device.type, enabled=False),
+            ):
                 yield
         finally:
             torch.clear_autocast_cache()

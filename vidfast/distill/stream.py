@@ -61,7 +61,7 @@ class StreamBatches(Sampler[list[int]]):
                 if position // self.size != epoch:
                     epoch = position // self.size
                     order = torch.randperm(
-                        self.size, generator=generator_for(self.seed, "order", epoch)
+                        self.size, generator=generator_for(self.seed, "order", epoch), device="cpu"
                     ).tolist()
                 batch.append(order[position % self.size])
             part = StepIndices(batch[self.rank :: self.world])

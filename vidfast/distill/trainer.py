@@ -125,7 +125,7 @@ class Trainer:
         if not resume:
             self._refuse_to_overwrite()
         self.history = []
-        with kept_random_state(), kept_modes(self.distiller), self.processes.no_autocast():
+        with kept_random_state(), kept_modes(self.distiller), self.processes.own_modes():
             return self._fit(resume)
 
     def _fit(self, resume: bool) -> list[Row]:
@@ -239,7 +239,7 @@ class Trainer:
 
         Raises ValueError for labels that are not class numbers, one for each item or position of the logits.
         """
-        with self.processes.no_autocast():
+        with self.processes.own_modes():
             return self._evaluation().accuracy(data, batch_size)
 
     def _evaluation(self) -> Evaluation:
