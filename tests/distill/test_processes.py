@@ -152,6 +152,7 @@ def in_one_of_two(rank: int, port: int, folder: str) -> None:
         results["unknown loss"] = str(error)
     results["unlabelled"] = unlabelled_in_turn(rank, 2)
     results["wrapped"] = wrapped_students()
+    results["sharded"] = sharded_distillers(rank, 2)
     results["torch's own"] = torch.distributed.get_backend()
     torch.save(results, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -208,6 +209,39 @@ def wrapped_students() -> dict[str, Any]:
                 found[f"{name}, {place}"] = "fine"
             except ValueError as error:
                 found[f"{name}, {place}"] = str(error)
+    return found
+
+
+def sharded_distillers(rank: int, world: int) -> dict[str, Any]:
+    """A step of a sharded Distiller, and what is said of a sharded student."""
+    from torch.distributed import fsdp
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,)) if world > 1 else None
+    ways: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "fully_shard": lambda module: fsdp.fully_shard(module, mesh=mesh),
+        "FullyShardedDataParallel": lambda module: fsdp.FullyShardedDataParallel(
+            module, device_id=torch.device("cpu"), use_orig_params=True
+        ),
+    }
+    found: dict[str, Any] = {}
+    data = plain_data(16)
+    for name, way in ways.items():
+        distiller = plain_distiller(plain_data())
+        model = way(distiller) if world > 1 else distiller
+        optimizer = torch.optim.SGD(distiller.parameter_groups(lr=0.1))
+        for _ in range(2):
+            model(data.images[rank::world], data.labels[rank::world]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            found[name] = model(data.images, data.labels).loss
+        if world > 1:
+            student = way(PlainNet(4))
+            layer = "first" if name == "fully_shard" else "_fsdp_wrapped_module.first"
+            try:
+                Distiller(student, PlainNet(6), [VID({layer: "first"})], example=data.images[:2])
+            except ValueError as error:
+                found[f"{name}, student"] = str(error)
     return found
 
 
@@ -287,6 +321,14 @@ def test_a_wrapped_student_is_refused_where_terms_have_parameters(two: list[dict
             assert "'vid.regressors.0.0.weight'" in found[f"VID, {place}"]
             assert "DistributedDataParallel(Distiller(network, ...))" in found[f"VID, {place}"]
             assert found[f"KD, {place}"] == "fine"
+
+
+def test_a_sharded_distiller_learns_what_one_process_learns(two: list[dict[str, Any]]) -> None:
+    expected = sharded_distillers(0, 1)
+    for of_process in two:
+        for name, value in expected.items():
+            torch.testing.assert_close(of_process["sharded"][name], value, rtol=1e-5, atol=1e-6)
+            assert f"{name}(Distiller(network, ...))" in of_process["sharded"][f"{name}, student"]
 
 
 def test_what_does_not_go_with_processes_is_refused(two: list[dict[str, Any]]) -> None:

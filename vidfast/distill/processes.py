@@ -155,15 +155,15 @@ def _refuse_sharding() -> None:
 
 
 def wrapper_in(network: nn.Module) -> str | None:
-    """The name of the wrapper around the network, or around a part of it, that averages or shards for processes."""
-    kinds: tuple[type, ...] = (nn.parallel.DistributedDataParallel,)
+    """What averages or shards for processes around the network, or around a part of it: the name of its call."""
+    kinds: dict[type, str] = {nn.parallel.DistributedDataParallel: "DistributedDataParallel"}
     # A network can be of FSDP's only where FSDP has been imported, which takes long.
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
-        kinds += (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)
-    return next(
-        (kind.__name__ for module in network.modules() for kind in kinds if isinstance(module, kind)), None
-    )
+        kinds[fsdp.FullyShardedDataParallel] = "FullyShardedDataParallel"
+        kinds[fsdp.FSDPModule] = "fully_shard"
+    found = (name for module in network.modules() for kind, name in kinds.items() if isinstance(module, kind))
+    return next(found, None)
 
 
 @contextmanager
