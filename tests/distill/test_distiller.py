@@ -227,6 +227,28 @@ def test_copies_are_independent(distiller: Distiller, images: Tensor, labels: Te
     torch.testing.assert_close(distiller(images, labels).loss, expected)
 
 
+def test_a_student_in_place_of_another_is_tapped_and_judged_as_the_first(
+    distiller: Distiller, images: Tensor, labels: Tensor
+) -> None:
+    before, distiller.student = distiller.student, SmallNet(4).eval()
+    losses = distiller(images, labels)
+    losses.loss.backward()
+    torch.testing.assert_close(losses.logits, distiller.student(images))
+    assert before.first[0].weight.grad is None
+    assert distiller.student.first[0].weight.grad is not None
+    # Also where no assignment tells of it.
+    distiller.add_module("student", SmallNet(4).eval())
+    torch.testing.assert_close(distiller(images, labels).logits, distiller.student(images))
+    distiller.student = nn.Sequential(SmallNet(4))
+    with pytest.raises(
+        UnknownNameError, match=r"student \(Sequential\) has no layer 'first': did you mean '0.first'"
+    ):
+        distiller(images, labels)
+    distiller.student = distiller.teacher
+    with pytest.raises(ValueError, match="share the parameter"):
+        distiller(images, labels)
+
+
 def test_removed_taps_leave_the_networks_bare(distiller: Distiller, images: Tensor) -> None:
     distiller.remove_taps()
     for network in (distiller.student, distiller.teacher):

@@ -184,6 +184,7 @@ class Distiller(nn.Module):
                     "wanted scale as a number, got a Tensor: it is folded into the terms' weights"
                 )
             scale = float(scale)
+        self._follow_student()
         self._shared.check()
         batch = self._run(inputs, labels, teacher)
         if not batch.student.logits.numel():
@@ -267,7 +268,7 @@ class Distiller(nn.Module):
         return [group for group in groups if group["params"]]
 
     def remove_taps(self) -> None:
-        """Take the hooks off both networks, when done; the Distiller cannot be called afterwards."""
+        """Take what hooks there are off both networks, when done; the Distiller cannot be called afterwards."""
         self._removed = True
         self._student_taps.remove()
         if self._teacher_taps is not None:
@@ -280,10 +281,15 @@ class Distiller(nn.Module):
                 "a Distiller's teacher is fixed: its terms were built for it; make a new Distiller"
             )
         super().__setattr__(name, value)
-        if name == "student" and "_student_taps" in self.__dict__:
-            old = self._student_taps
-            old.remove()
-            self._student_taps = Taps(value, old.layers, clone=old.clone, role="student")
+
+    def _follow_student(self) -> None:
+        """Look at a student that was put in place of the one before, as at the first."""
+        before = self._student_taps
+        if before.network is not self.student:
+            if self.teacher is not None:
+                self._shared = Shared.between(self.student, self.teacher)
+            self._student_taps = Taps(self.student, before.layers, clone=before.clone, role="student")
+            before.remove()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
