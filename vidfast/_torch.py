@@ -430,7 +430,10 @@ def compiled_call(module: nn.Module) -> Any:
 
 def set_compiled_call(module: nn.Module, call: Any) -> None:
     """Puts back what :func:`compiled_call` gave. A torch without it calls the module as it is."""
-    module._compiled_call_impl = call
+    if call is None:  # as before there was any: TorchScript does not read None in its place
+        module.__dict__.pop("_compiled_call_impl", None)
+    else:
+        module._compiled_call_impl = call
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -209,10 +209,11 @@ def advice(inputs: Tensor, labels: Tensor, task_loss: Any = F.cross_entropy, **o
     if options.pop("broken_teacher", False):
         teacher.fc.weight.data[0, 0] = torch.inf
     distiller = Distiller(Net(False), teacher, [KD()], example=torch.randn(2, 6), task_loss=task_loss)
+    step = options.pop("step", 1)
     given = {"steps": 10, "batch_size": 8, "lr": 0.01, "device": "cpu", **options}
     with pytest.raises(NonFiniteLossError) as caught:
         Trainer(distiller, TensorDataset(inputs, labels), TrainOptions(**given), progress=False).fit()
-    assert caught.value.step == 1
+    assert step is None or caught.value.step == step
     return str(caught.value)
 
 
@@ -223,12 +224,124 @@ def test_the_advice_names_the_cause() -> None:
     assert "the inputs of that step's batch are not finite" in advice(broken, labels)
     ignoring = partial(advice, inputs, torch.full((8,), -100), lambda z, y: F.cross_entropy(z, y))
     assert "the labels of that step's batch alone make the task_loss not finite" in ignoring()
-    assert "what the teacher gives for that step's batch is not finite ('logits')" in advice(
+    assert "the teacher's 'logits' are not finite for that step's batch" in advice(
         inputs, labels, broken_teacher=True
     )
     torch.manual_seed(0)
     divergent = advice(inputs * 1e30, labels, lambda z, y: (z * 1e30).square().mean())
     assert divergent.endswith("in step 1; lower the learning rate or that term's weight")
+    # Parts of which nothing counts are no cause where it is known what counts.
+    one = torch.full((8,), -100)
+    one[0] = 1
+    divergent = advice(inputs, one, step=None, lr=1e30, accumulation=8)
+    assert divergent.endswith("lower the learning rate or that term's weight")
+    # Nor is a loss that is not finite for logits of 0 alone.
+    normed = lambda z, y: F.cross_entropy(z / z.norm() * (1 if z.grad_fn is None else torch.inf), y)  # noqa: E731
+    assert advice(inputs, labels, normed).endswith("lower the learning rate or that term's weight")
+
+
+def test_the_advice_is_of_the_augmented_batch() -> None:
+    distiller = Distiller(Net(False))
+    before = torch.get_rng_state()
+
+    def breaks(images: Tensor, generator: torch.Generator) -> Tensor:
+        torch.rand(1)
+        return images / 0
+
+    options = TrainOptions(steps=2, batch_size=8, check_every=1, device="cpu")
+    data = TensorDataset(torch.ones(8, 6), LABELS.clamp(min=0))
+    with pytest.raises(NonFiniteLossError, match=r"the inputs of that step's batch.*or their augmentation"):
+        Trainer(distiller, data, options, augment=breaks, progress=False).fit()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_bytes_are_no_ignored_labels() -> None:
+    """torch compares 156 with -100 as bytes, and finds them equal."""
+    x, labels = torch.randn(4, 6), torch.tensor([156, 156, 3, 3], dtype=torch.uint8)
+    student = nn.Linear(6, 200)
+    with torch.no_grad():
+        student.weight.zero_()
+        student.bias.zero_()[3] = 1
+    losses = Distiller(student)(x, labels)
+    torch.testing.assert_close(losses.loss, F.cross_entropy(student(x), labels))
+    losses.loss.backward()
+    assert student.weight.grad is not None
+    assert student.weight.grad.norm() > 0
+    options = TrainOptions(steps=1, batch_size=4, device="cpu")
+    trainer = Trainer(Distiller(student), TensorDataset(x, labels), options, progress=False)
+    assert trainer.accuracy(TensorDataset(x, labels)) == 50.0
+    big = nn.Linear(6, 1000)
+    trainer = Trainer(Distiller(big), TensorDataset(x, labels), options, progress=False)
+    with torch.no_grad():
+        big.weight.zero_()
+        big.bias.zero_()[240] = 1
+    assert trainer.accuracy(TensorDataset(x, torch.full((4,), 240, dtype=torch.uint8))) == 100.0
+
+
+def test_losses_that_cannot_be_called_twice_alike() -> None:
+    """One on probabilities, one that keeps what it has seen, and one that draws, which must be told."""
+    x, y = torch.randn(8, 6), torch.rand(8, 5)
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, z: Tensor, y: Tensor) -> Tensor:
+            self.calls += 1
+            return F.mse_loss(z, y)
+
+    keeps = Keeps()
+    drawn = lambda z, y: F.mse_loss(F.dropout(z, 0.9), y)  # noqa: E731
+    options = TrainOptions(steps=3, batch_size=8, accumulation=2, device="cpu")
+    for loss in (F.binary_cross_entropy, keeps):
+        student = nn.Sequential(Net(False), nn.Sigmoid())
+        Trainer(Distiller(student, task_loss=loss), TensorDataset(x, y), options, progress=False).fit()
+    assert float(keeps.calls) == 6
+    with pytest.raises(ValueError, match="task_count=len"):
+        Trainer(Distiller(Net(False), task_loss=drawn), TensorDataset(x, y), options, progress=False).fit()
+    told = Distiller(Net(False), task_loss=drawn, task_count=len)
+    Trainer(told, TensorDataset(x, y), options, progress=False).fit()
+
+
+def test_wrong_counts_and_shares_are_refused() -> None:
+    x = torch.randn(8, 6)
+    with pytest.raises(TypeError, match="task_count as a function of the labels, got int"):
+        Distiller(Net(False), task_count=5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"one number for all labels, got \(8,\)"):
+        Distiller(Net(False), task_count=lambda y: y != 255)(x, LABELS)
+    with pytest.raises(ValueError, match=r"task_scale as a number or a scalar Tensor, got \(2,\)"):
+        Distiller(Net(False))(x, LABELS, task_scale=torch.ones(2))
+
+
+def test_the_documented_share_of_a_batch_of_which_nothing_counts() -> None:
+    distiller, labels = Distiller(Net(False)), torch.full((8,), -100)
+    assert distiller.task_count is not None
+    share = distiller.task_count(labels[:4]) / distiller.task_count(labels)
+    losses = distiller(torch.randn(4, 6), labels[:4], scale=0.5, task_scale=share)
+    losses.loss.backward()
+    assert losses.loss == 0
+    assert torch.equal(distiller.student.fc.weight.grad, torch.zeros_like(distiller.student.fc.weight))
+
+
+def test_weighted_losses_in_transforms_and_graphs() -> None:
+    distiller = Distiller(Net(False), task_loss=partial(F.cross_entropy, weight=WEIGHTS))
+    x = torch.randn(8, 6)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(distiller, parameters, (x, LABELS)).loss
+
+    parameters = {name: p.detach() for name, p in distiller.named_parameters()}
+    found = torch.func.grad(loss)(parameters)
+    distiller(x, LABELS).loss.backward()
+    for name, p in distiller.named_parameters():
+        torch.testing.assert_close(found[name], p.grad)
+    expected = [p.grad.clone() for p in distiller.parameters() if p.grad is not None]
+    distiller.zero_grad()
+    torch._dynamo.reset()
+    torch.compile(distiller, backend="eager", fullgraph=True)(x, LABELS).loss.backward()
+    torch.testing.assert_close([p.grad for p in distiller.parameters()], expected)
+    torch._dynamo.reset()
 
 
 def test_a_scale_of_the_labels_term_in_a_loop_of_ones_own() -> None:

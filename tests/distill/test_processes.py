@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from vidfast import cli
 from vidfast.distill import KD, VID, Distiller
 from vidfast.distill.data import Images, random_shift
+from vidfast.distill.files import CheckpointError
 from vidfast.distill.trainer import NonFiniteLossError, Trainer, TrainOptions
 
 # Stated in docs/distillation.md: the sums over the batch are formed in another order, nothing else differs.
@@ -131,13 +132,25 @@ def in_one_of_two(rank: int, port: int, folder: str) -> None:
     torch.distributed.barrier()
     results["resumed"] = train(options, plain_data(), run)
 
-    # One process's images are not finite: both stop.
-    broken = plain_data()
-    broken.images[:] = float("nan") if rank == 0 else 1.0
+    # One process's loss is not finite: both stop.
+    def broken(z: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z, y) / (0 if rank == 0 else 1)
+
     try:
-        train(PLAIN, broken)
+        train_with(plain_distiller(plain_data(), weight=2.0), broken)
     except NonFiniteLossError as error:
         results["error"] = str(error)
+    unlike: dict[str, Callable[[], Any]] = {
+        "options": lambda: train(replace(PLAIN, lr=0.1 + rank), plain_data()),
+        "teacher": lambda: train_with(another_teacher(rank), nn.functional.cross_entropy),
+        "data": lambda: train(PLAIN, plain_data(30 - rank)),
+    }
+    for what, call in unlike.items():
+        try:
+            call()
+        except ValueError as error:
+            results[f"unlike {what}"] = str(error)
+    results["one checkpoint"] = one_checkpoint(rank, Path(folder) / "one")
     try:
         train(replace(PLAIN, sync_batchnorm=True), plain_data())
     except ValueError as error:
@@ -168,6 +181,29 @@ def own_loop(rank: int, world: int) -> dict[str, Tensor]:
         model(images[:7], labels[:7], scale=7 / len(images), teacher=kept).loss.backward()
     model(images[7:], labels[7:], scale=1 - 7 / len(images)).loss.backward()
     return {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
+
+
+def train_with(distiller: Distiller, task_loss: Any) -> Any:
+    distiller.task_loss = task_loss
+    return Trainer(distiller, plain_data(), PLAIN, progress=False).fit()
+
+
+def another_teacher(seed: int) -> Distiller:
+    torch.manual_seed(seed)
+    teacher, data = PlainNet(6), plain_data()
+    torch.manual_seed(3)
+    return Distiller(PlainNet(4), teacher, [VID({"first": "first"})], example=data.images[:2])
+
+
+def one_checkpoint(rank: int, folder: Path) -> str:
+    """What is said where only the first process sees a checkpoint, as with a folder for each machine."""
+    train(PLAIN, plain_data(), folder / "shared")
+    place = folder / ("shared" if rank == 0 else "other")
+    try:
+        train(PLAIN, plain_data(), place)
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
 
 
 def unlabelled_in_turn(rank: int, world: int) -> dict[str, Any]:
@@ -301,7 +337,21 @@ def test_two_processes_resume_exactly(two: list[dict[str, Any]]) -> None:
 
 def test_every_process_stops_when_one_sees_a_loss_that_is_not_finite(two: list[dict[str, Any]]) -> None:
     for of_process in two:
-        assert "not finite: the term 'task', 'vid' became inf or nan in step 1" in of_process["error"]
+        assert "not finite: the term 'task' became inf or nan in step 1" in of_process["error"]
+
+
+def test_processes_that_were_given_something_else_are_refused(two: list[dict[str, Any]]) -> None:
+    for of_process in two:
+        for what, said in {
+            "options": "process 1 lr",
+            "teacher": "other teacher weights",
+            "data": "29 images",
+        }.items():
+            assert (
+                "wanted the same options, networks and data in all processes" in of_process[f"unlike {what}"]
+            )
+            assert said in of_process[f"unlike {what}"]
+        assert "after the steps [12, 0]" in of_process["one checkpoint"]
 
 
 def test_unlabelled_batches_in_turn_need_what_the_docs_say(two: list[dict[str, Any]]) -> None:

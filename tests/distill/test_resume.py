@@ -10,6 +10,7 @@ import signal
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,43 @@ def test_checkpoints_of_another_teacher_task_or_augmentation_are_refused(
     ):
         with pytest.raises(CheckpointError, match=reason):
             changed.fit(resume=True)
+
+
+LOSSES: dict[str, Callable[[], Any]] = {
+    "plain": nn.CrossEntropyLoss,
+    "weights": lambda: nn.CrossEntropyLoss(weight=torch.tensor([9.0, 1.0, 1.0])),
+    "other weights": lambda: nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0, 1.0])),
+    "ignored": lambda: nn.CrossEntropyLoss(ignore_index=2),
+    "smoothed": lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
+    "partial": lambda: partial(nn.functional.cross_entropy, label_smoothing=0.1),
+}
+
+
+def test_checkpoints_of_another_loss_count_or_frozen_part_are_refused(
+    small_data: Images, tmp_path: Path
+) -> None:
+    def attempt(
+        folder: str, task_loss: Any, count: Any = None, change: Callable[[Distiller], Any] = lambda _: None
+    ) -> None:
+        torch.manual_seed(3)
+        options = {"task_loss": task_loss, "task_count": count}
+        distiller = Distiller(
+            SmallNet(4), SmallNet(6), [VID(PAIRS)], example=small_data.images[:2], **options
+        )
+        change(distiller)
+        Trainer(distiller, small_data, QUICK, folder=tmp_path / folder, progress=False).fit(resume=True)
+
+    for name, make in LOSSES.items():
+        attempt(name, make())
+        attempt(name, make())
+        for other, make_other in LOSSES.items():
+            if other != name:
+                with pytest.raises(CheckpointError, match="was trained with the task"):
+                    attempt(name, make_other())
+    with pytest.raises(CheckpointError, match="was trained with the task"):
+        attempt("plain", nn.CrossEntropyLoss(), len)
+    with pytest.raises(CheckpointError, match="other parameters frozen"):
+        attempt("plain", nn.CrossEntropyLoss(), None, lambda d: d.student.first.requires_grad_(False))
 
 
 def test_checkpoints_of_another_student_are_refused(small_data: Images, tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ import copy
 import gc
 import io
 import pickle
+import random
 import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_networks import PAIRS, SmallNet
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training_runs import QUICK, made
 
+from vidfast._torch import set_compiled_call
 from vidfast.distill import KD, VID, Distiller, Taps
 from vidfast.distill.data import Images
 from vidfast.distill.files import CheckpointError
@@ -84,6 +88,59 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc(self.adapter(self.base(x)))
         return out
+
+
+def state(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+SHARED: dict[str, Callable[[SmallNet, SmallNet], object]] = {
+    "the same memory after load_state_dict(assign=True)": lambda s, t: t.load_state_dict(
+        s.state_dict(), assign=True
+    ),
+    "the same memory in another Parameter": lambda s, t: setattr(
+        t.first[0], "weight", nn.Parameter(s.first[0].weight.data, requires_grad=False)
+    ),
+    "the same Parameter in another layer": lambda s, t: setattr(t.fc, "bias", s.fc.bias),
+    "a part of the teacher": lambda s, t: setattr(s, "second", t.second),
+}
+
+
+@pytest.mark.parametrize("way", SHARED)
+def test_shared_parameters_that_are_trained_are_refused(images: Tensor, way: str) -> None:
+    student, teacher = SmallNet(4), SmallNet(4)
+    SHARED[way](student, teacher)
+    for options in ({}, {"teacher_dtype": torch.bfloat16}):
+        with pytest.raises(ValueError, match=r"share the parameter '\S+', which is trained"):
+            Distiller(student, teacher, [KD()], example=images, **options)
+
+
+def test_a_term_with_a_layer_of_the_teacher_is_refused(images: Tensor) -> None:
+    teacher = SmallNet(4)
+    terms = [VID({"first": "second"}, regressor=lambda s, t: teacher.second)]
+    with pytest.raises(ValueError, match=r"share the parameter 'second.0.weight', which is trained"):
+        Distiller(SmallNet(4), teacher, terms, example=images)
+
+
+def test_shared_statistics_and_buffers_do_not_move(images: Tensor, labels: Tensor) -> None:
+    student, teacher = SmallNet(4), SmallNet(4)
+    teacher.first[1].running_mean = student.first[1].running_mean
+    distiller = Distiller(student, teacher, [KD()], example=images)
+    with pytest.raises(
+        RuntimeError, match=r"share the layer 'first.1' \(BatchNorm2d\), and it is in training mode"
+    ):
+        distiller(images, labels)
+    student.first[1].eval()
+    distiller(images, labels)
+    normed = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)).requires_grad_(False)
+    x, y = torch.randn(6, 6), labels
+    distiller = Distiller(Adapted(normed), Adapted(normed), [KD()], example=x)
+    with pytest.raises(
+        RuntimeError, match=r"share the buffer 'base.parametrizations.weight.0._[uv]', and a run of"
+    ):
+        distiller(x, y)
+    normed.eval()
+    distiller(x, y)
 
 
 def test_a_shared_backbone_is_allowed_while_it_is_frozen() -> None:
@@ -171,9 +228,11 @@ def test_what_the_terms_froze_stays_frozen_in_fit(small_data: Images) -> None:
 class Merging(nn.Module):
     """Merges its adapter into the weights in eval mode, as LoRA layers do, and must be told of both modes."""
 
+    shape = (3, 6)
+
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.adapter = nn.Parameter(torch.ones(3, 6)), nn.Parameter(torch.ones(3, 6))
+        self.weight, self.adapter = nn.Parameter(torch.ones(self.shape)), nn.Parameter(torch.ones(self.shape))
         self.merged = False
 
     def train(self, mode: bool = True) -> Merging:
@@ -185,6 +244,139 @@ class Merging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight if self.merged else self.weight + self.adapter)
+
+
+class Noise(nn.Module):
+    """Follows what train() says and not the flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active, self.seen = True, list[bool]()
+
+    def train(self, mode: bool = True) -> Noise:
+        self.active = mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(self.active)
+        return x
+
+
+class Deaf(nn.Module):
+    """Whose train() leaves what is inside as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def train(self, mode: bool = True) -> Deaf:
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.drop(x)
+        return out
+
+
+def test_frozen_modules_with_a_train_of_their_own_stay_frozen_in_fit(small_data: Images) -> None:
+    noise = Noise()
+    student = nn.Sequential(nn.Flatten(), noise, nn.Linear(64, 3))
+    noise.eval()
+    Trainer(Distiller(student), small_data, QUICK, evaluate={"t": small_data}, progress=False).fit()
+    assert set(noise.seen) == {False}
+    assert (noise.active, noise.training) == (False, False)
+    noise.train()
+    noise.seen.clear()
+    Trainer(Distiller(student), small_data, QUICK, progress=False).fit()
+    assert set(noise.seen) == {True}
+    assert (noise.active, noise.training) == (True, True)
+
+
+def test_a_teacher_is_in_eval_mode_whatever_its_train_does(images: Tensor, labels: Tensor) -> None:
+    teacher = nn.Sequential(nn.Flatten(), Deaf(), nn.Linear(64, 3))
+    distiller = Distiller(SmallNet(4), teacher, [KD()], example=images)
+    first, second = (distiller.teacher_activations(images).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(modes(teacher).values())
+
+
+def test_all_of_a_frozen_part_stays_frozen_in_a_student_in_eval_mode(small_data: Images) -> None:
+    student = SmallNet(4)
+    student.first = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4, affine=False), nn.Dropout(0.5)
+    )
+    student.first.requires_grad_(False)
+    student.eval()
+    seen: list[bool] = []
+    student.first[2].register_forward_hook(lambda module, args, out: seen.append(module.training))
+    Trainer(Distiller(student), small_data, QUICK, progress=False).fit()
+    assert set(seen) == {False}
+    assert int(student.first[1].num_batches_tracked) == 0
+    assert int(student.second[1].num_batches_tracked) == QUICK.steps
+
+
+def test_eval_mode_after_a_failure_within_a_train_of_ones_own_and_in_blocks_that_overlap() -> None:
+    class Fails(nn.Linear):
+        fails = True
+
+        def train(self, mode: bool = True) -> Fails:
+            if self.fails and not mode:
+                self.fails = False
+                raise RuntimeError("once")
+            return super().train(mode)
+
+    network = nn.Sequential(nn.Dropout(0.5), Fails(3, 3))
+    with pytest.raises(RuntimeError, match="once"), eval_mode(network):
+        raise AssertionError
+    assert all(modes(network).values())
+    with eval_mode(network):
+        assert not any(modes(network).values())
+        network.train()
+        with eval_mode(network):
+            assert not any(modes(network).values())
+    assert all(modes(network).values())
+
+    class Calibrates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def train(self, mode: bool = True) -> Calibrates:
+            super().train(mode)
+            with eval_mode(self.inner):
+                self.inner(torch.zeros(1, 3))
+            return self
+
+    with eval_mode(Calibrates()):
+        pass
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    outer = nn.Sequential(inner, nn.Linear(4, 4))
+    first, second = eval_mode(inner), eval_mode(outer)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not any(modes(outer).values())
+    second.__exit__(None, None, None)
+    assert all(modes(outer).values())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_networks_without_modes_of_their_own(small_data: Images) -> None:
+    """A frozen part in TorchScript has no mode, and an exported one refuses to be given any."""
+    first = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+    batch = {0: torch.export.Dim("batch")}
+    parts = {
+        "frozen": torch.jit.freeze(torch.jit.script(first)),
+        "exported": torch.export.export(first, (small_data.images[:4],), dynamic_shapes=(batch,)).module(),
+    }
+    for part in parts.values():
+        student = nn.Sequential(part, Merging4(), nn.Dropout(0.5), nn.Linear(4, 3))
+        trainer = Trainer(Distiller(student), small_data, QUICK, evaluate={"t": small_data}, progress=False)
+        trainer.fit()
+        assert student[2].training
+        assert not student[1].merged
+        with eval_mode(student):
+            assert student[1].merged
+            assert not student[2].training
 
 
 def test_classes_with_a_train_of_their_own_are_told_of_both_modes() -> None:
@@ -199,6 +391,10 @@ def test_classes_with_a_train_of_their_own_are_told_of_both_modes() -> None:
         network.eval()
     assert not network[0].merged
     assert torch.equal(network[0].weight, torch.ones(3, 6))
+
+
+class Merging4(Merging):
+    shape = (4, 4)
 
 
 # ---- threads
@@ -240,6 +436,36 @@ def test_threads_with_one_teacher_or_one_distiller(images: Tensor, labels: Tenso
     assert all(modes(teacher).values())
     assert all(torch.equal(value, statistics[name]) for name, value in teacher.state_dict().items())
     assert hooks(teacher) == 0
+
+
+def test_a_recording_takes_its_own_threads_calls_alone(student: nn.Module, images: Tensor) -> None:
+    """Also from the first moment of a recording on."""
+    student.eval()
+    taps, expected, wrong = Taps(student, ["first"]), student.first(images), list[object]()
+    other, done = torch.randn(9, 1, 8, 8), threading.Event()
+
+    def elsewhere() -> None:
+        try:
+            while not done.is_set():
+                student.first(other)
+        except Exception as error:
+            wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=elsewhere)
+    try:
+        thread.start()
+        for _ in range(300):
+            with taps.recording() as activations:
+                student.first(images)
+                if not torch.equal(activations()["first"], expected):
+                    wrong.append("another thread's")
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert wrong == []
 
 
 def test_a_layer_that_only_another_thread_calls_is_an_error_that_says_so(
@@ -298,6 +524,24 @@ def test_hooks_on_compiled_networks_live_as_long_as_their_distiller(images: Tens
     assert hooks(teacher) == 0
 
 
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_a_training_that_compiles_leaves_networks_that_script_and_hold_no_hooks(small_data: Images) -> None:
+    distiller = made(small_data)
+    networks = (distiller.student, distiller.teacher)
+    options = replace(QUICK, steps=2, compile="eager")
+    Trainer(distiller, small_data, options, evaluate={"t": small_data}, progress=False).fit()
+    assert [hooks(network) for network in networks if network is not None] == [0, 0]
+    distiller(small_data.images, small_data.labels)
+    torch.jit.script(distiller.student)
+    # Compiled by the caller, and not any more.
+    distiller.student.compile(backend="eager")
+    distiller(small_data.images, small_data.labels)
+    assert hooks(distiller.student) == len(PAIRS)
+    set_compiled_call(distiller.student, None)
+    distiller(small_data.images, small_data.labels)
+    assert hooks(distiller.student) == 0
+
+
 def test_a_student_is_scripted_and_loads_where_vidfast_is_not(images: Tensor, labels: Tensor) -> None:
     student = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
@@ -340,6 +584,39 @@ def test_a_folder_with_another_training_is_refused_before_anything_happens(
     assert all(torch.equal(value, weights[name]) for name, value in distiller.state_dict().items())
 
 
+def test_neither_accuracy_nor_the_probe_touch_a_random_state(small_data: Images) -> None:
+    class Draws(SmallNet):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images + random.random() + float(np.random.rand()) + torch.rand(1))
+
+    def states() -> tuple[Any, ...]:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    student, teacher = Draws(4), Draws(6)
+    torch.set_rng_state(torch.tensor(before[2], dtype=torch.uint8))
+    distiller = Distiller(student, teacher, [KD()], example=small_data.images[:2])
+    assert states() == before
+    trainer = Trainer(distiller, small_data, QUICK, progress=False)
+    trainer.accuracy(small_data)
+    assert states() == before
+    trainer.fit()
+    assert states() == before
+
+
+def test_a_failed_fit_leaves_no_gradients(small_data: Images) -> None:
+    distiller = made(small_data)
+
+    def fails(gradient: Tensor) -> None:
+        raise ZeroDivisionError
+
+    handle = distiller.student.first[0].weight.register_hook(fails)
+    with pytest.raises(ZeroDivisionError):
+        Trainer(distiller, small_data, QUICK, progress=False).fit()
+    handle.remove()
+    assert all(p.grad is None for p in distiller.parameters())
+
+
 def test_gradients_that_were_left_do_not_count_in_fit(small_data: Images) -> None:
     results = []
     for left in (False, True):
@@ -371,6 +648,73 @@ def test_a_teacher_in_another_type_is_a_copy(images: Tensor, labels: Tensor, dty
     assert torch.equal(earlier(images, labels).loss, expected)
     # One that is of the type already is used as it is.
     assert Distiller(SmallNet(4), teacher, teacher_dtype=torch.float32).teacher is teacher
+
+
+def test_a_copied_teacher_follows_what_is_loaded_or_trained(images: Tensor, labels: Tensor) -> None:
+    a, b = SmallNet(4), SmallNet(6)
+    ab, ba = (
+        Distiller(s, t, [VID(PAIRS), KD()], example=images, teacher_dtype=torch.bfloat16)
+        for s, t in ((a, b), (b, a))
+    )
+    for _ in range(2):
+        for distiller in (ab, ba):
+            optimizer = torch.optim.SGD(distiller.parameter_groups(lr=0.1))
+            distiller(images, labels).loss.backward()
+            optimizer.step()
+    ab.teacher_activations(images)
+    assert ab.teacher is not None
+    for name, value in b.state_dict().items():
+        assert torch.equal(ab.teacher.state_dict()[name], value.to(ab.teacher.state_dict()[name].dtype)), name
+    other = SmallNet(6)
+    b.load_state_dict(other.state_dict())
+    expected = Distiller(SmallNet(4), other, [KD()], example=images, teacher_dtype=torch.bfloat16)
+    assert torch.equal(ab.teacher_activations(images).logits, expected.teacher_activations(images).logits)
+    # It keeps no weights alive, and a copy of the Distiller follows nothing.
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(ab)))
+    place = weakref.ref(b.first[0].weight)
+    with torch.no_grad():
+        b.fc.weight.zero_()
+    assert not torch.equal(copied.teacher_activations(images).logits, ab.teacher_activations(images).logits)
+    del b, ba, distiller, optimizer
+    gc.collect()
+    assert place() is None
+    ab(images, labels)
+
+
+def test_complex_buffers_and_whole_numbers_stay_what_they_are(images: Tensor) -> None:
+    class Rotary(SmallNet):
+        def __init__(self) -> None:
+            super().__init__(6)
+            self.register_buffer(
+                "turns", torch.polar(torch.ones(2), torch.tensor([0.5, 1.0])), persistent=False
+            )
+            self.register_buffer("places", torch.arange(3))
+
+    teacher = Rotary()
+    found = Distiller(SmallNet(4), teacher, [KD()], example=images, teacher_dtype=torch.bfloat16).teacher
+    assert found is not None
+    assert torch.equal(found.turns, teacher.turns)
+    assert found.places.dtype == torch.int64
+
+
+def test_a_teacher_of_numbers_runs_outside_of_autocast() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(9, 4), nn.Linear(4, 3)
+            self.seen = list[bool]()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            self.seen.append(torch.is_autocast_enabled("cpu"))
+            out: Tensor = self.fc(self.embed(tokens).mean(1))
+            return out
+
+    tokens, teacher = torch.randint(0, 9, (2, 5)), Tokens()
+    distiller = Distiller(Tokens(), teacher, [KD()], example=tokens, teacher_dtype=torch.float32)
+    for inputs in (tokens, (tokens,), {"tokens": tokens}):
+        with torch.autocast("cpu", torch.bfloat16):
+            distiller(inputs)
+    assert teacher.seen == [False] * 4
 
 
 def test_a_fixed_type_survives_a_change_of_the_rest_without_rounding(images: Tensor) -> None:

@@ -265,7 +265,7 @@ def test_synchronised_batchnorm_keeps_parameters_and_taps(small_data: Images) ->
     tapped.eval()(small_data.images, small_data.labels).loss.backward()
     hooked = Distiller(SmallNet(4))
     hooked.student.first[1].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"'first.1' has a forward hook"):
+    with pytest.raises(ValueError, match=r"got a forward hook on 'first.1'"):
         synchronise_batchnorm(hooked)
 
 

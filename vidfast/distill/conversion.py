@@ -1,4 +1,4 @@
-"""What a training makes of the networks for its time: torch.compile, SyncBatchNorm."""
+"""What a training makes of the networks: compiled ones while it lasts, and SyncBatchNorm layers for good."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from .distiller import Distiller
 
 
 @contextmanager
-def compiled(distiller: Distiller, how: bool | str) -> Iterator[None]:
-    """Both networks run by torch.compile during the block. how: False for not, True, or a backend's name.
+def compiled(distiller: Distiller, backend: bool | str) -> Iterator[None]:
+    """Both networks run by torch.compile during the block. backend: False for not, True for the default, or a name.
 
     The losses stay eager: their kernels are the same there, and nothing waits for a compiler.
     """
-    if not how:
+    if not backend:
         yield
         return
     networks = [n for n in (distiller.student, distiller.teacher) if n is not None]
     before = [compiled_call(network) for network in networks]
     try:
         for network in networks:
-            network.compile(backend=how if isinstance(how, str) else "inductor")
+            network.compile(backend=backend if isinstance(backend, str) else "inductor")
         yield
     finally:
         for network, call in zip(networks, before, strict=True):
             set_compiled_call(network, call)
+        distiller.detach_taps()
 
 
 def synchronise_batchnorm(distiller: Distiller) -> None:
@@ -41,11 +42,14 @@ def synchronise_batchnorm(distiller: Distiller) -> None:
     student = distiller.student
     for name, module in student.named_modules():
         if isinstance(module, BATCH_NORM) and (has_forward_hook(module) or not name):
+            found = f"a forward hook on {name!r}" if name else "a student that is one itself"
             raise ValueError(
-                f"the BatchNorm layer {name!r} has a forward hook, or is the student itself, and would be replaced; "
-                "use torch.nn.SyncBatchNorm.convert_sync_batchnorm(student) before you make the Distiller and hooks"
+                f"wanted BatchNorm layers that can be replaced, got {found}; use "
+                "torch.nn.SyncBatchNorm.convert_sync_batchnorm before you make the Distiller and the hooks"
             )
-    modes = {name: module.training for name, module in student.named_modules()}
+    norms = {
+        name: module.training for name, module in student.named_modules() if isinstance(module, BATCH_NORM)
+    }
     nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
-    for name, module in student.named_modules():
-        module.training = modes[name]
+    for name, training in norms.items():
+        student.get_submodule(name).training = training

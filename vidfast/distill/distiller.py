@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from vidfast._torch import is_compiled, version_of
 
-from .inputs import call, cast, tensors_of
+from .inputs import call, cast, logits_of, tensors_of
 from .methods.base import Activations, Batch, Method
 from .modes import eval_mode
 from .processes import wrapper_in
+from .sharing import Shared
+from .stream import kept_random_state
 from .taps import Taps
 from .task import Count, TaskLoss, count_of, mean_loss
-from .teacher import Shared, in_dtype, move
+from .teacher import Followed, in_dtype, move
 
 
 class Losses(NamedTuple):
@@ -32,17 +34,6 @@ class Losses(NamedTuple):
     loss: Tensor
     logits: Tensor
     terms: dict[str, Tensor]
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a network returned: the tensor itself, or an attribute or key called "logits"."""
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            f"wanted a network that returns its logits as a Tensor or under the name 'logits', got "
-            f"{type(output).__name__}; give Distiller(..., logits=function) to pick them"
-        )
-    return found
 
 
 class Distiller(nn.Module):
@@ -62,12 +53,12 @@ class Distiller(nn.Module):
         Distiller without terms can do without.
     task_weight: the weight of the loss on the labels. task_loss: (logits, labels) -> scalar.
     task_count: (labels) -> what task_loss divides by, a number or a scalar tensor, such as the number of labels
-        that it does not ignore. Known by itself for torch's cross_entropy and nll_loss (also with
-        `functools.partial`) and their modules. Where it is known, the labels' term of a batch in which it is 0 is
-        0 with zero gradients, and not NaN, and a Trainer counts the parts of a batch by it; else by their images.
+        that it does not ignore. Not needed for torch's cross_entropy and nll_loss (also with `functools.partial`)
+        and their modules. Where it is given or known, the labels' term of a batch in which it is 0 is 0 with zero
+        gradients, and not NaN, and a Trainer counts the parts of a batch by it; else by their images.
     teacher_dtype: the floating-point type that the teacher is run in, outside of autocast, such as torch.bfloat16:
         its inputs are cast, and its activations reach the terms in this type. A teacher of another type is copied,
-        and `distiller.teacher` is the copy.
+        and `distiller.teacher` is the copy, which follows what is loaded into the teacher or trained in it.
     clone_taps: copy every tapped activation, for layers whose output is modified in place afterwards.
     logits: picks the logits out of what a network returns.
 
@@ -117,15 +108,18 @@ class Distiller(nn.Module):
             raise ValueError(f"wanted a finite task_weight, got {task_weight}")
         if teacher_dtype is not None and not teacher_dtype.is_floating_point:
             raise ValueError(f"wanted a floating-point teacher_dtype, got {teacher_dtype}")
+        if task_count is not None and not callable(task_count):
+            raise TypeError(f"wanted task_count as a function of the labels, got {type(task_count).__name__}")
         self.task_weight, self.task_loss, self.pick_logits = float(task_weight), task_loss, logits
-        self._given_count = task_count
+        self.given_count = task_count
         self.teacher_dtype = teacher_dtype
-        self._shared = Shared([], [])
+        self._shared = Shared()
+        self._followed: Followed | None = None
         if teacher is not None:
-            self._shared = Shared.between(student, teacher)
+            Shared.between([student], teacher)
             if teacher_dtype is not None:
-                teacher = in_dtype(teacher, teacher_dtype)
-                self._shared = Shared.between(student, teacher)
+                given, teacher = teacher, in_dtype(teacher, teacher_dtype)
+                self._followed = Followed(given, teacher)
         self.student = student
         self.__dict__["teacher"] = teacher
         self.terms = nn.ModuleDict(self._named(terms))
@@ -142,11 +136,13 @@ class Distiller(nn.Module):
             if teacher is not None:
                 self._teacher_taps = Taps(teacher, teacher_layers, clone=clone_taps, role="teacher")
             if terms:
-                batch = self._probe(example)
-                for term in terms:
-                    term.build(batch)
+                # Parameters of inference mode could not be trained.
+                with torch.inference_mode(False):
+                    batch = self._probe(example)
+                    for term in terms:
+                        term.build(batch)
             self._check_groups()
-            self._check_wrapper()
+            self._check_student()
         except BaseException:
             self.remove_taps()
             raise
@@ -185,15 +181,14 @@ class Distiller(nn.Module):
                 )
             scale = float(scale)
         self._follow_student()
-        self._shared.check()
         batch = self._run(inputs, labels, teacher)
         if not batch.student.logits.numel():
             raise ValueError(f"the batch is empty: the logits are {tuple(batch.student.logits.shape)}")
         terms: dict[str, Tensor] = {}
         if labels is not None:
             share = scale if task_scale is None else task_scale
-            task = mean_loss(self.task_loss, self.task_count, batch.student.logits, labels)
-            terms["task"] = task * (self.task_weight * share)
+            factor = self.task_weight * share
+            terms["task"] = mean_loss(self.task_loss, self.task_count, batch.student.logits, labels, factor)
         for name, term in self.terms.items():
             assert isinstance(term, Method)
             terms[name] = term(batch, term.weight * scale)
@@ -217,7 +212,7 @@ class Distiller(nn.Module):
     @property
     def task_count(self) -> Count | None:
         """(labels) -> what task_loss divides by; None where that is not known."""
-        return self._given_count or count_of(self.task_loss)
+        return self.given_count or count_of(self.task_loss)
 
     @torch.no_grad()
     def teacher_activations(self, inputs: Any) -> Activations:
@@ -229,14 +224,16 @@ class Distiller(nn.Module):
         """
         if self.teacher is None:
             raise ValueError("there is no teacher")
+        if self._followed is not None and not torch.compiler.is_compiling():
+            self._followed.follow()
         # In training mode, batch statistics of the student's data would leak in.
         with eval_mode(self.teacher):
             if self.teacher_dtype is None:
                 return self._activations(self.teacher, self._teacher_taps, inputs, "teacher")
-            floating, dtype = [t for t in tensors_of(inputs) if t.is_floating_point()], self.teacher_dtype
-            device = next((t.device.type for t in floating), "cpu")
+            device = next((t.device.type for t in (*tensors_of(inputs), *self.teacher.parameters())), "cpu")
             with torch.autocast(device, enabled=False):
-                return self._activations(self.teacher, self._teacher_taps, cast(inputs, dtype), "teacher")
+                inputs = cast(inputs, self.teacher_dtype)
+                return self._activations(self.teacher, self._teacher_taps, inputs, "teacher")
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Every parameter, once, as groups for a torch optimizer.
@@ -274,6 +271,12 @@ class Distiller(nn.Module):
         if self._teacher_taps is not None:
             self._teacher_taps.remove()
 
+    def detach_taps(self) -> None:
+        """Take hooks off that stayed on networks which were compiled; the next call puts on what it needs."""
+        self._student_taps.detach()
+        if self._teacher_taps is not None:
+            self._teacher_taps.detach()
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "teacher":
             # nn.Module would register it, and the optimizer and the checkpoints would take it in.
@@ -286,8 +289,7 @@ class Distiller(nn.Module):
         """Look at a student that was put in place of the one before, as at the first."""
         before = self._student_taps
         if before.network is not self.student:
-            if self.teacher is not None:
-                self._shared = Shared.between(self.student, self.teacher)
+            self._check_student()
             self._student_taps = Taps(self.student, before.layers, clone=before.clone, role="student")
             before.remove()
 
@@ -306,7 +308,8 @@ class Distiller(nn.Module):
             teacher = self._given(teacher)
         elif self.teacher is not None and self.terms:
             teacher = self.teacher_activations(inputs)
-        student = self._activations(self.student, self._student_taps, inputs, "student")
+        with self._shared.unchanged():
+            student = self._activations(self.student, self._student_taps, inputs, "student")
         if teacher is not None and len(teacher.logits) != len(student.logits):
             raise ValueError(
                 f"wanted the teacher's activations of this batch of {len(student.logits)}, got those of "
@@ -344,11 +347,12 @@ class Distiller(nn.Module):
 
     def _probe(self, example: Any) -> Batch:
         """Both networks' activations on `example`, leaving no trace in them or in the random state."""
-        devices = {p.device.index for p in self.parameters() if p.device.type == "cuda"}
+        parameters = (p for network in self._networks for p in network.parameters())
+        devices = {p.device.index for p in parameters if p.device.type == "cuda"}
         # Uncompiled, if somebody compiled a network: once is not worth it, and a tap sees more in eager mode.
         compiled = any(is_compiled(module) for network in self._networks for module in network.modules())
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with eval_mode(self.student), torch.no_grad(), torch.random.fork_rng(sorted(devices)), eager:
+        with eval_mode(self.student), torch.no_grad(), kept_random_state(sorted(devices)), eager:
             return self._run(example, None)
 
     def _named(self, terms: Sequence[Method]) -> dict[str, nn.Module]:
@@ -373,8 +377,10 @@ class Distiller(nn.Module):
             if times > 1 or (parameter.requires_grad and not times):
                 raise RuntimeError(f"parameter {name!r} is in {times} parameter groups, wanted exactly one")
 
-    def _check_wrapper(self) -> None:
-        """A wrapper around the student alone does not average the gradients of the terms' parameters."""
+    def _check_student(self) -> None:
+        """It shares nothing with the teacher that is trained, and has no wrapper that leaves the terms out."""
+        if self.teacher is not None:
+            self._shared = Shared.between([self.student, *self.terms.values()], self.teacher)
         wrapper, name = wrapper_in(self.student), next((n for n, _ in self.terms.named_parameters()), None)
         if wrapper is not None and name is not None:
             raise ValueError(

@@ -38,7 +38,8 @@ def check(logits: Tensor, labels: Tensor, task_loss: TaskLoss) -> None:
     if labels.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             f"wanted labels of the logits' shape without the classes, which are dimension 1, to measure the accuracy, "
-            f"{shapes}; give labels (B,) for logits (B, C), (B, H, W) for (B, C, H, W)"
+            f"{shapes}; give labels (B,) for logits (B, C), (B, H, W) for (B, C, H, W), and for classes in another "
+            "dimension Distiller(..., logits=), a function that moves them there"
         )
     if logits.dim() == 3 and logits.shape[1] == logits.shape[2] and not knows_its_classes(task_loss):
         raise ValueError(
@@ -61,6 +62,7 @@ class Counts:
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count one batch. Raises ValueError for labels that cannot be judged."""
         check(logits, labels, self.task_loss)
+        labels = labels.long()  # of bytes, -100 is 156
         counts = labels != self.ignored
         right = (logits.argmax(1) == labels) & counts
         strange = ((labels < 0) | (labels >= logits.shape[1])) & counts
@@ -85,7 +87,8 @@ class Counts:
             raise ValueError(
                 f"wanted labels from 0 to below the number of classes, or {self.ignored}, which is ignored, got "
                 f"{strange} others; name the label that does not count in the loss, as in "
-                "task_loss=functools.partial(torch.nn.functional.cross_entropy, ignore_index=255)"
+                "task_loss=functools.partial(torch.nn.functional.cross_entropy, ignore_index=255), or by an attribute "
+                "ignore_index of a loss of your own"
             )
 
 

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset, default_collate
 from vidfast._torch import uncompiled
 
 from .distiller import Distiller
+from .options import TrainOptions
+from .processes import Processes
 from .stream import kept_random_state, seed_everything
 from .teacher import weights_of
 
@@ -35,7 +37,8 @@ def fingerprint(
         "teacher": _class_of(distiller.teacher),
         "teacher weights": _digest_of_weights(distiller.teacher),
         "teacher_dtype": str(distiller.teacher_dtype),
-        "task": f"{distiller.task_weight:g} x {_name_of(distiller.task_loss)}",
+        "task": f"{distiller.task_weight:g} x {_loss(distiller.task_loss)}{_counted(distiller)}",
+        "frozen": [name for name, p in distiller.named_parameters() if not p.requires_grad],
         "augmentation": _name_of(augment),
         "terms": {name: _described(term) for name, term in distiller.terms.items()},
         "images": size,
@@ -52,6 +55,8 @@ def differences(old: Any, new: Mapping[str, Any]) -> list[str]:
         for role in ("student", "teacher")
         if old.get(role) != new[role]
     ]
+    if old.get("frozen") != new["frozen"]:
+        found.append("other parameters frozen")
     for what in ("teacher weights", "teacher_dtype", "task", "augmentation"):
         if old.get(what) != new[what]:
             # Digests tell a reader nothing.
@@ -69,11 +74,42 @@ def differences(old: Any, new: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def refuse_unlike(processes: Processes, options: TrainOptions, run: Mapping[str, Any]) -> None:
+    """Raises ValueError, in every process, where one was given something else than the first.
+
+    run: the process's fingerprint.
+    """
+    found = processes.gather_objects((options.what_counts(), run))
+    (first_options, first), others = found[0], []
+    for index, (its_options, its_run) in enumerate(found):
+        names = [name for name in its_options if its_options[name] != first_options[name]]
+        if names or its_run != first:
+            others.append(f"process {index} {', '.join([*names, *differences(its_run, first)])}")
+    if others:
+        raise ValueError(
+            "wanted the same options, networks and data in all processes, got in "
+            f"{'; in '.join(others)}, unlike in the first; make them alike, the networks from one seed or one file"
+        )
+
+
 def _name_of(thing: object) -> str:
     """A function's or module's name; what it closes over is not seen."""
     if thing is None or isinstance(thing, nn.Module):
         return "none" if thing is None else _ADDRESS.sub("", repr(thing))
     return str(getattr(thing, "__qualname__", None) or _ADDRESS.sub("", repr(thing)))
+
+
+def _loss(task_loss: Any) -> str:
+    """A loss with its options and a digest of its tensors, such as the weights of classes."""
+    if not isinstance(task_loss, nn.Module):
+        return _name_of(task_loss)
+    digest = hashlib.sha256()
+    add_weights(digest, task_loss.state_dict(), kinds=True)
+    return f"{_described(task_loss)} {digest.hexdigest()[:16]}"
+
+
+def _counted(distiller: Distiller) -> str:
+    return "" if distiller.given_count is None else f", counted by {_name_of(distiller.given_count)}"
 
 
 def _described(term: nn.Module) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,15 +20,17 @@ def modes_of(module: nn.Module) -> Modes:
     return [(m, m.training) for m in module.modules() if hasattr(m, "training")]
 
 
-def restore(modes: Modes) -> None:
-    """Give every submodule the mode that `modes_of` found, through `train()` where a class has one of its own.
+def set_modes(modes: Modes) -> None:
+    """Give every module of the list its mode, and no other.
 
-    Such classes do more than to set a flag (LoRA layers merge their weights in eval mode), and must undo it.
+    Where a class has a `train()` of its own, that is called: such classes do more than to set a flag (LoRA layers merge
+    their weights in eval mode). What it refuses, as exported programs do, or forgets, is set afterwards.
     """
-    for module, training in modes:
-        if module.training != training:
+    changed = [(module, training) for module, training in modes if module.training != training]
+    for module, training in changed:
+        if type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval:
             with suppress(NotImplementedError):
-                module.train(training)
+                module.train(training) if training else module.eval()
     for module, training in modes:
         if module.training != training:
             module.training = training
@@ -42,83 +43,78 @@ def kept_modes(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        restore(modes)
+        set_modes(modes)
 
 
-@dataclass
-class _InEvalMode:
-    """A network that some blocks have put into eval mode: how many of them, and the modes that it had before."""
-
-    blocks: int
-    modes: Modes
-
-
-_LOCK = threading.Lock()
-_IN_EVAL_MODE: dict[int, _InEvalMode] = {}
+# Reentrant, since a class's own train() may be in such a block too.
+_LOCK = threading.RLock()
+# By the module's id: how many blocks hold it in eval mode. Before them it was in training mode.
+_HELD: dict[int, int] = {}
 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode for a block; afterwards every submodule has the mode it had, frozen ones included.
 
-    Several threads may be in such blocks with one module: the last one to leave gives its modes back.
+    Several threads may be in such blocks with one module, or with modules that share some: the last one to leave gives
+    each its mode back. While a thread is in such a block with a module in training mode, no other may train it.
     """
     if torch.compiler.is_compiling():  # a graph has neither locks nor other threads
         modes = modes_of(module)
-        _to_eval(module, modes)
+        set_modes([(m, False) for m, _ in modes])
         try:
             yield
         finally:
-            restore(modes)
+            set_modes(modes)
         return
     with _LOCK:
-        entry = _IN_EVAL_MODE.get(id(module))
-        if entry is None:
-            modes = modes_of(module)
-            if any(training for _, training in modes):
-                entry = _IN_EVAL_MODE[id(module)] = _InEvalMode(0, modes)
-                _to_eval(module, modes)
-        if entry is not None:
-            entry.blocks += 1
+        held = [m for m, training in modes_of(module) if training or id(m) in _HELD]
+        for m in held:
+            _HELD[id(m)] = _HELD.get(id(m), 0) + 1
     try:
+        if held:
+            with _LOCK:
+                set_modes([(m, False) for m, _ in modes_of(module)])
         yield
     finally:
-        if entry is not None:
+        if held:
             with _LOCK:
-                entry.blocks -= 1
-                if not entry.blocks:
-                    del _IN_EVAL_MODE[id(module)]
-                    restore(entry.modes)
+                _give_back(module, held)
 
 
-def _to_eval(module: nn.Module, modes: Modes) -> None:
-    """Eval mode, if anything is in training mode."""
-    if any(training for _, training in modes):
-        try:
-            module.eval()
-        except NotImplementedError:  # an exported program, whose graph is of one mode
-            for submodule, _ in modes:
-                submodule.training = False
+def _give_back(module: nn.Module, held: list[nn.Module]) -> None:
+    """Training mode for those of the modules that no block holds any longer."""
+    free = set[int]()
+    for m in held:
+        _HELD[id(m)] -= 1
+        if not _HELD[id(m)]:
+            del _HELD[id(m)]
+            free.add(id(m))
+    set_modes([(m, training or id(m) in free) for m, training in modes_of(module)])
 
 
 def train_mode(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
-    """Training mode for all but the frozen modules."""
-    model.train()
-    for module in frozen:
-        module.training = False
+    """Training mode, as classes of its modules understand it, for all but the frozen modules."""
+    try:
+        model.train()
+    except NotImplementedError:  # there is an exported program in it
+        set_modes([(module, True) for module, _ in modes_of(model)])
+    set_modes([(module, False) for module in frozen])
 
 
 def frozen_parts(network: nn.Module) -> list[nn.Module]:
     """The submodules that a training leaves in eval mode.
 
     Those in eval mode while the network is in training mode, and, where all of it is in eval mode, those whose
-    parameters all require no gradient.
+    parameters all require no gradient, with all that is in them.
     """
-    in_eval = [module for module in network.modules() if not module.training]
-    if network.training:
+    in_eval = [module for module, training in modes_of(network) if not training]
+    if getattr(network, "training", True):
         return in_eval
-    return [
+    frozen = [
         module
         for module in in_eval
         if list(module.parameters()) and not any(p.requires_grad for p in module.parameters())
     ]
+    within = {id(m) for module in frozen for m in module.modules()}
+    return [module for module in in_eval if id(module) in within]

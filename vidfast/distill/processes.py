@@ -1,7 +1,7 @@
-"""One or several processes, as `torchrun` and `accelerate launch` start them: where each computes, and who speaks.
+"""One or several processes, as `torchrun` and `accelerate launch` start them: where each computes, which one prints.
 
-With torch's own means alone, and without state of our own in the process: what a training does follows from its
-options, whatever else runs beside it.
+With torch's own means alone, and nothing kept for the whole process: what a training does follows from its options,
+whatever else runs beside it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def process_count() -> int:
     """How many processes there are: those joined, else those that a launcher has started."""
     if joined():
         return distributed.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    return int(os.environ.get("WORLD_SIZE") or 1) if "RANK" in os.environ else 1
 
 
 def process_index() -> int:
@@ -81,7 +81,9 @@ class Processes:
         _refuse_sharding()
         self.device = join(device)
         if precision == "fp16" and self.device.type == "cpu":
-            raise ValueError("mixed_precision='fp16' needs a GPU; on the CPU take 'bf16' or 'no'")
+            raise ValueError(
+                "wanted mixed_precision 'bf16' or 'no' on the CPU, got 'fp16', which needs a GPU; take 'bf16'"
+            )
         self.count = process_count()
         self.index = process_index() if self.count > 1 else 0
         self.is_main = self.index == 0
@@ -136,6 +138,13 @@ class Processes:
         found = [torch.empty_like(values) for _ in range(self.count)]
         distributed.all_gather(found, values.contiguous())
         return torch.stack(found)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every process's value."""
+        found = [value] * self.count
+        if self.count > 1:
+            distributed.all_gather_object(found, value)
+        return found
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Give all processes the first one's values."""

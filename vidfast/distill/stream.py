@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.random import SeedSequence
 from torch.utils.data import Dataset, Sampler
+
+from .data.base import LabelledImages
 
 
 class StepIndices(list[int]):
@@ -108,12 +110,21 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Restore the random state of random, numpy and torch (of every device) after the block."""
+def kept_random_state(devices: Iterable[int] | None = None) -> Iterator[None]:
+    """Restore the random state of random, numpy and torch after the block.
+
+    devices: the CUDA devices whose state is kept; None for all.
+    """
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if devices is None else devices):
             yield
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+
+
+def draws_nothing(data: Dataset[Any]) -> bool:
+    """Whether reading an item is known to draw no random numbers, so that no seeding is needed."""
+    of_class = isinstance(data, LabelledImages) and type(data).__getitem__ is LabelledImages.__getitem__
+    return of_class or type(data) is torch.utils.data.TensorDataset

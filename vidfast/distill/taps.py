@@ -51,12 +51,13 @@ class _Tap:
     def begin(self) -> None:
         """Record what the layer returns in this thread from now on."""
         self.clear()
-        self.recording = True
         self.with_grad = torch.is_grad_enabled()
         # torch.compile traces neither of these; a graph is run by one thread.
         tracing = torch.compiler.is_compiling()
         self.in_inference_mode = not tracing and torch.is_inference_mode_enabled()
         self.thread = None if tracing else threading.get_ident()
+        # Last: from here on, calls of other threads are told by the thread.
+        self.recording = True
 
     def end(self) -> None:
         # Nothing may stay alive here after the step: the activations are the step's largest tensors.
@@ -137,7 +138,8 @@ class Taps:
     behind a convolution or a BatchNorm, as in torchvision's VGG and ResNet). A network wrapped by
     `torch.compile(network)` is tapped by the names that its layers had before.
 
-    A recording takes what its own thread calls, so other threads may run the network meanwhile.
+    A recording takes what its own thread calls, so other threads may run the network meanwhile, unless it is compiled:
+    a graph does not know its thread.
 
     Raises UnknownNameError (a ValueError) for a layer that is not there, listing near matches; TapError for layers
     that run no hooks, as those of TorchScript and of exported programs; TypeError for a lone str.
@@ -217,6 +219,7 @@ class Taps:
                 self._lock.release()
                 raise
             return self._taps, [], True
+        self.detach()
         taps = [_Tap(tap.layer, tap.clone) for tap in self._taps]
         handles: list[Any] = []
         try:
@@ -291,12 +294,17 @@ class Taps:
             )
         return (
             "these inputs take another way through the network, or the layer around it reads its weights without "
-            "calling it (as torch.nn.MultiheadAttention does with its out_proj); tap a layer that is called"
+            "calling it (as torch.nn.MultiheadAttention does with its out_proj), or torch.compile made a graph of a "
+            "part before there were taps; tap a layer that is called, or call torch.compiler.reset()"
         )
+
+    def detach(self) -> None:
+        """Take hooks off that stayed on a network which was compiled; the next recording puts on what it needs."""
+        _detach(self._attached)
 
     def remove(self) -> None:
         """Take what hooks there are off the network; nothing can be recorded afterwards."""
-        _detach(self._attached)
+        self.detach()
         self._removed = True
 
 

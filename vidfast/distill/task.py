@@ -33,26 +33,35 @@ def count_of(task_loss: TaskLoss) -> Count | None:
     def count(labels: Tensor) -> Tensor | float:
         if labels.is_floating_point():  # probabilities of the classes, (B, C, ...)
             return labels.numel() / max(1, labels.shape[min(1, labels.dim() - 1)])
+        labels = labels.long()  # of bytes, -100 is 156
         counts = labels != ignored
         if weight is None:
             return counts.sum()
-        classes = labels.where(counts, torch.zeros_like(labels)).long()
+        classes = labels.where(counts, torch.zeros_like(labels))
         weights = weight.to(labels.device)[classes]
         return weights.where(counts, torch.zeros_like(weights)).sum()
 
     return count
 
 
-def mean_loss(task_loss: TaskLoss, count: Count | None, logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss on the labels; 0 with zero gradients, and not 0 / 0, where nothing counts.
+def mean_loss(
+    task_loss: TaskLoss, count: Count | None, logits: Tensor, labels: Tensor, factor: float | Tensor
+) -> Tensor:
+    """`factor` times the loss on the labels; 0 with zero gradients, and not 0 / 0, where nothing counts.
 
     count: (labels) -> what the loss divides by, or None if that is not known. A scalar on the device is not looked at
-        on the host.
+        on the host. factor: a number or a scalar tensor.
 
-    Raises ValueError for a loss that is no scalar.
+    Raises ValueError for a loss, a count or a factor that is no scalar.
     """
-    divisor = None if count is None else count(labels)
-    counts = None if divisor is None else torch.as_tensor(divisor, device=logits.device) > 0
+    if isinstance(factor, Tensor) and factor.dim():
+        raise ValueError(f"wanted task_scale as a number or a scalar Tensor, got {tuple(factor.shape)}")
+    divisor = None if count is None else torch.as_tensor(count(labels), device=logits.device)
+    if divisor is not None and divisor.dim():
+        raise ValueError(
+            f"wanted a task_count that gives one number for all labels, got {tuple(divisor.shape)}; take the sum"
+        )
+    counts = None if divisor is None else divisor > 0
     # What flows back from 0 / 0 is NaN, unless all labels are ignored by torch's own losses, which then look at none.
     options = _options(task_loss)
     if counts is not None and (options is None or options["weight"] is not None):
@@ -62,16 +71,25 @@ def mean_loss(task_loss: TaskLoss, count: Count | None, logits: Tensor, labels: 
         raise ValueError(
             f"wanted a task_loss that gives a scalar, got {tuple(loss.shape)} (reduction='none'?)"
         )
-    return loss if counts is None else torch.where(counts, loss, torch.zeros_like(loss))
+    if counts is None:
+        return loss * factor
+    if isinstance(factor, Tensor):  # a share of nothing
+        factor = torch.where(counts, factor.to(logits.device), torch.zeros_like(factor, device=logits.device))
+    return torch.where(counts, loss, torch.zeros_like(loss)) * factor
 
 
 class _Guarded(torch.autograd.Function):
     """The logits, with zero gradients where nothing counts."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, counts: Tensor) -> Tensor:
-        ctx.save_for_backward(counts)
+    def forward(logits: Tensor, counts: Tensor) -> Tensor:
         return logits.view_as(logits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -80,9 +98,10 @@ class _Guarded(torch.autograd.Function):
 
 
 def ignored_label(task_loss: TaskLoss) -> int:
-    """The label that the loss leaves out, as far as it can be seen; torch's -100 for a loss that does not say."""
-    options = _options(task_loss)
-    return IGNORED if options is None else int(options["ignore_index"])
+    """The label that the loss leaves out: its `ignore_index`, an attribute or of `functools.partial`; else -100."""
+    keywords = task_loss.keywords if isinstance(task_loss, partial) else {}
+    found = keywords.get("ignore_index", getattr(task_loss, "ignore_index", IGNORED))
+    return found if isinstance(found, int) else IGNORED
 
 
 def knows_its_classes(task_loss: TaskLoss) -> bool:

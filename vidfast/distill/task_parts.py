@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from .distiller import Distiller
 from .processes import Processes
@@ -18,8 +19,8 @@ class TaskParts:
     """The shares of the parts of a batch in its loss on the labels, over all processes.
 
     A loss whose divisor is known (`Distiller.task_count`) counts by it. Any other loss counts by images, and then the
-    loss of a batch must be the mean of its parts' losses: that is looked at, on random logits, for the parts of one
-    process in every step, and for those of all processes in the first `every` steps and then in one of as many.
+    loss of a batch must be the mean of its parts' losses. That is looked at in every step for the parts of one process,
+    and in the first `every` steps for those of all processes.
 
     accumulation: how many parts each process cuts its part of the batch into.
     """
@@ -27,8 +28,7 @@ class TaskParts:
     def __init__(self, distiller: Distiller, processes: Processes, accumulation: int, every: int) -> None:
         self.distiller, self.processes = distiller, processes
         self.accumulation, self.every = accumulation, every
-        self.labels: list[Tensor] = []
-        self.classes: tuple[int, ...] | None = None
+        self.parts: list[tuple[Tensor, Tensor]] = []
         self.disagreed = torch.zeros((), dtype=torch.bool, device=processes.device)
         self.steps = 0
 
@@ -53,23 +53,21 @@ class TaskParts:
 
     def see(self, logits: Tensor, labels: Tensor) -> None:
         """Keep what a part was until the end of the step, if it must be looked at."""
-        self.classes = tuple(logits.shape[1:])
         if self._looks():
-            self.labels.append(labels)
+            self.parts.append((logits.detach(), labels))
 
     def end_step(self) -> None:
         """Look at the parts of a step. Raises ValueError in the first one, before the optimizer's step."""
-        labels, self.labels = self.labels, []
+        parts, self.parts = self.parts, []
         self.steps += 1
         if not self._looks():
             return
-        if self.processes.count > 1 and (self.steps <= self.every or self.steps % self.every == 0):
-            found: list[list[Tensor]] = [[] for _ in range(self.processes.count)]
-            distributed.all_gather_object(found, [part.cpu() for part in labels])
-            labels = [part.to(self.processes.device) for of_process in found for part in of_process]
-        if len(labels) > 1:
-            assert self.classes is not None
-            self.disagreed |= ~parts_agree(self.distiller.task_loss, self.classes, labels)
+        if self.processes.count > 1 and self.steps <= self.every:
+            found = self.processes.gather_objects([(z.cpu(), y.cpu()) for z, y in parts])
+            device = self.processes.device
+            parts = [(z.to(device), y.to(device)) for of_process in found for z, y in of_process]
+        if len(parts) > 1:
+            self.disagreed |= ~parts_agree(self.distiller.task_loss, parts).to(self.disagreed.device)
         if self.steps == 1:
             self.check()
 
@@ -83,35 +81,6 @@ class TaskParts:
                 "labels that gives what the loss divides by, such as the number of labels that count (task_count=len "
                 "counts images, and does not look), or do not cut the batch"
             )
-
-    def cause(self, terms: Sequence[str], inputs: Tensor, labels: Tensor) -> str | None:
-        """What in a batch, of all processes, made these terms not finite; None where it is nothing in the batch."""
-        if not inputs.isfinite().all():
-            return "the inputs of that step's batch are not finite: mend the data, or their augmentation"
-        if "task" in terms and not self._is_finite(labels):
-            return (
-                "the labels of that step's batch alone make the task_loss not finite, whatever the logits are, as "
-                "where it ignores all of them: leave such items out, or give Distiller(..., task_count=) the number "
-                "of labels that count, so that a batch without any counts nothing"
-            )
-        if self.distiller.teacher is not None and set(terms) - {"task"}:
-            teacher = self.distiller.teacher_activations(inputs)
-            for what, found in (*teacher.taps.items(), ("logits", teacher.logits)):
-                if not found.isfinite().all():
-                    return f"what the teacher gives for that step's batch is not finite ({what!r}): see to its weights"
-        return None
-
-    def _is_finite(self, labels: Tensor) -> bool:
-        """Whether the loss of every part of a batch, of which these are all the labels, is finite for logits of 0."""
-        assert self.classes is not None
-        count = self.processes.count
-        with torch.no_grad():
-            for of_process in (labels[index::count] for index in range(count)):
-                for part in of_process.tensor_split(min(self.accumulation, len(of_process))):
-                    logits = torch.zeros((len(part), *self.classes), device=labels.device)
-                    if not self.distiller.task_loss(logits, part).isfinite().all():
-                        return False
-        return True
 
 
 def refuse_sums(distiller: Distiller, accumulation: int, processes: int) -> None:
@@ -133,18 +102,17 @@ def refuse_sums(distiller: Distiller, accumulation: int, processes: int) -> None
             )
 
 
-def parts_agree(task_loss: TaskLoss, classes: Sequence[int], labels: Sequence[Tensor]) -> Tensor:
+def parts_agree(task_loss: TaskLoss, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Whether a batch's loss is the mean of its parts' losses, each counted by its images: a bool on the device.
 
-    For random logits (B, *classes), without touching the random state. labels: of each part.
+    parts: logits, detached, and labels. A module is copied for it, so that what it keeps of its calls stays as it is.
     """
-    device = labels[0].device
-    generator = torch.Generator(device).manual_seed(0)
+    if isinstance(task_loss, nn.Module) and next(task_loss.buffers(), None) is not None:
+        task_loss = copy.deepcopy(task_loss)
     with torch.no_grad():
-        logits = [torch.randn((len(y), *classes), generator=generator, device=device) for y in labels]
-        whole = task_loss(torch.cat(logits), torch.cat(list(labels)))
-        total = sum(len(part) for part in labels)
-        shares = [task_loss(z, y) * (len(y) / total) for z, y in zip(logits, labels, strict=True)]
+        total = sum(len(labels) for _, labels in parts)
+        whole = task_loss(torch.cat([z.float() for z, _ in parts]), torch.cat([y for _, y in parts]))
+        shares = [task_loss(z.float(), y) * (len(y) / total) for z, y in parts]
         difference = (torch.stack(shares).sum() - whole).abs()
         # What is not finite is named by another check.
         return (difference <= 1e-3 * whole.abs() + 1e-5) | ~difference.isfinite()

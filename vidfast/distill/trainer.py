@@ -19,16 +19,24 @@ from tqdm.auto import tqdm
 
 from .conversion import compiled, synchronise_batchnorm
 from .data.augment import Augmentation
-from .data.base import LabelledImages
+from .diagnosis import cause
 from .distiller import Distiller
 from .evaluation import BATCH_SIZE, Evaluation
-from .files import remove_leftovers, write_csv
-from .fingerprint import fingerprint
+from .files import CheckpointError, remove_leftovers, write_csv
+from .fingerprint import fingerprint, refuse_unlike
 from .meter import Meter, NonFiniteLossError
-from .modes import frozen_parts, kept_modes, train_mode
+from .modes import eval_mode, frozen_parts, kept_modes, train_mode
 from .options import SCHEDULES, TrainOptions
 from .processes import Processes
-from .stream import SeededItems, StreamBatches, generator_for, kept_random_state, seed_everything, seed_for
+from .stream import (
+    SeededItems,
+    StreamBatches,
+    draws_nothing,
+    generator_for,
+    kept_random_state,
+    seed_everything,
+    seed_for,
+)
 from .task_parts import TaskParts, refuse_sums
 from .training_state import Row, TrainingState
 
@@ -58,9 +66,9 @@ class Trainer:
 
     `fit` trains in whatever processes `torchrun` or `accelerate launch` started, or have joined by
     `torch.distributed`; all of them must make the same networks and data, and only the first writes. What is learned
-    follows from the arguments alone: neither an Accelerator or a training beside it nor Accelerate's settings in the
-    environment change it. After `fit` the Distiller stands on the device that was trained on, in the modes that it
-    had.
+    follows from the arguments alone: no Accelerator, no training beside it and none of Accelerate's settings in the
+    environment change it. A process that was started with others joins them when the Trainer is made, and stays joined.
+    After `fit` the Distiller is on the device that was trained on, in the modes that it had.
 
     Raises TypeError or ValueError for arguments that do not fit, ModuleNotFoundError for tensorboard=True where
     that package is not installed.
@@ -111,7 +119,7 @@ class Trainer:
         """Train to the last step and return the rows of the metrics, one every `eval_every` steps.
 
         Submodules of the student, and of the terms, that you froze stay in eval mode: those in eval mode while the
-        student is in training mode, and, where all of it is in eval mode, those without a parameter that requires a
+        student is in training mode, and, where all of it is in eval mode, those whose parameters all require no
         gradient. Before the first step a batch of every evaluation set is tried.
 
         resume: continue from the folder's checkpoint if there is one, exactly. Without it, fit begins anew,
@@ -135,13 +143,18 @@ class Trainer:
             distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if options.sync_batchnorm and processes.count > 1:
             synchronise_batchnorm(distiller)
-        for name, data in self.evaluate.items():
-            self._evaluation().attempt(name, data)
+        self._try_evaluation()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             if processes.is_main:
                 remove_leftovers(self.folder, (CHECKPOINT, METRICS))
-        run = {} if self.folder is None else fingerprint(distiller, self.train, self.size, self.augment)
+        alone = self.folder is None and processes.count == 1
+        run = {} if alone else fingerprint(distiller, self.train, self.size, self.augment)
+        refuse_unlike(processes, options, run)
+        if not any(parameter.requires_grad for parameter in distiller.parameters()):
+            raise ValueError(
+                "wanted a parameter that requires a gradient, of the student or of a term, got none"
+            )
         optimizer = options.make_optimizer(distiller.parameter_groups(options.lr, options.weight_decay))
         # What the caller's own steps left is no gradient of the first one here.
         optimizer.zero_grad()
@@ -151,9 +164,16 @@ class Trainer:
         start = 0
         if resume and self.folder is not None and (self.folder / CHECKPOINT).exists():
             start = state.load(self.folder / CHECKPOINT)
+        starts = processes.gather(torch.tensor(start, device=processes.device)).tolist()
+        if len(set(starts)) > 1:
+            raise CheckpointError(
+                f"{self.folder}: wanted a folder that all processes see, got checkpoints after the steps {starts} (0 "
+                "for none); copy the first process's to the others"
+            )
         self.history = state.history
         # A run that was stopped between its checkpoint and the row of the same step.
-        row_lacks = start > 0 and options.row_due(start, self.size) and self._last_row() < start
+        last_row = self.history[-1]["step"] if self.history else 0
+        row_lacks = last_row < start and options.row_due(start, self.size)
         task = TaskParts(distiller, processes, options.accumulation, options.check_every)
         bar, owned = self._bar(start)
         writer = self._writer(start if row_lacks else start + 1)
@@ -162,23 +182,17 @@ class Trainer:
                 train_mode(model, frozen)
                 if row_lacks:
                     self._row(start, state, bar, writer)
+                    if start == options.steps:
+                        self._save(state, start)
                 for step, (inputs, labels) in enumerate(self._loader(start), start=start + 1):
                     seed_everything(seed_for(options.seed, "step", step, processes.index))
                     self._step(model, state, task, inputs, labels, step)
                     state.scheduler.step()
                     if bar is not None:
                         bar.update(1)
-                    row = options.row_due(step, self.size)
-                    save = options.checkpoint_due(step, self.size)
-                    if row or save or step % options.check_every == 0:
-                        self._check(state.meter, task)
-                    if save:
-                        self._save(state, step)
-                    if row:
-                        self._row_or_save(step, state, bar, writer, saved=save)
-            if row_lacks or start < options.steps:
-                self._save(state, options.steps)  # with the last row
+                    self._end_step(step, state, task, bar, writer)
         finally:
+            optimizer.zero_grad()
             if owned and isinstance(bar, tqdm):
                 bar.close()
             if writer is not None:
@@ -220,7 +234,7 @@ class Trainer:
         scaler.step(state.optimizer)
         scaler.update()
         state.optimizer.zero_grad()
-        # Autocast keeps weights in 16 bits until its outermost block ends, and one may be around this training.
+        # Autocast keeps weights in 16 bits until its outermost block ends, which is `own_modes`, around the training.
         torch.clear_autocast_cache()
 
     def _augmented(self, augment: Augmentation, inputs: Tensor, step: int, whole: int) -> Tensor:
@@ -234,12 +248,29 @@ class Trainer:
         batch[index::count] = inputs
         return augment(batch, generator)[index::count]
 
+    def _try_evaluation(self) -> None:
+        """A batch of every evaluation set. Raises what fails there, in every process."""
+        failed: Exception | None = None
+        try:
+            for name, data in self.evaluate.items():
+                self._evaluation().attempt(name, data)
+        except Exception as error:
+            failed = error
+        texts = self.processes.gather_objects(
+            None if failed is None else f"{type(failed).__name__}: {failed}"
+        )
+        if failed is not None:
+            raise failed
+        for index, text in enumerate(texts):
+            if text is not None:
+                raise RuntimeError(f"process {index} could not evaluate: {text}")
+
     def accuracy(self, data: Dataset[tuple[Tensor, Tensor]], batch_size: int = BATCH_SIZE) -> float:
         """The student's top-1 accuracy on a data set, in percent, in eval mode. Called in all processes.
 
         Raises ValueError for labels that are not class numbers, one for each item or position of the logits.
         """
-        with self.processes.own_modes():
+        with self.processes.own_modes(), kept_random_state():
             return self._evaluation().accuracy(data, batch_size)
 
     def _evaluation(self) -> Evaluation:
@@ -274,7 +305,7 @@ class Trainer:
         )
         pinned = processes.device.type == "cuda"
         workers = 0 if whole else options.workers
-        data = self.train if _draws_nothing(self.train) else SeededItems(self.train, options.seed)
+        data = self.train if draws_nothing(self.train) else SeededItems(self.train, options.seed)
         return DataLoader(data, batch_sampler=batches, num_workers=workers, pin_memory=pinned)
 
     def _check(self, meter: Meter, task: TaskParts) -> None:
@@ -283,30 +314,43 @@ class Trainer:
         try:
             meter.check()
         except NonFiniteLossError as error:
-            cause = None
+            found = None
             with kept_random_state(), suppress(Exception):  # what fails here is not what is to be told
                 inputs, labels = next(iter(self._loader(error.step - 1, whole=True)))
                 if self.augment is not None:
                     inputs = self.augment(inputs, generator_for(self.options.seed, "augment", error.step))
-                with self.processes.autocast():
-                    cause = task.cause(error.terms, self._placed(inputs), labels.to(self.processes.device))
-            raise error if cause is None else error.because(cause) from None
+                count, world = self.options.accumulation, self.processes.count
+                labels = labels.to(self.processes.device)
+                parts = [p for i in range(world) for p in labels[i::world].tensor_split(count) if len(p)]
+                with self.processes.autocast(), eval_mode(self.distiller.student):
+                    found = cause(self.distiller, error.terms, self._placed(inputs), parts)
+            raise error if found is None else error.because(found) from None
 
-    def _row_or_save(
-        self, step: int, state: TrainingState, bar: Progress | None, writer: Any, *, saved: bool
+    def _end_step(
+        self, step: int, state: TrainingState, task: TaskParts, bar: Progress | None, writer: Any
     ) -> None:
-        """The row of a step; if it cannot be made, what was learned is saved."""
-        try:
-            self._row(step, state, bar, writer)
-        except Exception:
-            # Of several processes the others know nothing of it, and would wait for what they save together.
-            if not saved and self.processes.count == 1:
-                self._save(state, step)
-            raise
+        """What is due after a step. A checkpoint comes before the evaluation, which may fail."""
+        row, save = self.options.row_due(step, self.size), self.options.checkpoint_due(step, self.size)
+        if row or save or step % self.options.check_every == 0:
+            self._check(state.meter, task)
+        if save:
+            self._save(state, step)
+        if row:
+            try:
+                self._row(step, state, bar, writer)
+            except Exception:
+                # Of several processes the others know nothing of it, and would wait for what they save together.
+                if not save and self.processes.count == 1:
+                    self._save(state, step)
+                raise
+        if step == self.options.steps:
+            self._save(state, step)  # with the last row
 
     def _row(self, step: int, state: TrainingState, bar: Progress | None, writer: Any) -> None:
         # BatchNorm's statistics differ by process; the first one's are those that are saved.
         self.processes.copy_from_first(self.distiller.buffers())
+        # Data sets that draw random numbers give the same in a row that is made anew.
+        seed_everything(seed_for(self.options.seed, "row", step, self.processes.index))
         accuracies = {f"{name}_accuracy": self.accuracy(data) for name, data in self.evaluate.items()}
         row: Row = {
             "step": step,
@@ -326,9 +370,6 @@ class Trainer:
                 if name != "step":
                     writer.add_scalar(name, value, step)
             writer.flush()
-
-    def _last_row(self) -> int:
-        return int(self.history[-1]["step"]) if self.history else 0
 
     def _save(self, state: TrainingState, step: int) -> None:
         if self.folder is not None:
@@ -359,9 +400,3 @@ class Trainer:
 
         assert self.folder is not None
         return SummaryWriter(str(self.folder / TENSORBOARD), purge_step=first)
-
-
-def _draws_nothing(data: Dataset[Any]) -> bool:
-    """Whether reading an item is known to draw no random numbers, so that no seeding is needed."""
-    of_class = isinstance(data, LabelledImages) and type(data).__getitem__ is LabelledImages.__getitem__
-    return of_class or type(data) is torch.utils.data.TensorDataset

@@ -1,4 +1,4 @@
-"""Where a training stands besides its networks: kept in a checkpoint, and continued from one."""
+"""What a training has besides its networks: optimizer, schedule, means and rows, saved in a checkpoint and loaded."""
 
 from __future__ import annotations
 

@@ -84,6 +84,11 @@ class KD(Method):
                 f"KD compares the same classes, but the student has {student.shape[dim]} and the teacher "
                 f"{teacher.shape[dim]}; LwF and VIDLP take a teacher of other classes"
             )
+        if student.dim() == teacher.dim() and student.shape[dim] == 1:
+            raise ValueError(
+                f"wanted logits of two or more classes, got {tuple(student.shape)}: the softmax of one logit is 1, "
+                "whatever it is, and nothing is learned; give two logits, z and 0, by Distiller(..., logits=)"
+            )
         if student.shape != teacher.shape:
             raise ValueError(
                 f"wanted logits of one shape, got the student's {tuple(student.shape)} and the teacher's "

@@ -76,6 +76,11 @@ class LwF(Method):
 
     def build(self, batch: Batch) -> None:
         student, teacher = penultimate(batch, self.student_layers[0])
+        if self.form == "softened" and teacher.shape[1] == 1:
+            raise ValueError(
+                f"wanted a teacher of two or more classes for form 'softened', got logits {tuple(teacher.shape)}: the "
+                "softmax of one logit is 1, whatever it is; take form 'mse'"
+            )
         head = nn.Linear(student.shape[1], teacher.shape[1], bias=self.bias)
         place(head, student)
         self.head = head
