@@ -150,7 +150,7 @@ def test_a_loss_that_its_parts_do_not_make_is_refused_before_anything_moves(name
     ):
         trainer.fit()
     assert torch.equal(student.fc.weight, start)
-    # Whoever counts by images all the same says so.
+    # To count by images all the same must be said.
     fit(task_loss, LABELS, accumulation=2, task_count=len)
 
 

@@ -331,7 +331,7 @@ class Distiller(nn.Module):
 
     def _activations(self, network: nn.Module, taps: Taps | None, inputs: Any, role: str) -> Activations:
         assert taps is not None
-        # The other network and the terms get the same inputs. Without terms nobody reads them again.
+        # The other network and the terms get the same inputs. Without terms they are not read again.
         # torch.compile cannot trace versions: there the probe has looked. Inference tensors have none.
         watched = self.terms and not torch.compiler.is_compiling()
         before = [(t, version_of(t)) for t in tensors_of(inputs) if not t.is_inference()] if watched else []
@@ -349,7 +349,7 @@ class Distiller(nn.Module):
         """Both networks' activations on `example`, leaving no trace in them or in the random state."""
         parameters = (p for network in self._networks for p in network.parameters())
         devices = {p.device.index for p in parameters if p.device.type == "cuda"}
-        # Uncompiled, if somebody compiled a network: once is not worth it, and a tap sees more in eager mode.
+        # Eagerly, also where a network is compiled: once is not worth it, and a tap sees more in eager mode.
         compiled = any(is_compiled(module) for network in self._networks for module in network.modules())
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         with eval_mode(self.student), torch.no_grad(), kept_random_state(sorted(devices)), eager:
