@@ -20,6 +20,7 @@ import torch
 from plain_network import PlainNet, plain_data, plain_distiller
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from training_runs import made
 
 from vidfast import cli
 from vidfast.distill import KD, VID, Distiller
@@ -165,6 +166,7 @@ def in_one_of_two(rank: int, port: int, folder: str) -> None:
         results["unknown loss"] = str(error)
     results["unlabelled"] = unlabelled_in_turn(rank, 2)
     results["wrapped"] = wrapped_students()
+    results["norms"] = with_norms()
     results["sharded"] = sharded_distillers(rank, 2)
     results["torch's own"] = torch.distributed.get_backend()
     torch.save(results, Path(folder) / f"{rank}.pt")
@@ -248,6 +250,14 @@ def wrapped_students() -> dict[str, Any]:
     return found
 
 
+def with_norms() -> tuple[Any, dict[str, Tensor]]:
+    """A student whose BatchNorm has seen this process's images alone in the last step."""
+    data = plain_data()
+    distiller = made(data)
+    trainer = Trainer(distiller, data, PLAIN, evaluate={"test": plain_data(25)}, progress=False)
+    return trainer.fit(), distiller.state_dict()
+
+
 def sharded_distillers(rank: int, world: int) -> dict[str, Any]:
     """A step of a sharded Distiller, and what is said of a sharded student."""
     from torch.distributed import fsdp
@@ -326,6 +336,14 @@ def test_a_loop_of_ones_own_in_two_processes(two: list[dict[str, Any]]) -> None:
             torch.testing.assert_close(
                 of_process["own loop"][name], gradient, rtol=1e-4, atol=WEIGHT_TOLERANCE, msg=name
             )
+
+
+def test_processes_end_with_one_student_also_with_batchnorm(two: list[dict[str, Any]]) -> None:
+    (rows, state), (other_rows, other) = (of_process["norms"] for of_process in two)
+    assert rows == other_rows
+    for name, value in state.items():
+        assert torch.equal(value, other[name]), name
+    assert int(state["student.first.1.num_batches_tracked"]) == PLAIN.steps
 
 
 def test_two_processes_resume_exactly(two: list[dict[str, Any]]) -> None:

@@ -98,6 +98,11 @@ def test_shared_statistics_and_buffers_do_not_move(images: Tensor, labels: Tenso
         distiller(images, labels)
     student.first[1].eval()
     distiller(images, labels)
+    shared = nn.InstanceNorm2d(4, track_running_stats=True)
+    student.first[1] = teacher.first[1] = shared
+    distiller = Distiller(student, teacher, [KD()], example=images)
+    with pytest.raises(RuntimeError, match=r"share the layer 'first.1' \(InstanceNorm2d\)"):
+        distiller(images, labels)
     normed = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)).requires_grad_(False)
     x, y = torch.randn(6, 6), labels
     distiller = Distiller(Adapted(normed), Adapted(normed), [KD()], example=x)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -229,11 +230,17 @@ class Distiller(nn.Module):
         # In training mode, batch statistics of the student's data would leak in.
         with eval_mode(self.teacher):
             if self.teacher_dtype is None:
-                return self._activations(self.teacher, self._teacher_taps, inputs, "teacher")
-            device = next((t.device.type for t in (*tensors_of(inputs), *self.teacher.parameters())), "cpu")
-            with torch.autocast(device, enabled=False):
-                inputs = cast(inputs, self.teacher_dtype)
-                return self._activations(self.teacher, self._teacher_taps, inputs, "teacher")
+                found = self._activations(self.teacher, self._teacher_taps, inputs, "teacher")
+            else:
+                placed = tensors_of(inputs) or list(islice(self.teacher.parameters(), 1))
+                with torch.autocast(placed[0].device.type if placed else "cpu", enabled=False):
+                    inputs = cast(inputs, self.teacher_dtype)
+                    found = self._activations(self.teacher, self._teacher_taps, inputs, "teacher")
+        if not torch.compiler.is_compiling():
+            # Older releases of torch keep, for autocast, weights in 16 bits that were made without gradients, and a
+            # network that is a student too would get none.
+            torch.clear_autocast_cache()
+        return found
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Every parameter, once, as groups for a torch optimizer.

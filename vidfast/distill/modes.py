@@ -26,14 +26,21 @@ def set_modes(modes: Modes) -> None:
     Where a class has a `train()` of its own, that is called: such classes do more than to set a flag (LoRA layers merge
     their weights in eval mode). What it refuses, as exported programs do, or forgets, is set afterwards.
     """
-    changed = [(module, training) for module, training in modes if module.training != training]
-    for module, training in changed:
-        if type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval:
+    for module, training in modes:
+        # Looked at one after the other: a parent's train() may have called a child's.
+        if module.training != training and _has_own_modes(type(module)):
             with suppress(NotImplementedError):
-                module.train(training) if training else module.eval()
+                if training:
+                    module.train()
+                else:
+                    module.eval()
     for module, training in modes:
         if module.training != training:
             module.training = training
+
+
+def _has_own_modes(kind: type[nn.Module]) -> bool:
+    return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
 
 
 @contextmanager

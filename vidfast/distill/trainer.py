@@ -133,6 +133,8 @@ class Trainer:
         if not resume:
             self._refuse_to_overwrite()
         self.history = []
+        if self.options.sync_batchnorm and self.processes.count > 1:
+            synchronise_batchnorm(self.distiller)
         with kept_random_state(), kept_modes(self.distiller), self.processes.own_modes():
             return self._fit(resume)
 
@@ -141,8 +143,6 @@ class Trainer:
         distiller.to(processes.device)
         if options.channels_last:
             distiller.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if options.sync_batchnorm and processes.count > 1:
-            synchronise_batchnorm(distiller)
         self._try_evaluation()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
