@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from company import of_accelerate, unfinished_cycle
+from small_networks import SmallNet
 from torch import Tensor
 from training_runs import QUICK, assert_same, made, train
 
@@ -154,6 +155,26 @@ def test_an_accelerator_that_comes_later_is_free_in_its_options(small_data: Imag
     assert (later.mixed_precision, later.gradient_accumulation_steps) == ("no", 2)
     Trainer(made(small_data), small_data, QUICK, progress=False).fit()
     assert (later.mixed_precision, later.gradient_accumulation_steps) == ("no", 2)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_network_in_an_accelerators_precision_is_refused(small_data: Images, role: str) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        networks = {"student": SmallNet(4), "teacher": SmallNet(6)}
+        networks[role] = accelerator.prepare(networks[role])
+        distiller = Distiller(**networks)
+        if precision == "no":
+            Trainer(distiller, small_data, QUICK, progress=False)
+            continue
+        with pytest.raises(ValueError, match=rf"a {role} as it was before.*unwrap_model\({role}"):
+            Trainer(distiller, small_data, QUICK, progress=False)
+        accelerator.unwrap_model(networks[role], keep_fp32_wrapper=False)
+        Trainer(distiller, small_data, QUICK, progress=False)
 
 
 def test_the_trainer_needs_no_accelerate() -> None:

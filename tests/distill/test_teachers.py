@@ -7,6 +7,7 @@ import gc
 import pickle
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,42 @@ def test_another_teachers_checkpoint_is_told_wherever_the_weights_are(
             else:
                 with pytest.raises(CheckpointError, match="other teacher weights"):
                     trainer.fit(resume=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["plain", "script", "trace", "frozen", "export", "fx", "int8"])
+def test_teachers_as_they_are_delivered_teach_by_their_logits(
+    small_data: Images, tmp_path: Path, kind: str
+) -> None:
+    """Graphs of TorchScript and torch.export have no layers that can be tapped; KD needs none, nor does the Trainer."""
+    torch.manual_seed(5)
+    plain = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 3)
+    ).eval()
+    images = small_data.images[:4]
+    make: dict[str, Callable[[], nn.Module]] = {
+        "plain": lambda: plain,
+        "script": lambda: torch.jit.script(plain),
+        "trace": lambda: torch.jit.trace(plain, images),
+        "frozen": lambda: torch.jit.freeze(torch.jit.script(plain)),
+        "export": lambda: torch.export.export(
+            plain, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        ).module(),
+        "fx": lambda: torch.fx.symbolic_trace(plain),
+        "int8": lambda: torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}),
+    }
+    rows = []
+    for teacher in (plain, make[kind]()):
+        torch.manual_seed(7)
+        distiller = Distiller(SmallNet(4), teacher, [KD()], example=images)
+        distiller.train()
+        trainer = Trainer(
+            distiller,
+            small_data,
+            QUICK,
+            evaluate={"t": small_data},
+            folder=tmp_path / str(len(rows)),
+            progress=False,
+        )
+        rows.append([row["loss"] for row in trainer.fit()])
+    assert rows[1] == pytest.approx(rows[0], rel=0.05 if kind == "int8" else 1e-5)

@@ -163,6 +163,18 @@ def _refuse_sharding() -> None:
             )
 
 
+def refuse_prepared(distiller: nn.Module) -> None:
+    """Raises ValueError for networks whose forward Accelerate has put into an autocast of its own."""
+    for role in ("student", "teacher"):
+        network = getattr(distiller, role)
+        if network is not None and any("_original_forward" in vars(module) for module in network.modules()):
+            raise ValueError(
+                f"wanted a {role} as it was before Accelerator.prepare(), got one that runs in that Accelerator's "
+                "precision, whatever mixed_precision is here; give "
+                f"accelerator.unwrap_model({role}, keep_fp32_wrapper=False)"
+            )
+
+
 def wrapper_in(network: nn.Module) -> str | None:
     """What averages or shards for processes around the network, or around a part of it: the name of its call."""
     kinds: dict[type, str] = {nn.parallel.DistributedDataParallel: "DistributedDataParallel"}

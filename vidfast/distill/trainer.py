@@ -27,7 +27,7 @@ from .fingerprint import fingerprint, refuse_unlike
 from .meter import Meter, NonFiniteLossError
 from .modes import eval_mode, frozen_parts, kept_modes, train_mode
 from .options import SCHEDULES, TrainOptions
-from .processes import Processes
+from .processes import Processes, refuse_prepared
 from .stream import (
     SeededItems,
     StreamBatches,
@@ -110,6 +110,7 @@ class Trainer:
                 "tensorboard=True needs the package tensorboard: pip install tensorboard"
             )
         self.processes = Processes(options.device, options.mixed_precision)
+        refuse_prepared(distiller)
         refuse_sums(distiller, self.options.accumulation, self.processes.count)
         if options.sync_batchnorm and self.processes.count > 1 and self.processes.device.type == "cpu":
             raise ValueError("sync_batchnorm needs GPUs: torch's SyncBatchNorm does not run on the CPU")
