@@ -44,6 +44,13 @@ def count_of(task_loss: TaskLoss) -> Count | None:
     return count
 
 
+def on_device(value: Tensor | float, device: torch.device) -> Tensor:
+    """The tensor, or a number as a scalar that is made on the device: for a copy from the host, the host would wait."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def mean_loss(
     task_loss: TaskLoss, count: Count | None, logits: Tensor, labels: Tensor, factor: float | Tensor
 ) -> Tensor:
@@ -56,7 +63,7 @@ def mean_loss(
     """
     if isinstance(factor, Tensor) and factor.dim():
         raise ValueError(f"wanted task_scale as a number or a scalar Tensor, got {tuple(factor.shape)}")
-    divisor = None if count is None else torch.as_tensor(count(labels), device=logits.device)
+    divisor = None if count is None else on_device(count(labels), logits.device)
     if divisor is not None and divisor.dim():
         raise ValueError(
             f"wanted a task_count that gives one number for all labels, got {tuple(divisor.shape)}; take the sum"

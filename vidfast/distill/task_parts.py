@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .distiller import Distiller
 from .processes import Processes
-from .task import TaskLoss
+from .task import TaskLoss, on_device
 
 
 class TaskParts:
@@ -45,9 +45,7 @@ class TaskParts:
         if count is None or (len(labels) == 1 and self.processes.count == 1):
             return [None] * len(labels)
         device = self.processes.device
-        counts = torch.stack(
-            [torch.as_tensor(count(part), dtype=torch.float32, device=device) for part in labels]
-        )
+        counts = torch.stack([on_device(count(part), device).float() for part in labels])
         total = self.processes.sum(counts.sum())
         return list(torch.where(total > 0, counts * self.processes.count / total, torch.zeros_like(counts)))
 
