@@ -132,7 +132,8 @@ def test_a_loss_that_is_not_finite_stops_early_and_is_named(
 
     def broken(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:
-            calls.append(1)
+            # Without gradients the labels' loss is called again, to see what is the matter with it.
+            calls.extend([1] * torch.is_grad_enabled())
             loss = original(*args, **kwargs)
             return loss * float("nan") if len(calls) >= 3 else loss
 
@@ -146,8 +147,7 @@ def test_a_loss_that_is_not_finite_stops_early_and_is_named(
     trainer = Trainer(distiller, small_data, options, folder=tmp_path, progress=False)
     with pytest.raises(NonFiniteLossError, match=rf"the term '{term}' became inf or nan in step 3;"):
         trainer.fit()
-    # What is the matter with the labels is looked at by calling their loss once more.
-    assert len(calls) == (6 if term == "task" else 5)
+    assert len(calls) == 5
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
