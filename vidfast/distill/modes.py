@@ -79,7 +79,9 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             set_modes(modes)
         return
     with _LOCK:
-        modes = modes_of(module)
+        # Nearly always nothing is in training mode, and it is in every step that this is asked.
+        all_in_eval = not _HELD and not any(getattr(m, "training", False) for m in module.modules())
+        modes = [] if all_in_eval else modes_of(module)
         held = [m for m, training in modes if training or id(m) in _HELD]
         for m in held:
             _HELD[id(m)] = _HELD.get(id(m), 0) + 1
