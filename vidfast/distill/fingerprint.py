@@ -103,9 +103,7 @@ def _loss(task_loss: Any) -> str:
     """A loss with its options and a digest of its tensors, such as the weights of classes."""
     if not isinstance(task_loss, nn.Module):
         return _name_of(task_loss)
-    digest = hashlib.sha256()
-    add_weights(digest, task_loss.state_dict(), kinds=True)
-    return f"{_described(task_loss)} {digest.hexdigest()[:16]}"
+    return f"{_described(task_loss)} {_digest_of_weights(task_loss)}"
 
 
 def _counted(distiller: Distiller) -> str:

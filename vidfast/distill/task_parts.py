@@ -26,22 +26,20 @@ class TaskParts:
     """
 
     def __init__(self, distiller: Distiller, processes: Processes, accumulation: int, every: int) -> None:
-        self.distiller, self.processes = distiller, processes
-        self.accumulation, self.every = accumulation, every
+        self.task_loss, self.count = distiller.task_loss, distiller.task_count
+        self.processes, self.every = processes, every
+        # Nothing is known of the loss, and a batch is cut.
+        self.looks = self.count is None and (accumulation > 1 or processes.count > 1)
         self.parts: list[tuple[Tensor, Tensor]] = []
         self.disagreed = torch.zeros((), dtype=torch.bool, device=processes.device)
         self.steps = 0
-
-    def _looks(self) -> bool:
-        """Whether nothing is known of the loss, and a batch is cut."""
-        return self.distiller.task_count is None and (self.accumulation > 1 or self.processes.count > 1)
 
     def shares(self, labels: Sequence[Tensor]) -> list[Tensor | None]:
         """What multiplies the labels' term of each of this process's parts; None for its share of the images.
 
         The shares of all processes add up to their number, since their gradients are averaged.
         """
-        count = self.distiller.task_count
+        count = self.count
         if count is None or (len(labels) == 1 and self.processes.count == 1):
             return [None] * len(labels)
         device = self.processes.device
@@ -51,27 +49,27 @@ class TaskParts:
 
     def see(self, logits: Tensor, labels: Tensor) -> None:
         """Keep what a part was until the end of the step, if it must be looked at."""
-        if self._looks():
+        if self.looks:
             self.parts.append((logits.detach(), labels))
 
     def end_step(self) -> None:
         """Look at the parts of a step. Raises ValueError in the first one, before the optimizer's step."""
         parts, self.parts = self.parts, []
         self.steps += 1
-        if not self._looks():
+        if not self.looks:
             return
         if self.processes.count > 1 and self.steps <= self.every:
             found = self.processes.gather_objects([(z.cpu(), y.cpu()) for z, y in parts])
             device = self.processes.device
             parts = [(z.to(device), y.to(device)) for of_process in found for z, y in of_process]
         if len(parts) > 1:
-            self.disagreed |= ~parts_agree(self.distiller.task_loss, parts).to(self.disagreed.device)
+            self.disagreed |= ~parts_agree(self.task_loss, parts).to(self.disagreed.device)
         if self.steps == 1:
             self.check()
 
     def check(self) -> None:
         """Raises ValueError, in every process, if the parts did not make the loss of the whole. A synchronisation."""
-        if self._looks() and bool(self.processes.sum(self.disagreed.long())):
+        if self.looks and bool(self.processes.sum(self.disagreed.long())):
             raise ValueError(
                 "wanted a task_loss that is a mean over images where a batch is cut (accumulation, or several "
                 "processes), got one whose value for a batch is not the mean of its parts' values, as where labels are "

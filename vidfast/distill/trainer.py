@@ -377,11 +377,12 @@ class Trainer:
             state.save(self.folder / CHECKPOINT, step, write=self.processes.is_main)
 
     def _refuse_to_overwrite(self) -> None:
-        for name in () if self.folder is None else (CHECKPOINT, METRICS):
-            assert self.folder is not None
-            if (self.folder / name).exists():
+        if self.folder is None:
+            return
+        for path in (self.folder / CHECKPOINT, self.folder / METRICS):
+            if path.exists():
                 raise FileExistsError(
-                    f"{self.folder / name}: wanted a folder without a training, and this one holds one; continue it by "
+                    f"{path}: wanted a folder without a training, and this one holds one; continue it by "
                     "fit(resume=True), choose another folder, or remove the file"
                 )
 
