@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt as interrupt:
+        # CPython notes an interrupt that ends an exec() of text, as dataclasses do on import, even where it is caught
+        # later, and would end the process by the signal instead of our exit code; the next exec() forgets it.
+        exec("")
         return _fail(str(interrupt) or "interrupted", INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has closed it; Python would complain again when it flushes at exit.

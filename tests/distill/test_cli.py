@@ -344,6 +344,19 @@ def test_interrupting_the_process_leaves_one_line(tmp_path: Path) -> None:
     assert errors.strip().splitlines()[-1].startswith("vidfast: interrupted")
 
 
+def test_an_interrupt_while_text_is_executed_ends_with_the_same_code() -> None:
+    # As one in the middle of an import that makes a dataclass: CPython kills the process for it, caught or not.
+    code = (
+        "import sys, vidfast.cli; from vidfast.distill.commands import distill\n"
+        "distill.run = lambda arguments: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(vidfast.cli.main(['distill']))"
+    )
+    process = python("-c", f"exec({code!r})")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.strip() == "vidfast: interrupted"
+
+
 def test_search_records_and_continues(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
