@@ -15,35 +15,46 @@ namespace {
 
 void cpu_forward(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
                  int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
-                 double k, double eps, bool full, Address loss, int loss_dtype, Address sum_sq, int threads) {
+                 double k, double eps, bool full, Address positions, bool positions_are_bytes, Address totals,
+                 Address loss, int loss_dtype, Address sum_sq, int threads) {
   py::gil_scoped_release release;
   vidfast::cpu::forward(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha, alpha_dtype,
-                                outer, channels, inner, k, eps, full),
+                                outer, channels, inner, k, eps, full, positions, positions_are_bytes, totals),
                         pointer(loss), static_cast<DType>(loss_dtype), doubles(sum_sq), threads);
 }
 
 void cpu_forward_grad(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
                       int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
-                      double k, double eps, bool full, Address loss, int loss_dtype, Address grad_mean,
-                      int64_t grad_stride, Address grad_alpha, int threads) {
+                      double k, double eps, bool full, Address positions, bool positions_are_bytes, Address totals,
+                      Address loss, int loss_dtype, Address grad_mean, int64_t grad_stride, Address grad_alpha,
+                      int threads) {
   py::gil_scoped_release release;
-  vidfast::cpu::forward_grad(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha,
-                                     alpha_dtype, outer, channels, inner, k, eps, full),
-                             pointer(loss), static_cast<DType>(loss_dtype), view(grad_mean, grad_stride, mean_dtype),
-                             doubles(grad_alpha), threads);
+  vidfast::cpu::forward_grad(
+      problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha, alpha_dtype, outer, channels,
+              inner, k, eps, full, positions, positions_are_bytes, totals),
+      pointer(loss), static_cast<DType>(loss_dtype), view(grad_mean, grad_stride, mean_dtype), doubles(grad_alpha),
+      threads);
 }
 
 void cpu_backward(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
                   int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
-                  double k, double eps, bool full, Address g, int g_dtype, Address sum_sq, Address grad_mean,
-                  int64_t grad_mean_stride, Address grad_target, int64_t grad_target_stride, Address grad_alpha,
-                  int threads) {
+                  double k, double eps, bool full, Address positions, bool positions_are_bytes, Address totals,
+                  Address g, int g_dtype, Address sum_sq, Address grad_mean, int64_t grad_mean_stride,
+                  Address grad_target, int64_t grad_target_stride, Address grad_alpha, int threads) {
   py::gil_scoped_release release;
   vidfast::cpu::backward(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha, alpha_dtype,
-                                 outer, channels, inner, k, eps, full),
+                                 outer, channels, inner, k, eps, full, positions, positions_are_bytes, totals),
                          pointer(g), static_cast<DType>(g_dtype), doubles(sum_sq),
                          view(grad_mean, grad_mean_stride, mean_dtype),
                          view(grad_target, grad_target_stride, target_dtype), pointer(grad_alpha), threads);
+}
+
+void cpu_total(Address positions, bool positions_are_bytes, bool positions_are_f64, int64_t count, Address factor,
+               int factor_dtype, double k, int64_t channels, Address totals, int threads) {
+  py::gil_scoped_release release;
+  vidfast::cpu::total(
+      total(positions, positions_are_bytes, positions_are_f64, count, factor, factor_dtype, k, channels),
+      doubles(totals), threads);
 }
 
 void cpu_scale(Address g, int g_dtype, int64_t outer, int64_t row, Address src, int64_t src_stride, Address dst,
@@ -79,7 +90,7 @@ vidfast::Feature feature(const FeatureTuple& t) {
 vidfast::HeadProblem head_problem(int64_t batch, int64_t channels, int64_t positions, const FeatureTuple& student,
                                   const FeatureTuple& target, const std::vector<LayerTuple>& layers, Address alpha,
                                   int alpha_dtype, double eps, double k, int module, const FeatureTuple& grad_student,
-                                  Address grad_alpha) {
+                                  Address grad_alpha, Address weights, bool weights_are_bytes, double values) {
   vidfast::HeadProblem p{};
   p.kernels = vidfast::cpu::head_kernels(static_cast<DType>(module));
   if (p.kernels == nullptr) throw std::runtime_error("the instruction set in use has no kernel for such a head");
@@ -103,6 +114,7 @@ vidfast::HeadProblem head_problem(int64_t batch, int64_t channels, int64_t posit
   p.alpha = pointer(alpha), p.alpha_dtype = static_cast<DType>(alpha_dtype);
   p.eps = eps, p.k = k, p.module = static_cast<DType>(module);
   p.grad_alpha = doubles(grad_alpha);
+  p.weights = pointer(weights), p.weights_are_bytes = weights_are_bytes, p.values = values;
   return p;
 }
 
@@ -113,6 +125,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_forward", &cpu_forward);
   m.def("cpu_forward_grad", &cpu_forward_grad);
   m.def("cpu_backward", &cpu_backward);
+  m.def("cpu_total", &cpu_total);
   m.def("cpu_scale", &cpu_scale);
   m.def("cpu_rectify", &cpu_rectify);
   m.def("cpu_rectify_backward", &cpu_rectify_backward);

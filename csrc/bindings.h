@@ -21,7 +21,7 @@ inline View view(Address data, int64_t outer_stride, int dtype) {
 
 inline Problem problem(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
                        int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
-                       double k, double eps, bool full) {
+                       double k, double eps, bool full, Address positions, bool positions_are_bytes, Address totals) {
   Problem p;
   p.outer = outer;
   p.channels = channels;
@@ -33,7 +33,22 @@ inline Problem problem(Address mean, int64_t mean_stride, int mean_dtype, Addres
   p.eps = eps;
   p.k = k;
   p.full = full;
+  p.positions = pointer(positions);
+  p.positions_are_bytes = positions_are_bytes;
+  p.totals = doubles(totals);
   return p;
+}
+
+inline Total total(Address positions, bool positions_are_bytes, bool positions_are_f64, int64_t count, Address factor,
+                   int factor_dtype, double k, int64_t channels) {
+  return {pointer(positions),
+          positions_are_bytes,
+          positions_are_f64,
+          count,
+          pointer(factor),
+          static_cast<DType>(factor_dtype),
+          k,
+          channels};
 }
 
 }  // namespace vidfast::bindings

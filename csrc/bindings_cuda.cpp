@@ -13,37 +13,47 @@ namespace {
 
 void cuda_forward(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
                   int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
-                  double k, double eps, bool full, Address loss, int loss_dtype, Address sum_sq, Address workspace,
-                  Address stream) {
+                  double k, double eps, bool full, Address positions, bool positions_are_bytes, Address totals,
+                  Address loss, int loss_dtype, Address sum_sq, Address workspace, Address stream) {
   py::gil_scoped_release release;
   vidfast::cuda::forward(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha, alpha_dtype,
-                                 outer, channels, inner, k, eps, full),
+                                 outer, channels, inner, k, eps, full, positions, positions_are_bytes, totals),
                          pointer(loss), static_cast<DType>(loss_dtype), doubles(sum_sq), pointer(workspace),
                          pointer(stream));
 }
 
 void cuda_forward_grad(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
                        int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
-                       double k, double eps, bool full, Address loss, int loss_dtype, Address grad_mean,
-                       int64_t grad_stride, Address grad_alpha, Address workspace, Address stream) {
+                       double k, double eps, bool full, Address positions, bool positions_are_bytes, Address totals,
+                       Address loss, int loss_dtype, Address grad_mean, int64_t grad_stride, Address grad_alpha,
+                       Address workspace, Address stream) {
   py::gil_scoped_release release;
-  vidfast::cuda::forward_grad(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha,
-                                      alpha_dtype, outer, channels, inner, k, eps, full),
-                              pointer(loss), static_cast<DType>(loss_dtype), view(grad_mean, grad_stride, mean_dtype),
-                              doubles(grad_alpha), pointer(workspace), pointer(stream));
+  vidfast::cuda::forward_grad(
+      problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha, alpha_dtype, outer, channels,
+              inner, k, eps, full, positions, positions_are_bytes, totals),
+      pointer(loss), static_cast<DType>(loss_dtype), view(grad_mean, grad_stride, mean_dtype), doubles(grad_alpha),
+      pointer(workspace), pointer(stream));
 }
 
 void cuda_backward(Address mean, int64_t mean_stride, int mean_dtype, Address target, int64_t target_stride,
                    int target_dtype, Address alpha, int alpha_dtype, int64_t outer, int64_t channels, int64_t inner,
-                   double k, double eps, bool full, Address g, int g_dtype, Address sum_sq, Address grad_mean,
-                   int64_t grad_mean_stride, Address grad_target, int64_t grad_target_stride, Address grad_alpha,
-                   Address stream) {
+                   double k, double eps, bool full, Address positions, bool positions_are_bytes, Address totals,
+                   Address g, int g_dtype, Address sum_sq, Address grad_mean, int64_t grad_mean_stride,
+                   Address grad_target, int64_t grad_target_stride, Address grad_alpha, Address stream) {
   py::gil_scoped_release release;
-  vidfast::cuda::backward(problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha,
-                                  alpha_dtype, outer, channels, inner, k, eps, full),
-                          pointer(g), static_cast<DType>(g_dtype), doubles(sum_sq),
-                          view(grad_mean, grad_mean_stride, mean_dtype),
-                          view(grad_target, grad_target_stride, target_dtype), pointer(grad_alpha), pointer(stream));
+  vidfast::cuda::backward(
+      problem(mean, mean_stride, mean_dtype, target, target_stride, target_dtype, alpha, alpha_dtype, outer, channels,
+              inner, k, eps, full, positions, positions_are_bytes, totals),
+      pointer(g), static_cast<DType>(g_dtype), doubles(sum_sq), view(grad_mean, grad_mean_stride, mean_dtype),
+      view(grad_target, grad_target_stride, target_dtype), pointer(grad_alpha), pointer(stream));
+}
+
+void cuda_total(Address positions, bool positions_are_bytes, bool positions_are_f64, int64_t count, Address factor,
+                int factor_dtype, double k, int64_t channels, Address totals, Address workspace, Address stream) {
+  py::gil_scoped_release release;
+  vidfast::cuda::total(
+      total(positions, positions_are_bytes, positions_are_f64, count, factor, factor_dtype, k, channels),
+      doubles(totals), pointer(workspace), pointer(stream));
 }
 
 void cuda_scale(Address g, int g_dtype, int64_t outer, int64_t row, Address source, int64_t source_stride,
@@ -117,6 +127,8 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_forward", &cuda_forward);
   m.def("cuda_forward_grad", &cuda_forward_grad);
   m.def("cuda_backward", &cuda_backward);
+  m.def("cuda_total", &cuda_total);
+  m.def("cuda_total_workspace_bytes", &vidfast::cuda::total_workspace_bytes);
   m.def("cuda_scale", &cuda_scale);
   m.def("cuda_workspace_bytes", &cuda_workspace_bytes);
   m.def("cuda_unavailable", &vidfast::cuda::unavailable, "Why no CUDA device can be used, or ''.");

@@ -26,10 +26,32 @@ struct Problem {
   DType alpha_dtype;
   double eps;  // variance_c = softplus(alpha_c) + eps
   double k;    // weight / N ("mean"), weight ("sum"), weight / B ("batchmean")
-  bool full;   // adds k * N / 2 * log(2 pi) to the loss
+  bool full;   // adds k * M C / 2 * log(2 pi) to the loss
+
+  // [outer, inner] w_p >= 0, one weight a position for all channels: bytes, or numbers of the type that r is computed
+  // in. S_c is then sum w_p r^2 and M sum w_p. Where w_p is 0 mean and target are not used. nullptr: 1 everywhere.
+  const void* positions = nullptr;
+  bool positions_are_bytes = false;
+  // [2] on the device: M and k, from `total`; with positions always. nullptr: M is outer * inner, and k the one above.
+  const double* totals = nullptr;
+};
+
+// What is known on the device alone: M and k of a call with a weight a position, or with a weight that is a tensor.
+struct Total {
+  const void* positions;  // [count], as in Problem, or nullptr: M is `count`
+  bool positions_are_bytes;
+  bool positions_are_f64;  // where they are no bytes: fp64, else fp32
+  int64_t count;
+  const void* factor;  // one number that k is multiplied by, or nullptr
+  DType factor_dtype;
+  double k;
+  int64_t channels;  // if not 0, k is divided by M times this; with positions k is 0 where M is
 };
 
 namespace cpu {
+
+// totals [2] = M, k; the positions' sum in an order that follows from their number alone.
+void total(const Total& t, double* totals, int threads);
 
 // loss = k * sum_c [ M/2 log v_c + S_c / (2 v_c) ];  sum_sq [C] fp64 receives S_c = sum r^2, r = mean - target.
 void forward(const Problem& p, void* loss, DType loss_dtype, double* sum_sq, int threads);
@@ -76,6 +98,11 @@ using Stream = void*;  // a cudaStream_t
 // Bytes, on an 8-byte address, that forward and forward_grad need for themselves until the stream has passed them.
 int64_t workspace_bytes(int64_t outer, int64_t channels, int64_t inner, int64_t mean_stride, int64_t target_stride,
                         DType mean, DType target);
+
+// totals [2] = M, k; the positions' sum in an order that follows from their number alone. `workspace`: of
+// total_workspace_bytes, on an 8-byte address.
+int64_t total_workspace_bytes(int64_t count);
+void total(const Total& t, double* totals, void* workspace, Stream stream);
 
 void forward(const Problem& p, void* loss, DType loss_dtype, double* sum_sq, void* workspace, Stream stream);
 void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha,

@@ -42,6 +42,12 @@ struct HeadProblem {
   DType module;          // what a layer gives: f32, bf16 or f16
   Feature grad_student;  // data nullptr: not wanted
   double* grad_alpha;    // [C]; nullptr: the loss alone
+
+  // [batch, positions] without gaps, w_p >= 0: bytes or fp32; nullptr: 1 everywhere. Residuals count by them, and where
+  // one is 0 the student is taken as 0, its gradient is 0, and the target is not used.
+  const void* weights = nullptr;
+  bool weights_are_bytes = false;
+  double values = 0;  // M, their sum; of no use without them
 };
 
 namespace cpu {

@@ -8,6 +8,7 @@ def cpu_forward(
     target: int, target_stride: int, target_dtype: int,
     alpha: int, alpha_dtype: int,
     outer: int, channels: int, inner: int, k: float, eps: float, full: bool,
+    positions: int, positions_are_bytes: bool, totals: int,
     loss: int, loss_dtype: int, sum_sq: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def cpu_forward_grad(
@@ -15,6 +16,7 @@ def cpu_forward_grad(
     target: int, target_stride: int, target_dtype: int,
     alpha: int, alpha_dtype: int,
     outer: int, channels: int, inner: int, k: float, eps: float, full: bool,
+    positions: int, positions_are_bytes: bool, totals: int,
     loss: int, loss_dtype: int, grad_mean: int, grad_stride: int, grad_alpha: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def cpu_backward(
@@ -22,8 +24,13 @@ def cpu_backward(
     target: int, target_stride: int, target_dtype: int,
     alpha: int, alpha_dtype: int,
     outer: int, channels: int, inner: int, k: float, eps: float, full: bool,
+    positions: int, positions_are_bytes: bool, totals: int,
     g: int, g_dtype: int, sum_sq: int,
     grad_mean: int, grad_mean_stride: int, grad_target: int, grad_target_stride: int, grad_alpha: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def cpu_total(
+    positions: int, positions_are_bytes: bool, positions_are_f64: bool, count: int,
+    factor: int, factor_dtype: int, k: float, channels: int, totals: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def cpu_scale(
     g: int, g_dtype: int, outer: int, row: int,
@@ -41,7 +48,8 @@ class CpuHead:
         self, batch: int, channels: int, positions: int,
         student: tuple[int, int, int, int, int], target: tuple[int, int, int, int, int],
         layers: list[tuple[int, int, int, int, int, int, int, int]], alpha: int, alpha_dtype: int,
-        eps: float, k: float, module: int, grad_student: tuple[int, int, int, int, int], grad_alpha: int, /,
+        eps: float, k: float, module: int, grad_student: tuple[int, int, int, int, int], grad_alpha: int,
+        weights: int, weights_are_bytes: bool, values: float, /,
     ) -> None: ...  # fmt: skip
     def workspace_bytes(self, threads: int, /) -> int: ...
     def run(self, loss: int, workspace: int, threads: int, /) -> None: ...

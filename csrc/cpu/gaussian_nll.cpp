@@ -13,9 +13,11 @@ namespace vidfast::cpu {
 namespace {
 
 Channels channels_of(const Problem& p, int threads) {
-  const double m = static_cast<double>(p.outer) * static_cast<double>(p.inner);
+  const double m = p.totals != nullptr ? p.totals[0] : static_cast<double>(p.outer) * static_cast<double>(p.inner);
   return Channels(p.alpha, p.alpha_dtype, p.channels, p.eps, m, threads);
 }
+
+double k_of(const Problem& p) { return p.totals != nullptr ? p.totals[1] : p.k; }
 
 std::vector<double> scales(const Problem& p, const Channels& channels, double gk) {
   std::vector<double> scale(p.channels);
@@ -40,13 +42,14 @@ void forward(const Problem& p, void* loss, DType loss_dtype, double* sum_sq, int
   Sweep s;
   s.sum_sq = sum_sq;
   sweep(p, s, threads);
-  store_scalar(loss, loss_dtype, 0, channels.loss(sum_sq, p.k, p.full));
+  store_scalar(loss, loss_dtype, 0, channels.loss(sum_sq, k_of(p), p.full));
 }
 
 void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& grad_mean, double* grad_alpha,
                   int threads) {
   const Channels channels = channels_of(p, threads);
-  const std::vector<double> scale = scales(p, channels, p.k);
+  const double k = k_of(p);
+  const std::vector<double> scale = scales(p, channels, k);
   std::vector<double> sum_sq(p.channels);
   Sweep s;
   s.grad_mean = grad_mean;
@@ -54,15 +57,15 @@ void forward_grad(const Problem& p, void* loss, DType loss_dtype, const View& gr
   s.sum_sq = sum_sq.data();
   s.stream = grad_mean.data != p.mean.data && exceeds_cache(p, grad_mean);
   sweep(p, s, threads);
-  store_scalar(loss, loss_dtype, 0, channels.loss(sum_sq.data(), p.k, p.full));
+  store_scalar(loss, loss_dtype, 0, channels.loss(sum_sq.data(), k, p.full));
   for (int64_t c = 0; c < p.channels; ++c)
-    grad_alpha[c] = p.k * channel_grad_alpha(channels.values[c], sum_sq[c], channels.m);
+    grad_alpha[c] = k * channel_grad_alpha(channels.values[c], sum_sq[c], channels.m);
 }
 
 void backward(const Problem& p, const void* g, DType g_dtype, const double* sum_sq, const View& grad_mean,
               const View& grad_target, void* grad_alpha, int threads) {
   const Channels channels = channels_of(p, threads);
-  const double gk = load_scalar(g, g_dtype, 0) * p.k;
+  const double gk = load_scalar(g, g_dtype, 0) * k_of(p);
   if (grad_alpha != nullptr)
     for (int64_t c = 0; c < p.channels; ++c)
       store_scalar(grad_alpha, p.alpha_dtype, c, gk * channel_grad_alpha(channels.values[c], sum_sq[c], channels.m));

@@ -168,7 +168,8 @@ int64_t head_workspace_bytes(const HeadProblem& p, int threads) {
 void head(const HeadProblem& p, float* loss, void* workspace, int threads) {
   threads = useful_threads(p, threads);
   HeadPlan plan(p, workspace, threads);
-  const Channels channels(p.alpha, p.alpha_dtype, p.channels, p.eps, static_cast<double>(plan.positions), threads);
+  const double values = p.weights != nullptr ? p.values : static_cast<double>(plan.positions);
+  const Channels channels(p.alpha, p.alpha_dtype, p.channels, p.eps, values, threads);
   for (int64_t c = 0; c < padded(p.channels); ++c)
     plan.scale[c] = c < p.channels ? static_cast<float>(p.k / channels.values[c].variance) : 0.0f;
   pack(p, plan, threads);

@@ -36,6 +36,7 @@ struct HeadTasks {
   // Some rows of a part, of which `count` are positions; whole groups of rows are computed.
   struct Rows {
     int64_t first, count, computed;
+    const float* weights;  // [kHeadTile], 0 where there is no position; nullptr: all positions count alike
   };
 
   // Zeros where there is no position or no channel: there a product is a bias, or a zero times infinity.
@@ -98,12 +99,22 @@ struct HeadTasks {
   static void tile(const HeadPart& part, int64_t index) {
     const int64_t first = index * kHeadTile;
     const int64_t count = std::min(part.count - first, kHeadTile);
-    const Rows tile{first, count, whole_groups(count)};
+    alignas(64) float weights[kHeadTile];
+    Rows tile{first, count, whole_groups(count), nullptr};
+    if (part.left_out != nullptr) {
+      part.left_out[index] = !read_weights(*part.problem, part.begin + first, count, weights);
+      if (part.left_out[index]) {
+        leave_out(part, tile, index);
+        return;
+      }
+      tile.weights = weights;
+    }
     alignas(64) float strip[kHeadTile * kMostColumns];
     const int last = part.problem->layer_count - 1;
     read_student(part, tile, strip);
     for (int l = 0; l < last; ++l) hidden(part, tile, l);
-    loss(part, tile, part.sum_sq + index * part.layers[last].out, strip);
+    double* sum_sq = part.sum_sq + index * part.layers[last].out;
+    tile.weights != nullptr ? loss<true>(part, tile, sum_sq, strip) : loss<false>(part, tile, sum_sq, strip);
     for (int64_t l = last; l >= std::max<int64_t>(part.lowest, 1); --l)
       hidden_backward(part, tile, static_cast<int>(l));
     if (part.lowest == 0) write_student(part, tile, strip);
@@ -112,11 +123,44 @@ struct HeadTasks {
         add_up(part.gradients[l + 1], tile, part.layers[l].out, part.layers[l].bias_sums + index * part.layers[l].out);
   }
 
+  // to [kHeadTile] = the weights of so many positions, and 0; false if all are 0.
+  static bool read_weights(const HeadProblem& p, int64_t begin, int64_t count, float* to) {
+    bool any = false;
+    for (int64_t r = 0; r < kHeadTile; ++r) {
+      to[r] = r >= count            ? 0.0f
+              : p.weights_are_bytes ? static_cast<const uint8_t*>(p.weights)[begin + r]
+                                    : static_cast<const float*>(p.weights)[begin + r];
+      any |= to[r] != 0;
+    }
+    return any;
+  }
+
+  // What a tile gives of which no position counts. Its rows are read by no one.
+  static void leave_out(const HeadPart& part, const Rows& tile, int64_t index) {
+    const HeadProblem& p = *part.problem;
+    std::fill_n(part.sum_sq + index * padded(p.channels), padded(p.channels), 0.0);
+    for (int l = 0; l < p.layer_count; ++l)
+      if (part.layers[l].bias_sums != nullptr)
+        std::fill_n(part.layers[l].bias_sums + index * part.layers[l].out, part.layers[l].out, 0.0f);
+    if (part.lowest > 0) return;
+    alignas(64) float zeros[kHeadTile * kMostColumns] = {};
+    for (int64_t column = 0; column < p.layers[0].into; column += kMostColumns)
+      write(p, p.grad_student, p.layers[0].into, part.begin + tile.first, tile.count, column, kMostColumns, zeros);
+  }
+
+  // Zeros in a strip where a position does not count, whatever is there.
+  static void clear_uncounted(const Rows& tile, float* strip, int64_t columns) {
+    if (tile.weights == nullptr) return;
+    for (int64_t r = 0; r < tile.count; ++r)
+      if (tile.weights[r] == 0) std::fill_n(strip + r * kMostColumns, columns, 0.0f);
+  }
+
   static void read_student(const HeadPart& part, const Rows& tile, float* strip) {
     const HeadProblem& p = *part.problem;
     const HeadMatrix& to = part.activations[0];
     for (int64_t column = 0; column < part.layers[0].into; column += kHeadPad) {
       read(p, p.student, p.layers[0].into, part.begin + tile.first, tile.count, column, kHeadPad, strip);
+      clear_uncounted(tile, strip, kHeadPad);
       for (int64_t r = 0; r < tile.computed; r += 2)
         for (int64_t c = 0; c < kHeadPad; c += VF::W)
           put(to, tile.first + r, column + c, VF::load(strip + r * kMostColumns + c),
@@ -141,6 +185,7 @@ struct HeadTasks {
   }
 
   // The last product and, as long as its sums are in registers, the residuals and the mean's gradient.
+  template <bool Weighted>
   static void loss(const HeadPart& part, const Rows& tile, double* sum_sq, float* strip) {
     const HeadProblem& p = *part.problem;
     const int last = p.layer_count - 1;
@@ -163,9 +208,17 @@ struct HeadTasks {
             for (int r = 0; r < kGroup; ++r) {
               const Reg target = VF::load(strip + (row + r) * kMostColumns + n * VF::W);
               Reg residual = VF::sub(Words::rounded(sums.at[r][n]), target);
-              if (row + r >= tile.count) residual = VF::set1(0);
-              sum = VF::square_add(residual, sum);
-              sums.at[r][n] = VF::mul(residual, scale);
+              if constexpr (Weighted) {
+                const Reg weight = VF::set1(tile.weights[row + r]);
+                residual = VF::where_not_zero(residual, weight);
+                const Reg weighted = VF::mul(weight, residual);
+                sum = VF::multiply_add(weighted, residual, sum);
+                sums.at[r][n] = VF::where_not_zero(VF::mul(weighted, scale), weight);
+              } else {
+                if (row + r >= tile.count) residual = VF::set1(0);
+                sum = VF::multiply_add(residual, residual, sum);
+                sums.at[r][n] = VF::mul(residual, scale);
+              }
             }
             VF::store(sums_sq + n * VF::W, sum);
             if (keep) {
@@ -209,9 +262,10 @@ struct HeadTasks {
                 for (int n = 0; n < vectors.value; ++n)
                   VF::store(strip + (row + r) * kMostColumns + n * VF::W, sums.at[r][n]);
               }
-              if (row + kGroup == tile.computed)
-                write(p, p.grad_student, p.layers[0].into, part.begin + tile.first, tile.count, column,
-                      vectors.value * VF::W, strip);
+              if (row + kGroup < tile.computed) return;
+              clear_uncounted(tile, strip, vectors.value * VF::W);
+              write(p, p.grad_student, p.layers[0].into, part.begin + tile.first, tile.count, column,
+                    vectors.value * VF::W, strip);
             });
   }
 
@@ -233,8 +287,7 @@ struct HeadTasks {
       constexpr int N = decltype(vectors)::value;
       for (int64_t begin = 0; begin < count; begin += part.unit) {
         float* to = lane_of(part, index, part.begin + begin) + row * layer.into + column;
-        add_block<N>(part.gradients[index + 1], part.activations[index], begin, std::min(begin + part.unit, count), row,
-                     column, to, layer.into);
+        add_block<N>(part, index, begin, std::min(begin + part.unit, count), row, column, to);
       }
     });
   }
@@ -242,12 +295,16 @@ struct HeadTasks {
   // A block of kHeadBlock rows, with the sums over the positions [begin, end) in two steps: what is added one by one
   // loses more, the more there is of it.
   template <int N>
-  static void add_block(const HeadMatrix& g, const HeadMatrix& x, int64_t begin, int64_t end, int64_t row,
-                        int64_t column, float* to, int64_t to_row) {
+  static void add_block(const HeadPart& part, int64_t index, int64_t begin, int64_t end, int64_t row, int64_t column,
+                        float* to) {
     constexpr int kGroups = kHeadBlock / kGroup;
+    const HeadMatrix& g = part.gradients[index + 1];
+    const HeadMatrix& x = part.activations[index];
+    const int64_t to_row = part.layers[index].into;
     Sums<N> totals[kGroups];
     for (Sums<N>& total : totals) clear(total);
     for (; begin < end; begin += kHeadDepth) {
+      if (part.left_out != nullptr && part.left_out[begin / kHeadTile]) continue;
       const int64_t depth = std::min(kHeadDepth, end - begin) / Words::kValues;
       for (int group = 0; group < kGroups; ++group) {
         Sums<N> sums;

@@ -16,7 +16,7 @@ constexpr int64_t kHeadTile = 64;   // positions of a task; sums of squares run 
 constexpr int64_t kHeadDepth = 64;  // positions that a product over them adds in fp32 before the sum takes them
 constexpr int64_t kHeadPad = 16;    // channels are filled up with zeros to a multiple of this
 constexpr int64_t kHeadBlock = 16;  // rows of a weight's gradient that are one task
-static_assert(kHeadDepth % kHeadTile == 0, "a tile is of one unit");
+static_assert(kHeadDepth == kHeadTile, "a tile is of one unit, and one that is left out a whole sum");
 
 namespace {  // per translation unit: each instruction set compiles its own copy
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -46,8 +46,9 @@ struct HeadPart {
   HeadMatrix gradients[kMostLayers + 1];  // of what goes into a layer, and at last of the mean
   const float* scale;                     // [C, filled up] k / v_c
   double* sum_sq;                         // [tiles of the memory, C, filled up]
-  int64_t begin, count;                   // positions of the whole; begin is a multiple of `unit`
-  int64_t lowest;  // of `gradients` the lowest that is needed; 0: the student's; above layer_count: none
+  bool* left_out;        // [tiles of the memory] whether none of a tile's positions counts; nullptr: all do
+  int64_t begin, count;  // positions of the whole; begin is a multiple of `unit`
+  int64_t lowest;        // of `gradients` the lowest that is needed; 0: the student's; above layer_count: none
   // A weight's gradient takes the products of `unit` positions at once, a multiple of kHeadDepth. Those of the n'th
   // unit are added to its (n % lanes)'th sum.
   int64_t unit, lanes;

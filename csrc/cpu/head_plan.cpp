@@ -83,6 +83,7 @@ void HeadPlan::take_activations(HeadPart& part, Arena& arena) const {
     if (has_gradient(part, l + 1)) part.gradients[l + 1] = matrix(arena, layer.out);
   }
   part.sum_sq = arena.take<double>(tiles * padded(p.channels));
+  if (p.weights != nullptr) part.left_out = arena.take<bool>(tiles);
 }
 
 HeadPlan::HeadPlan(const HeadProblem& p, void* memory, int threads)

@@ -15,8 +15,9 @@ struct Runs {
   void* grad_target;  // nullptr where not wanted
   int64_t n, channels;
   const double* scale;  // [channels] g k / v_c
-  double* sum_sq;       // [channels] receives sum r^2, or has it added
+  double* sum_sq;       // [channels] receives sum w r^2, or has it added
   bool add;
+  const void* weights;  // [n] of the positions, the same for all channels, or nullptr
 };
 
 // rows x columns elements, each column with its own scale (the channel-fastest family).
@@ -29,6 +30,11 @@ struct Tile {
   int64_t rows, columns;                                                     // columns <= kTileColumns
   const void* scale;  // [columns], fp32 or fp64 as the pair of dtypes computes in
   double* sum_sq;     // [columns], written
+  // Of the row's positions, bytes or in the compute type, or nullptr. Column j is of position
+  // (first + j) / (channels * inner) * inner + (first + j) % inner, of which a row has row_positions.
+  const void* weights;
+  bool weights_are_bytes;
+  int64_t row_positions, channels, inner, first;
 };
 
 // A tile as wide as its row is one block of memory; one that is narrower jumps, where the prefetcher does not follow.
@@ -36,14 +42,23 @@ constexpr int64_t kTileColumns = 2048;
 // fp32 sums run over at most this many values before they are widened to fp64.
 constexpr int64_t kRun = 64;
 
-struct Kernels {
+// What the positions of runs weigh, and those of a tile: 1 each, bytes, or numbers of the compute type; 1 each, the
+// same for all columns of a row, or a column's own.
+enum RunWeights { kRunOnes, kRunBytes, kRunNumbers };
+enum TileWeights { kTileOnes, kTileByRow, kTileByColumn };
+
+// One pass over runs or a tile.
+template <class Job>
+struct Passes {
   // stream: write grad_mean past the caches
-  void (*sum_runs)(const Runs&);
-  void (*sum_grad_runs)(const Runs&, bool stream);
-  void (*grad_runs)(const Runs&, bool stream);
-  void (*sum_tile)(const Tile&);
-  void (*sum_grad_tile)(const Tile&, bool stream);
-  void (*grad_tile)(const Tile&, bool stream);
+  void (*sum)(const Job&, bool stream);
+  void (*sum_grad)(const Job&, bool stream);
+  void (*grad)(const Job&, bool stream);
+};
+
+struct Kernels {
+  Passes<Runs> runs[3];   // [RunWeights]
+  Passes<Tile> tiles[3];  // [TileWeights]
 };
 
 struct HeadKernels;

@@ -5,9 +5,7 @@
 // then fp64.
 #pragma once
 
-#include <type_traits>
-
-#include "kernels.h"
+#include "kernel_weights.h"
 
 namespace vidfast::cpu {
 namespace {
@@ -20,54 +18,69 @@ namespace {
 #define VIDFAST_NO_CARRY
 #endif
 
-constexpr int64_t kLine = 64;
 // A run of fewer elements adds at most kRun values in each place of a vector.
 template <class V>
 constexpr int64_t kShortRun = kRun / 2 * V::W;
 
-template <class V, class P>
-inline void put(P* p, typename V::reg a, bool stream) {
-  if (stream)
-    V::stream(p, a);
-  else
-    V::store(p, a);
-}
+// What is known of a weight. Where it is 0 nothing comes of mean and target, nor of a scale that is not finite.
+enum class Weight { kOne, kNotZero, kAny };
 
-// One element; returns r.
-template <class V, class M, class T>
-inline typename V::Scalar element(const M* m, const T* t, M* gm, T* gt, int64_t i, typename V::Scalar scale) {
-  const typename V::Scalar r = V::get(m + i) - V::get(t + i);
-  const typename V::Scalar g = r * scale;
+// One element of weight w, and what it adds to the sum of w r^2.
+template <class V, Weight kind, class M, class T>
+inline typename V::Scalar element(const M* m, const T* t, typename V::Scalar w, M* gm, T* gt, int64_t i,
+                                  typename V::Scalar scale) {
+  using S = typename V::Scalar;
+  S r = V::get(m + i) - V::get(t + i), x = r;
+  if (kind == Weight::kAny) r = w != 0 ? r : S(0);
+  if (kind != Weight::kOne) x = w * r;
+  S g = x * scale;
+  if (kind == Weight::kAny) g = w != 0 ? g : S(0);
   if (gm != nullptr) V::put(gm + i, g);
-  if (gt != nullptr) V::put(gt + i, -g);
-  return r;
+  if (gt != nullptr) V::put(gt + i, kind == Weight::kAny ? S(0) - g : -g);  // the former gives no -0
+  return x * r;
 }
 
-// One run; returns sum r^2.
-template <class V, class M, class T, bool Sum, bool Grad>
-inline double run(const M* m, const T* t, M* gm, T* gt, int64_t n, typename V::Scalar scale, bool stream) {
+// A vector of elements, and `sum` with what they add to it.
+template <class V, Weight kind, bool Sum, bool Grad, class M, class T>
+inline typename V::reg elements(const M* m, const T* t, typename V::reg w, M* gm, T* gt, int64_t i,
+                                typename V::reg scale, typename V::reg sum, bool stream) {
+  using reg = typename V::reg;
+  reg r = V::sub(V::load(m + i), V::load(t + i)), x = r;
+  if (kind == Weight::kAny) r = V::where_not_zero(r, w);
+  if (kind != Weight::kOne) x = V::mul(w, r);
+  if (Grad) {
+    reg g = V::mul(x, scale);
+    if (kind == Weight::kAny) g = V::where_not_zero(g, w);
+    if (Sum || gm != nullptr) put<V>(gm + i, g, stream);
+    if (!Sum && gt != nullptr) V::store(gt + i, kind == Weight::kAny ? V::sub(V::set1(0), g) : V::neg(g));
+  }
+  return Sum ? V::multiply_add(x, r, sum) : sum;
+}
+
+// One run, with a weight an element in P; returns sum w r^2.
+template <class V, class M, class T, class P, bool Sum, bool Grad>
+inline double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_t n, typename V::Scalar scale, bool stream) {
   using S = typename V::Scalar;
   using reg = typename V::reg;
   constexpr int64_t W = V::W;
+  constexpr Weight kind = kWeighted<P> ? Weight::kAny : Weight::kOne;
   const reg vscale = V::set1(scale);
   int64_t i = 0;
 
   S edge = 0;  // the head before alignment and the tail, less than a line each
   const auto one = [&](int64_t at) {
-    const S r = element<V>(m, t, gm, gt, at, scale);
-    if (Sum) edge += r * r;
+    S weight = 1;
+    if constexpr (kWeighted<P>) weight = V::get(w + at);
+    const S square = element<V, kind>(m, t, weight, gm, gt, at, scale);
+    if (Sum) edge += square;
   };
   if (Grad && stream)  // whole lines only: a partial line written past the cache costs more than it saves
     for (; i < n && reinterpret_cast<uintptr_t>(gm + i) % kLine != 0; ++i) one(i);
 
   const auto vector = [&](int64_t at, reg sum, bool past) {
-    const reg r = V::sub(V::load(m + at), V::load(t + at));
-    if (Grad) {
-      const reg g = V::mul(r, vscale);
-      if (Sum || gm != nullptr) put<V>(gm + at, g, past);
-      if (!Sum && gt != nullptr) V::store(gt + at, V::neg(g));
-    }
-    return Sum ? V::square_add(r, sum) : sum;
+    reg weight = V::set1(1);
+    if constexpr (kWeighted<P>) weight = V::load(w + at);
+    return elements<V, kind, Sum, Grad>(m, t, weight, gm, gt, at, vscale, sum, past);
   };
   typename V::wide total = V::wide_zero();
   const reg zero = V::set1(0);
@@ -77,6 +90,13 @@ inline double run(const M* m, const T* t, M* gm, T* gt, int64_t n, typename V::S
     const int64_t blocks = left < kRun ? left : kRun;
     reg a0 = zero, a1 = zero, a2 = zero, a3 = zero;
     for (int64_t b = 0; b < blocks; ++b, i += 4 * W) {
+      if constexpr (kWeighted<P>) {
+        if (all_zero<4 * W * sizeof(P)>(w + i)) {
+          if (Grad && gm != nullptr) clear_vectors<V, 4>(gm + i, stream);
+          if (Grad && !Sum && gt != nullptr) clear_vectors<V, 4>(gt + i, false);
+          continue;
+        }
+      }
       a0 = vector(i, a0, stream);
       a1 = vector(i + W, a1, stream);
       a2 = vector(i + 2 * W, a2, stream);
@@ -98,15 +118,24 @@ inline double run(const M* m, const T* t, M* gm, T* gt, int64_t n, typename V::S
   return V::wide_sum(V::wide_add(total, rest)) + static_cast<double>(edge);
 }
 
-template <class V, class M, class T, bool Sum, bool Grad>
+template <class V, class M, class T, class P, bool Sum, bool Grad>
 inline void runs(const Runs& job, bool stream) {
   const M* m = static_cast<const M*>(job.mean);
   const T* t = static_cast<const T*>(job.target);
+  const P* w = static_cast<const P*>(job.weights);
   M* gm = Grad ? static_cast<M*>(job.grad_mean) : nullptr;
   T* gt = Grad && !Sum ? static_cast<T*>(job.grad_target) : nullptr;
+  bool nothing = false;
+  if constexpr (kWeighted<P>) nothing = all_zero(w, job.n * static_cast<int64_t>(sizeof(P)));
   for (int64_t c = 0; c < job.channels; ++c) {
     const auto scale = Grad ? static_cast<typename V::Scalar>(job.scale[c]) : typename V::Scalar(0);
-    const double sum = run<V, M, T, Sum, Grad>(m, t, gm, gt, job.n, scale, stream);
+    double sum = 0;
+    if (nothing) {
+      clear<V>(gm, job.n, stream);
+      clear<V>(gt, job.n, false);
+    } else {
+      sum = run<V, M, T, P, Sum, Grad>(m, t, w, gm, gt, job.n, scale, stream);
+    }
     if (Sum) job.sum_sq[c] = job.add ? job.sum_sq[c] + sum : sum;
     m += job.n;
     t += job.n;
@@ -116,14 +145,16 @@ inline void runs(const Runs& job, bool stream) {
   if (Grad && stream) V::fence();
 }
 
-template <class V, class M, class T, bool Sum, bool Grad>
+template <class V, class M, class T, TileWeights Kind, bool Sum, bool Grad>
 inline void tile(const Tile& job, bool stream) {
   using S = typename V::Scalar;
   using reg = typename V::reg;
   constexpr int64_t W = V::W;
+  constexpr Weight kind = Kind == kTileOnes ? Weight::kOne : Kind == kTileByRow ? Weight::kNotZero : Weight::kAny;
   const S* scale = static_cast<const S*>(job.scale);
   const int64_t columns = job.columns;
   alignas(64) S sums[kTileColumns];
+  alignas(64) S weights[Kind == kTileByColumn ? kTileColumns + W : 1];
   if (Sum)
     for (int64_t j = 0; j < columns; ++j) job.sum_sq[j] = 0;
 
@@ -138,19 +169,29 @@ inline void tile(const Tile& job, bool stream) {
       T* gt = Grad && !Sum && job.grad_target != nullptr
                   ? static_cast<T*>(job.grad_target) + row * job.grad_target_stride
                   : nullptr;
+      S weight = 1;
+      if constexpr (Kind == kTileByRow) weight = row_weight<S>(job, row);
+      bool nothing = weight == 0;
+      if constexpr (Kind == kTileByColumn) nothing = !spread_row<V>(job, row, weights);
+      if (nothing) {
+        clear<V>(gm, columns, stream);
+        clear<V>(gt, columns, false);
+        continue;
+      }
+      const reg row_weights = V::set1(weight);
       int64_t j = 0;
       for (; columns - j >= W; j += W) {
-        const reg r = V::sub(V::load(m + j), V::load(t + j));
-        if (Grad) {
-          const reg g = V::mul(r, V::load(scale + j));
-          if (Sum || gm != nullptr) put<V>(gm + j, g, stream);
-          if (!Sum && gt != nullptr) V::store(gt + j, V::neg(g));
-        }
-        if (Sum) V::store(sums + j, V::square_add(r, V::load(sums + j)));
+        reg w = row_weights, sum = row_weights, scales = row_weights;
+        if constexpr (Kind == kTileByColumn) w = V::load(weights + j);
+        if (Grad) scales = V::load(scale + j);
+        if (Sum) sum = V::load(sums + j);
+        sum = elements<V, kind, Sum, Grad>(m, t, w, gm, gt, j, scales, sum, stream);
+        if (Sum) V::store(sums + j, sum);
       }
       for (; j < columns; ++j) {
-        const S r = element<V>(m, t, gm, gt, j, Grad ? scale[j] : S(0));
-        if (Sum) sums[j] += r * r;
+        if constexpr (Kind == kTileByColumn) weight = weights[j];
+        const S square = element<V, kind>(m, t, weight, gm, gt, j, Grad ? scale[j] : S(0));
+        if (Sum) sums[j] += square;
       }
     }
     if (Sum)
@@ -162,13 +203,18 @@ inline void tile(const Tile& job, bool stream) {
 template <class M, class T>
 struct Pair {
   using V = std::conditional_t<std::is_same_v<M, double> || std::is_same_v<T, double>, VD, VF>;
-  static void sum_runs(const Runs& r) { runs<V, M, T, true, false>(r, false); }
-  static void sum_grad_runs(const Runs& r, bool stream) { runs<V, M, T, true, true>(r, stream); }
-  static void grad_runs(const Runs& r, bool stream) { runs<V, M, T, false, true>(r, stream); }
-  static void sum_tile(const Tile& t) { tile<V, M, T, true, false>(t, false); }
-  static void sum_grad_tile(const Tile& t, bool stream) { tile<V, M, T, true, true>(t, stream); }
-  static void grad_tile(const Tile& t, bool stream) { tile<V, M, T, false, true>(t, stream); }
-  static constexpr Kernels table() { return {sum_runs, sum_grad_runs, grad_runs, sum_tile, sum_grad_tile, grad_tile}; }
+  template <class P>
+  static constexpr Passes<Runs> over_runs() {
+    return {runs<V, M, T, P, true, false>, runs<V, M, T, P, true, true>, runs<V, M, T, P, false, true>};
+  }
+  template <TileWeights Kind>
+  static constexpr Passes<Tile> over_tile() {
+    return {tile<V, M, T, Kind, true, false>, tile<V, M, T, Kind, true, true>, tile<V, M, T, Kind, false, true>};
+  }
+  static constexpr Kernels table() {
+    return {{over_runs<Ones>(), over_runs<uint8_t>(), over_runs<typename V::Scalar>()},
+            {over_tile<kTileOnes>(), over_tile<kTileByRow>(), over_tile<kTileByColumn>()}};
+  }
 };
 
 template <class P>

@@ -17,6 +17,7 @@ struct VF {
   static float get(const float* p) { return *p; }
   static float get(const bf16* p) { return to_float(*p); }
   static float get(const f16* p) { return _cvtsh_ss(p->bits); }
+  static float get(const uint8_t* p) { return *p; }
   static void put(float* p, float x) { *p = x; }
   static void put(bf16* p, float x) { *p = to_bf16(x); }
   static void put(f16* p, float x) { p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
@@ -24,6 +25,9 @@ struct VF {
   static reg load(const float* p) { return _mm256_loadu_ps(p); }
   static reg load(const bf16* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static reg load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static reg load(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
   static __m128i narrow(bf16*, reg a) { return narrow_bf16(a); }
   static __m128i narrow(f16*, reg a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
   static reg rounded(const bf16*, reg a) { return widen_bf16(narrow_bf16(a)); }
@@ -45,7 +49,6 @@ struct VF {
   static reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }
   static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
   static reg neg(reg a) { return _mm256_xor_ps(a, _mm256_set1_ps(-0.0f)); }
-  static reg square_add(reg a, reg c) { return _mm256_fmadd_ps(a, a, c); }
   static reg multiply_add(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
   static reg positive(reg a) { return _mm256_max_ps(_mm256_setzero_ps(), a); }  // NaN stays NaN
   static reg where_not_zero(reg a, reg x) {
@@ -75,6 +78,7 @@ struct VD {
   static double get(const float* p) { return *p; }
   static double get(const bf16* p) { return to_float(*p); }
   static double get(const f16* p) { return _cvtsh_ss(p->bits); }
+  static double get(const uint8_t* p) { return *p; }
   static void put(double* p, double x) { *p = x; }
   static void put(float* p, double x) { *p = static_cast<float>(x); }
   static void put(bf16* p, double x) { *p = to_bf16(static_cast<float>(x)); }
@@ -85,6 +89,11 @@ struct VD {
   static reg load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
   static reg load(const bf16* p) { return _mm256_cvtps_pd(_mm256_castps256_ps128(widen_bf16(load4(p)))); }
   static reg load(const f16* p) { return _mm256_cvtps_pd(_mm_cvtph_ps(load4(p))); }
+  static reg load(const uint8_t* p) {
+    int32_t bytes;
+    std::memcpy(&bytes, p, 4);
+    return _mm256_cvtepi32_pd(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes)));
+  }
   static void store(double* p, reg a) { _mm256_storeu_pd(p, a); }
   static void store(float* p, reg a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a)); }
   static void store(bf16* p, reg a) {
@@ -106,7 +115,10 @@ struct VD {
   static reg sub(reg a, reg b) { return _mm256_sub_pd(a, b); }
   static reg mul(reg a, reg b) { return _mm256_mul_pd(a, b); }
   static reg neg(reg a) { return _mm256_xor_pd(a, _mm256_set1_pd(-0.0)); }
-  static reg square_add(reg a, reg c) { return _mm256_fmadd_pd(a, a, c); }
+  static reg multiply_add(reg a, reg b, reg c) { return _mm256_fmadd_pd(a, b, c); }
+  static reg where_not_zero(reg a, reg x) {
+    return _mm256_and_pd(_mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_NEQ_UQ), a);
+  }
   static wide wide_zero() { return {_mm256_setzero_pd()}; }
   static wide wide_add(const wide& w, reg a) { return {_mm256_add_pd(w.v, a)}; }
   static double wide_sum(const wide& w) {

@@ -30,6 +30,7 @@ struct VF {
   static float get(const float* p) { return *p; }
   static float get(const bf16* p) { return to_float(*p); }
   static float get(const f16* p) { return _cvtsh_ss(p->bits); }
+  static float get(const uint8_t* p) { return *p; }
   static void put(float* p, float x) { *p = x; }
   static void put(bf16* p, float x) { *p = to_bf16(x); }
   static void put(f16* p, float x) { p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
@@ -37,6 +38,9 @@ struct VF {
   static reg load(const float* p) { return _mm512_loadu_ps(p); }
   static reg load(const bf16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static reg load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static reg load(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
   static __m256i narrow(bf16*, reg a) { return narrow_bf16(a); }
   static __m256i narrow(f16*, reg a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
   static reg rounded(const bf16*, reg a) { return widen_bf16(narrow_bf16(a)); }
@@ -58,7 +62,6 @@ struct VF {
   static reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }
   static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
   static reg neg(reg a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
-  static reg square_add(reg a, reg c) { return _mm512_fmadd_ps(a, a, c); }
   static reg multiply_add(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
   static reg positive(reg a) { return _mm512_max_ps(_mm512_setzero_ps(), a); }  // NaN stays NaN
   static reg where_not_zero(reg a, reg x) {
@@ -84,6 +87,7 @@ struct VD {
   static double get(const float* p) { return *p; }
   static double get(const bf16* p) { return to_float(*p); }
   static double get(const f16* p) { return _cvtsh_ss(p->bits); }
+  static double get(const uint8_t* p) { return *p; }
   static void put(double* p, double x) { *p = x; }
   static void put(float* p, double x) { *p = static_cast<float>(x); }
   static void put(bf16* p, double x) { *p = to_bf16(static_cast<float>(x)); }
@@ -97,6 +101,9 @@ struct VD {
     return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load8(p)), 16)));
   }
   static reg load(const f16* p) { return _mm512_cvtps_pd(_mm256_cvtph_ps(load8(p))); }
+  static reg load(const uint8_t* p) {
+    return _mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
   static void store(double* p, reg a) { _mm512_storeu_pd(p, a); }
   static void store(float* p, reg a) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a)); }
   static void store(bf16* p, reg a) {
@@ -116,7 +123,10 @@ struct VD {
   static reg sub(reg a, reg b) { return _mm512_sub_pd(a, b); }
   static reg mul(reg a, reg b) { return _mm512_mul_pd(a, b); }
   static reg neg(reg a) { return _mm512_xor_pd(a, _mm512_set1_pd(-0.0)); }
-  static reg square_add(reg a, reg c) { return _mm512_fmadd_pd(a, a, c); }
+  static reg multiply_add(reg a, reg b, reg c) { return _mm512_fmadd_pd(a, b, c); }
+  static reg where_not_zero(reg a, reg x) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_NEQ_UQ), a);
+  }
   static wide wide_zero() { return {_mm512_setzero_pd()}; }
   static wide wide_add(const wide& w, reg a) { return {_mm512_add_pd(w.v, a)}; }
   static double wide_sum(const wide& w) { return _mm512_reduce_add_pd(w.v); }

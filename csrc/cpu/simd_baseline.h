@@ -21,6 +21,7 @@ struct Vector {
   static S get(const double* p) { return static_cast<S>(*p); }
   static S get(const bf16* p) { return static_cast<S>(to_float(*p)); }
   static S get(const f16* p) { return static_cast<S>(to_float(*p)); }
+  static S get(const uint8_t* p) { return static_cast<S>(*p); }
   static void put(float* p, S x) { *p = static_cast<float>(x); }
   static void put(double* p, S x) { *p = static_cast<double>(x); }
   static void put(bf16* p, S x) { *p = to_bf16(static_cast<float>(x)); }
@@ -67,10 +68,15 @@ struct Vector {
     for (int i = 0; i < W; ++i) r.v[i] = -a.v[i];
     return r;
   }
-  // a * a + c
-  static reg square_add(const reg& a, const reg& c) {
+  // a * b + c
+  static reg multiply_add(const reg& a, const reg& b, const reg& c) {
     reg r;
-    for (int i = 0; i < W; ++i) r.v[i] = a.v[i] * a.v[i] + c.v[i];
+    for (int i = 0; i < W; ++i) r.v[i] = a.v[i] * b.v[i] + c.v[i];
+    return r;
+  }
+  static reg where_not_zero(const reg& a, const reg& x) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = x.v[i] != 0 ? a.v[i] : S(0);
     return r;
   }
   static wide wide_zero() {

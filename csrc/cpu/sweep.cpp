@@ -35,6 +35,22 @@ P* at(P* base, DType t, int64_t elements) {
   return base == nullptr ? nullptr : static_cast<Byte*>(base) + elements * size_of(t);
 }
 
+// The weights from a position on, where positions have any.
+const void* weights_from(const Problem& p, bool f64, int64_t position) {
+  if (p.positions == nullptr) return nullptr;
+  return static_cast<const char*>(p.positions) + position * (p.positions_are_bytes ? 1 : f64 ? 8 : 4);
+}
+
+template <class Job>
+void pass(const Passes<Job>& passes, const Sweep& s, const Job& job, bool stream) {
+  if (s.sum_sq == nullptr)
+    passes.grad(job, stream);
+  else if (s.scale != nullptr)
+    passes.sum_grad(job, stream);
+  else
+    passes.sum(job, false);
+}
+
 // Neighbouring elements of a channel are walked in runs; a task is some channels of some outer indices, or a
 // piece of one plane. Sums are added to sum_sq.
 void sweep_planes(const Problem& p, const Sweep& s, const Kernels& kernels, int threads) {
@@ -48,6 +64,10 @@ void sweep_planes(const Problem& p, const Sweep& s, const Kernels& kernels, int 
   const int64_t n_outer_blocks = ceil_div(p.outer, outer_per_task);
 
   const bool stream = s.stream && piece * size_of(s.grad_mean.dtype) >= kStreamRun;
+  const bool f64 = computes_in_f64(p.mean.dtype, p.target.dtype);
+  const Passes<Runs>& passes = kernels.runs[p.positions == nullptr  ? kRunOnes
+                                            : p.positions_are_bytes ? kRunBytes
+                                                                    : kRunNumbers];
 
   std::unique_ptr<double[]> partial;  // [outer blocks, C, pieces]
   if (s.sum_sq != nullptr) partial.reset(new double[n_outer_blocks * p.channels * n_pieces]);
@@ -74,12 +94,8 @@ void sweep_planes(const Problem& p, const Sweep& s, const Kernels& kernels, int 
       runs.scale = s.scale != nullptr ? s.scale + c_begin : nullptr;
       runs.sum_sq = partial ? &partial[(o_block * p.channels + c_begin) * n_pieces + i_block] : nullptr;
       runs.add = o > o_begin;
-      if (s.sum_sq == nullptr)
-        kernels.grad_runs(runs, stream);
-      else if (s.scale != nullptr)
-        kernels.sum_grad_runs(runs, stream);
-      else
-        kernels.sum_runs(runs);
+      runs.weights = weights_from(p, f64, o * p.inner + i);
+      pass(passes, s, runs, stream);
     }
   });
 
@@ -125,6 +141,10 @@ void sweep_rows(const Problem& p, const Sweep& s, const Kernels& kernels, int64_
       reinterpret_cast<uintptr_t>(at(s.grad_mean.data, s.grad_mean.dtype, begin * s.grad_mean.outer_stride)) % 64 ==
           0 &&
       (rows == 1 || stride(s.grad_mean) * size_of(s.grad_mean.dtype) % 64 == 0);
+  const int64_t row_positions = join * p.inner;
+  const Passes<Tile>& passes = kernels.tiles[p.positions == nullptr ? kTileOnes
+                                             : row_positions == 1   ? kTileByRow
+                                                                    : kTileByColumn];
 
   parallel_for(n_row_blocks * n_column_blocks, threads, [&](int64_t task) {
     const int64_t j = task % n_column_blocks * tile_columns;
@@ -143,12 +163,13 @@ void sweep_rows(const Problem& p, const Sweep& s, const Kernels& kernels, int64_
     tile.columns = std::min(tile_columns, columns - j);
     tile.scale = scale ? scale.get() + j * (f64 ? 8 : 4) : nullptr;
     tile.sum_sq = partial ? &partial[task / n_column_blocks * columns + j] : nullptr;
-    if (s.sum_sq == nullptr)
-      kernels.grad_tile(tile, stream);
-    else if (s.scale != nullptr)
-      kernels.sum_grad_tile(tile, stream);
-    else
-      kernels.sum_tile(tile);
+    tile.weights = weights_from(p, f64, begin * p.inner + row * row_positions);
+    tile.weights_are_bytes = p.positions_are_bytes;
+    tile.row_positions = row_positions;
+    tile.channels = p.channels;
+    tile.inner = p.inner;
+    tile.first = j;
+    pass(passes, s, tile, stream);
   });
 
   if (s.sum_sq == nullptr) return;

@@ -11,6 +11,7 @@ from torch import Tensor
 from vidfast.arguments import Call
 from vidfast.layout import Layout, RowLayout
 from vidfast.memory import empty_scratch
+from vidfast.positions import Counts
 from vidfast.raw import NATIVE_DTYPE, NO_ROWS, address, native_dtype
 
 try:
@@ -29,6 +30,7 @@ except ImportError as error:  # a source checkout that was never built
     _missing = reason(error)
 
 _num_threads = torch.get_num_threads
+_NO_COUNTS = 0, False, 0
 
 
 class CpuBackend:
@@ -60,6 +62,23 @@ class CpuBackend:
             "openmp": _C.cpu_openmp_runtime(),
         }
 
+    def total(
+        self,
+        positions: Tensor | None,
+        factor: Tensor | None,
+        count: int,
+        k: float,
+        channels: int,
+        *,
+        totals: Tensor,
+    ) -> None:
+        """As the protocol says."""
+        dtype = None if positions is None else positions.dtype
+        _C.cpu_total(
+            address(positions), dtype is torch.uint8, dtype is torch.float64, count,
+            address(factor), native_dtype(factor), k, channels, totals.data_ptr(), _num_threads(),
+        )  # fmt: skip
+
     def forward(
         self,
         mean: Tensor,
@@ -70,6 +89,7 @@ class CpuBackend:
         *,
         loss: Tensor,
         sum_sq: Tensor,
+        counts: Counts | None = None,
     ) -> None:
         """As the protocol says."""
         _C.cpu_forward(
@@ -77,6 +97,7 @@ class CpuBackend:
             target.data_ptr(), layout.target_stride, NATIVE_DTYPE[target.dtype],
             alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
             layout.outer, layout.channels, layout.inner, call.k, call.eps, call.full,
+            *(_NO_COUNTS if counts is None else _counts(counts)),
             loss.data_ptr(), NATIVE_DTYPE[loss.dtype], sum_sq.data_ptr(), _num_threads(),
         )  # fmt: skip
 
@@ -91,6 +112,7 @@ class CpuBackend:
         loss: Tensor,
         grad_mean: Tensor,
         grad_alpha: Tensor,
+        counts: Counts | None = None,
     ) -> None:
         """As the protocol says."""
         outer, channels, inner, mean_stride, target_stride = layout[:5]
@@ -99,6 +121,7 @@ class CpuBackend:
             target.data_ptr(), target_stride, NATIVE_DTYPE[target.dtype],
             alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
             outer, channels, inner, call.k, call.eps, call.full,
+            *(_NO_COUNTS if counts is None else _counts(counts)),
             loss.data_ptr(), NATIVE_DTYPE[loss.dtype],
             grad_mean.data_ptr(), mean_stride if call.inplace else channels * inner,
             grad_alpha.data_ptr(), _num_threads(),
@@ -117,6 +140,7 @@ class CpuBackend:
         grad_mean: Tensor | None,
         grad_target: Tensor | None,
         grad_alpha: Tensor | None,
+        counts: Counts | None = None,
     ) -> None:
         """As the protocol says."""
         outer, channels, inner, mean_stride, target_stride = layout[:5]
@@ -126,6 +150,7 @@ class CpuBackend:
             address(target), target_stride, native_dtype(target),
             alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
             outer, channels, inner, call.k, call.eps, False,
+            *(_NO_COUNTS if counts is None else _counts(counts)),
             g.data_ptr(), NATIVE_DTYPE[g.dtype], sum_sq.data_ptr(),
             address(grad_mean), row, address(grad_target), row, address(grad_alpha), _num_threads(),
         )  # fmt: skip
@@ -173,6 +198,8 @@ class CpuBackend:
         grad_alpha: Tensor | None,
         grad_weights: Sequence[Tensor | None],
         grad_biases: Sequence[Tensor | None],
+        positions: Tensor | None = None,
+        values: float = 0.0,
     ) -> None:
         """As the protocol says."""
         layers = [
@@ -186,6 +213,7 @@ class CpuBackend:
             target.shape[0], target.shape[1], target.shape[2], _feature(student), _feature(target), layers,
             alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], call.eps, call.k, NATIVE_DTYPE[module],
             _feature(grad_student), address(grad_alpha),
+            address(positions), positions is not None and positions.dtype is torch.uint8, values,
         )  # fmt: skip
         threads = _num_threads()
         workspace = empty_scratch(head.workspace_bytes(threads), torch.uint8)
@@ -205,6 +233,14 @@ class CpuBackend:
             gradient.data_ptr(), activation.data_ptr(), out.data_ptr(),
             NATIVE_DTYPE[out.dtype], NATIVE_DTYPE[rounded], out.numel(), _num_threads(),
         )  # fmt: skip
+
+
+def _counts(counts: Counts) -> tuple[int, bool, int]:
+    """(address of the positions' weights, whether they are bytes, address of the totals)."""
+    positions, totals = counts
+    if positions is None:
+        return 0, False, totals.data_ptr()
+    return positions.data_ptr(), positions.dtype is torch.uint8, totals.data_ptr()
 
 
 def _feature(x: Tensor | None) -> tuple[int, int, int, int, int]:
