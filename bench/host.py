@@ -40,11 +40,16 @@ class _Nothing:
     def _nothing(*_: object) -> None:
         return None
 
-    cuda_forward = cuda_forward_grad = cuda_backward = cuda_scale = cuda_device_unsupported = _nothing
+    cuda_forward = cuda_forward_grad = cuda_backward = cuda_scale = _nothing
+    cuda_total = cuda_device_unsupported = _nothing
 
     @staticmethod
     def cuda_workspace_bytes(*_: int) -> int:
         return 304
+
+    @staticmethod
+    def cuda_total_workspace_bytes(count: int) -> int:
+        return 0
 
 
 class _NoLaunch:
@@ -68,7 +73,7 @@ def triton_without_kernels() -> Backend:
     from vidfast.backends.triton import TritonBackend
 
     backend: Any = TritonBackend()
-    names = ("sweep_planes", "sweep_rows", "finish", "alpha_gradient", "scale")
+    names = ("sweep_planes", "sweep_rows", "finish", "alpha_gradient", "scale", "sum_positions", "total")
     backend._module = SimpleNamespace(tl=tl, **{name: _NoLaunch() for name in names})
     backend._probed, backend._kind, backend.name = True, "cpu", STAND_IN
     backend.supports = lambda *_: None

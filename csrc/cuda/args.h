@@ -16,8 +16,14 @@ struct Args {
   DType alpha_dtype;
   int64_t alpha_bytes;
   double eps, k;
-  double m, n;  // outer * inner, and that times C
+  double m;  // outer * inner
   bool full;
+
+  // Masked kernels: the weight of each position.
+  const unsigned char* positions;  // [outer, inner] or absent
+  int position_bytes;              // of a weight: 1, or those of fp32 or fp64
+  bool one_position;               // RowChunks: the columns of a thread are of one position
+  const double* totals;            // [2] M and k, in place of those above, or absent
 
   // Sums wanted (forward): the outputs of the finish, and the workspace.
   void* loss;
@@ -78,9 +84,11 @@ inline int width_of(DType mean, DType target) {
   return 1;
 }
 
-// The two mappings; `sums`: forward, else backward.
+// The two mappings, without and with weights of positions; `sums`: forward, else backward.
 void launch_planes(const Args& a, bool sums, cudaStream_t stream);
 void launch_rows(const Args& a, bool sums, cudaStream_t stream);
+void launch_masked_planes(const Args& a, bool sums, cudaStream_t stream);
+void launch_masked_rows(const Args& a, bool sums, cudaStream_t stream);
 // From the partial sums of either to the loss and d/d alpha.
 void launch_finish(const Args& a, cudaStream_t stream);
 // d/d alpha alone.

@@ -67,6 +67,7 @@ struct Raw {
   uint64_t bits;
   DType dtype;
 
+  __device__ Raw() : bits(0), dtype(DType::f64) {}
   __device__ Raw(const void* base, DType t, int64_t i) : dtype(t) {
     switch (t) {
       case DType::f64: bits = static_cast<const uint64_t*>(base)[i]; break;

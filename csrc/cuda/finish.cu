@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Args 
   const bool owner = lane == 0 && c < a.channels;
   const int64_t channel = c < a.channels ? c : 0;  // threads without a channel take part in the sums, with nothing
   const Raw alpha(a.alpha, a.alpha_dtype, channel);
+  const double m = count_of(a), k = factor_of(a);
   Share<Cut> share(a, channel, lane);
   Channel ch{};
   if (a.overlap) {
@@ -122,8 +123,8 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Args 
   double loss = 0;
   if (owner) {
     if (a.sum_sq != nullptr) a.sum_sq[c] = s;
-    if (a.grad_alpha != nullptr) a.grad_alpha[c] = a.k * channel_grad_alpha(ch, s, a.m);
-    loss = channel_loss(ch, s, a.m);
+    if (a.grad_alpha != nullptr) a.grad_alpha[c] = k * channel_grad_alpha(ch, s, m);
+    loss = channel_loss(ch, s, m);
   }
   loss = block_sum(scratch, loss);
   if (blocks.blocks > 1) {
@@ -133,7 +134,8 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Args 
     for (int64_t i = threadIdx.x; i < blocks.blocks; i += kThreads) loss += __ldcg(a.losses + i);
     loss = block_sum(scratch, loss);
   }
-  if (threadIdx.x == 0) store_as(a.loss, a.loss_dtype, 0, total_loss(loss, a.k, a.n, a.full));
+  if (threadIdx.x == 0)
+    store_as(a.loss, a.loss_dtype, 0, total_loss(loss, k, m * static_cast<double>(a.channels), a.full));
 }
 
 }  // namespace

@@ -76,8 +76,11 @@ Args arguments(const Problem& p, const Plan& plan, const View& grad_mean, const 
   a.eps = p.eps;
   a.k = p.k;
   a.m = static_cast<double>(p.outer) * static_cast<double>(p.inner);
-  a.n = a.m * static_cast<double>(p.channels);
   a.full = p.full;
+  a.positions = static_cast<const unsigned char*>(p.positions);
+  const bool wide = p.mean.dtype == DType::f64 || p.target.dtype == DType::f64;
+  a.position_bytes = p.positions_are_bytes ? 1 : wide ? 8 : 4;
+  a.totals = p.totals;
   a.prefetch = kPrefetch != 0;
   a.planes = plan.plane_chunks;
   a.rows = plan.row_chunks;
@@ -92,12 +95,20 @@ Args arguments(const Problem& p, const Plan& plan, const View& grad_mean, const 
       t->step_bytes = plan.row_chunks.down * t->row_bytes;
       a.vectors = a.vectors && whole_vectors(*t, plan.row_chunks, width);
     }
+    a.one_position = plan.inner == 1 && (plan.row_chunks.join == 1 || (a.vectors && plan.channels % width == 0));
     if (plan.row_chunks.join > 1 && plan.outer > 1)
       for (const Tensor* t : {&a.grad_mean, &a.grad_target})
         if (t->data != nullptr && t->stride != p.channels * p.inner)
           throw std::runtime_error("CUDA: gradients must be dense where mean and target are: " + describe(a));
   }
   return a;
+}
+
+void launch_sweep(const Args& a, bool planes, bool sums, cudaStream_t stream) {
+  if (planes)
+    a.positions == nullptr ? launch_planes(a, sums, stream) : launch_masked_planes(a, sums, stream);
+  else
+    a.positions == nullptr ? launch_rows(a, sums, stream) : launch_masked_rows(a, sums, stream);
 }
 
 void launch_sums(Args& a, const Plan& plan, void* loss, DType loss_dtype, void* workspace, cudaStream_t stream) {
@@ -108,10 +119,7 @@ void launch_sums(Args& a, const Plan& plan, void* loss, DType loss_dtype, void* 
   a.losses = reinterpret_cast<double*>(at + plan.counter_bytes);
   a.partials = a.losses + plan.blocks.blocks;
   a.overlap = kOverlap != 0 && can_overlap();
-  if (plan.planes)
-    launch_planes(a, true, stream);
-  else
-    launch_rows(a, true, stream);
+  launch_sweep(a, plan.planes, true, stream);
   launch_finish(a, stream);
 }
 
@@ -138,6 +146,11 @@ std::string describe(const Args& a) {
   describe(out, "target", a.target);
   describe(out, "grad_mean", a.grad_mean);
   describe(out, "grad_target", a.grad_target);
+  if (a.positions != nullptr) {
+    const char* kind = a.position_bytes == 1 ? "u8" : name(a.position_bytes == 4 ? DType::f32 : DType::f64);
+    out << ", mask=" << kind << "@" << static_cast<const void*>(a.positions);
+  }
+  if (a.totals != nullptr) out << ", totals@" << static_cast<const void*>(a.totals);
   return out.str();
 }
 
@@ -180,10 +193,8 @@ void backward(const Problem& p, const void* g, DType g_dtype, const double* sum_
   a.grad_alpha_out = grad_alpha;
   if (grad_mean.data == nullptr && grad_target.data == nullptr)
     launch_alpha(a, static_cast<cudaStream_t>(stream));
-  else if (how.planes)
-    launch_planes(a, false, static_cast<cudaStream_t>(stream));
   else
-    launch_rows(a, false, static_cast<cudaStream_t>(stream));
+    launch_sweep(a, how.planes, false, static_cast<cudaStream_t>(stream));
 }
 
 void scale(const void* g, DType g_dtype, int64_t outer, int64_t row, const View& source, const View& result,

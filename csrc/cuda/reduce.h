@@ -52,18 +52,24 @@ __device__ inline bool any_gradient(const Args& a) {
   return !Sum || a.grad_mean.data != nullptr;
 }
 
-// alpha of a channel and, without sums, the incoming gradient, on their way.
+// M and k of a call, on their way where they are on the device alone.
+__device__ inline double count_of(const Args& a) { return a.totals == nullptr ? a.m : a.totals[0]; }
+__device__ inline double factor_of(const Args& a) { return a.totals == nullptr ? a.k : a.totals[1]; }
+
+// alpha of a channel, k and, without sums, the incoming gradient, on their way.
 template <bool Sum>
 struct Scale {
   const Args& a;
   Raw alpha, g;
+  double k;
 
   __device__ Scale(const Args& args, int64_t c)
       : a(args),
         alpha(args.alpha, args.alpha_dtype, c),
-        g(Sum ? args.alpha : args.g, Sum ? args.alpha_dtype : args.g_dtype, Sum ? c : 0) {}
+        g(Sum ? args.alpha : args.g, Sum ? args.alpha_dtype : args.g_dtype, Sum ? c : 0),
+        k(factor_of(args)) {}
   // k, times the incoming gradient where there is one.
-  __device__ double gk() const { return Sum ? a.k : g.value() * a.k; }
+  __device__ double gk() const { return Sum ? k : g.value() * k; }
   // That over the channel's variance; what else there is of the channel is not computed.
   __device__ double value() const { return gk() / channel_of(alpha.value(), a.eps).variance; }
 };
@@ -72,7 +78,7 @@ struct Scale {
 __device__ inline void write_grad_alpha(const Args& a, int64_t c, double gk) {
   if (a.grad_alpha_out == nullptr) return;
   const Channel ch = channel_of(Raw(a.alpha, a.alpha_dtype, c).value(), a.eps);
-  store_as(a.grad_alpha_out, a.alpha_dtype, c, gk * channel_grad_alpha(ch, a.saved_sum_sq[c], a.m));
+  store_as(a.grad_alpha_out, a.alpha_dtype, c, gk * channel_grad_alpha(ch, a.saved_sum_sq[c], count_of(a)));
 }
 
 // A sweep with sums begins: the finish may come, will count from zero, and wants alpha of the first channels soon.

@@ -3,10 +3,8 @@
 //
 //   check [all]     every pair of dtypes (the default), or f32 alone with `check f32`
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,125 +12,56 @@
 #include "cuda/device.h"
 #include "emulation.h"
 #include "gaussian_nll.h"
+#include "problem.h"
 
-using vidfast::DType;
 using vidfast::Problem;
-using vidfast::View;
-using Real = long double;
 
 namespace {
 
-int failures = 0;
-std::string where;
-
-void fail(const std::string& what, Real got, Real want) {
-  if (++failures <= 20) std::fprintf(stderr, "%s: %s: got %.9Lg, want %.9Lg\n", where.c_str(), what.c_str(), got, want);
-}
-
-struct Random {
-  uint64_t state = 88172645463325252ull;
-  double operator()() {  // in (-2, 2)
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return static_cast<double>(state >> 11) * 0x1p-51 - 2;
-  }
-};
-
-Real get(const void* p, DType t, int64_t i) {
-  switch (t) {
-    case DType::f32: return static_cast<const float*>(p)[i];
-    case DType::f64: return static_cast<const double*>(p)[i];
-    case DType::bf16: return vidfast::cpu::to_float(static_cast<const vidfast::cpu::bf16*>(p)[i]);
-    case DType::f16: return vidfast::cpu::to_float(static_cast<const vidfast::cpu::f16*>(p)[i]);
-  }
-  return 0;
-}
-
-void put(void* p, DType t, int64_t i, double x) {
-  switch (t) {
-    case DType::f32: static_cast<float*>(p)[i] = static_cast<float>(x); break;
-    case DType::f64: static_cast<double*>(p)[i] = x; break;
-    case DType::bf16: static_cast<vidfast::cpu::bf16*>(p)[i] = vidfast::cpu::to_bf16(static_cast<float>(x)); break;
-    case DType::f16: static_cast<vidfast::cpu::f16*>(p)[i] = vidfast::cpu::to_f16(static_cast<float>(x)); break;
-  }
-}
-
-// What a rounding at x may add: about a unit in the last place (half of one in 16 bits), and the subnormal range.
-Real rounding(DType t, Real x) {
-  switch (t) {
-    case DType::f32: return std::fabs(x) * 0x1p-23L + 1e-37L;
-    case DType::f64: return std::fabs(x) * 0x1p-51L + 1e-300L;
-    case DType::bf16: return std::fabs(x) * 0x1p-8L + 1e-37L;
-    case DType::f16: return std::fabs(x) * 0x1p-11L + 0x1p-24L;
-  }
-  return 0;
-}
-
-struct Shape {
-  const char* why;
-  int64_t outer, channels, inner;
-  int64_t gap = 0;     // elements between rows that belong to somebody else
-  int64_t offset = 0;  // elements before the first
-};
-
-// An activation in memory of exactly its size, so that the sanitizer sees one element too many. All that is not
-// written is NaN.
-struct Activation {
-  DType dtype;
-  int64_t row, stride, outer, elements;
-  std::unique_ptr<unsigned char[]> memory;
-  View view;
-
-  Activation(const Shape& s, DType t, bool dense)
-      : dtype(t), row(s.channels * s.inner), stride(dense ? row : row + s.gap), outer(s.outer) {
-    const int64_t offset = dense ? 0 : s.offset;
-    elements = (outer - 1) * stride + row;
-    const size_t bytes = static_cast<size_t>((offset + elements) * vidfast::size_of(t));
-    memory.reset(new unsigned char[bytes]);
-    std::memset(memory.get(), 0xff, bytes);
-    view = {memory.get() + offset * vidfast::size_of(t), stride, t};
-  }
-  void fill(Random& random) {
-    for (int64_t o = 0; o < outer; ++o)
-      for (int64_t j = 0; j < row; ++j) put(view.data, dtype, o * stride + j, random());
-  }
-  Real at(int64_t o, int64_t j) const { return get(view.data, dtype, o * stride + j); }
-  void gaps_untouched() const {
-    for (int64_t o = 0; o + 1 < outer; ++o)
-      for (int64_t j = row; j < stride; ++j)
-        if (const Real x = get(view.data, dtype, o * stride + j); x == x) fail("an element between rows", x, NAN);
-  }
-};
-
-template <class T>
-std::vector<T> poisoned(int64_t n) {
-  std::vector<T> v(static_cast<size_t>(n));
-  std::memset(v.data(), 0xff, v.size() * sizeof(T));
-  return v;
-}
-
-void close(const std::string& what, Real got, Real want, Real allowed) {
-  if (!(std::fabs(got - want) <= allowed)) fail(what, got, want);
-}
-
-void run(const Shape& s, DType mean_dtype, DType target_dtype) {
+void run(const Shape& s, DType mean_dtype, DType target_dtype, Mask mask) {
   const bool wide = mean_dtype == DType::f64 || target_dtype == DType::f64;
   const DType loss_dtype = wide ? DType::f64 : DType::f32;
   const char* names[] = {"f32", "f64", "bf16", "f16"};
-  where = std::string(s.why) + " " + names[static_cast<int>(mean_dtype)] + "/" + names[static_cast<int>(target_dtype)];
+  const char* masks[] = {"", ", bytes", ", numbers", ", nothing counts"};
+  where = std::string(s.why) + " " + names[static_cast<int>(mean_dtype)] + "/" + names[static_cast<int>(target_dtype)] +
+          masks[static_cast<int>(mask)];
 
+  vidfast::cuda::kBlocks = s.blocks;
   Random random;
   Activation mean(s, mean_dtype, false), target(s, target_dtype, false);
   mean.fill(random);
   target.fill(random);
   std::vector<float> alpha(static_cast<size_t>(s.channels));
   for (float& x : alpha) x = static_cast<float>(2 * random());
-  const double eps = 1e-5, n = static_cast<double>(s.outer * s.channels * s.inner), k = 1 / n;
-  const Problem p{s.outer, s.channels, s.inner, mean.view, target.view, alpha.data(), DType::f32, eps, k, true};
+  const double eps = 1e-5, host_k = 1 / static_cast<double>(s.outer * s.channels * s.inner);
+  Problem p{s.outer, s.channels, s.inner, mean.view, target.view, alpha.data(), DType::f32, eps, host_k, true};
+
+  const Positions positions(s, mask, wide, random);
+  positions.poison(mean);
+  positions.poison(target);
+  const Real m = positions.sum, n = m * static_cast<Real>(s.channels);
+  double totals[2] = {NAN, NAN};
+  if (mask != Mask::none) {
+    auto space = poisoned<uint64_t>(vidfast::cuda::total_workspace_bytes(s.outer * s.inner) / 8);
+    const vidfast::Total total{positions.data,
+                               mask != Mask::numbers,
+                               wide,
+                               s.outer * s.inner,
+                               nullptr,
+                               DType::f32,
+                               1 / static_cast<double>(s.channels),
+                               true};
+    vidfast::cuda::total(total, totals, space.data(), nullptr);
+    close("M", totals[0], m, 1e-15L * m);
+    close("k", totals[1], m == 0 ? 0 : 1 / n, m == 0 ? 0 : 1e-15L / n);
+    p.positions = positions.data;
+    p.positions_are_bytes = mask != Mask::numbers;
+    p.totals = totals;
+    p.k = NAN;
+  }
+  const Real k = mask == Mask::none ? static_cast<Real>(host_k) : static_cast<Real>(totals[1]);
 
   // Equation 5.
-  const Real m = static_cast<Real>(s.outer * s.inner);
   std::vector<Real> sum(alpha.size(), 0), v(alpha.size());
   for (int64_t c = 0; c < s.channels; ++c) {
     const Real a = alpha[static_cast<size_t>(c)];
@@ -140,20 +69,21 @@ void run(const Shape& s, DType mean_dtype, DType target_dtype) {
   }
   for (int64_t o = 0; o < s.outer; ++o)
     for (int64_t j = 0; j < s.channels * s.inner; ++j) {
+      if (positions.of(o, j) == 0) continue;
       const Real r = mean.at(o, j) - target.at(o, j);
-      sum[static_cast<size_t>(j / s.inner)] += r * r;
+      sum[static_cast<size_t>(j / s.inner)] += positions.of(o, j) * r * r;
     }
-  Real loss = 0.5L * static_cast<Real>(n) * std::log(2 * 3.14159265358979323846264338327950288L), loss_scale = loss;
+  Real loss = 0.5L * n * std::log(2 * 3.14159265358979323846264338327950288L), loss_scale = loss;
   std::vector<Real> d_alpha(alpha.size()), d_alpha_scale(alpha.size());
   for (size_t c = 0; c < alpha.size(); ++c) {
     loss += m / 2 * std::log(v[c]) + sum[c] / (2 * v[c]);
     loss_scale += m / 2 * std::fabs(std::log(v[c])) + sum[c] / (2 * v[c]);
     const Real sigmoid = 1 / (1 + std::exp(-static_cast<Real>(alpha[c])));
-    d_alpha[c] = static_cast<Real>(k) * (m / (2 * v[c]) - sum[c] / (2 * v[c] * v[c])) * sigmoid;
-    d_alpha_scale[c] = static_cast<Real>(k) * (m / (2 * v[c]) + sum[c] / (2 * v[c] * v[c])) * sigmoid;
+    d_alpha[c] = k * (m / (2 * v[c]) - sum[c] / (2 * v[c] * v[c])) * sigmoid;
+    d_alpha_scale[c] = k * (m / (2 * v[c]) + sum[c] / (2 * v[c] * v[c])) * sigmoid;
   }
-  loss *= static_cast<Real>(k);
-  loss_scale *= static_cast<Real>(k);
+  loss *= k;
+  loss_scale *= k;
   const Real relative = wide ? 1e-13L : 1e-6L;
 
   const int64_t bytes = vidfast::cuda::workspace_bytes(s.outer, s.channels, s.inner, mean.view.outer_stride,
@@ -162,17 +92,18 @@ void run(const Shape& s, DType mean_dtype, DType target_dtype) {
   const auto check_gradient = [&](const char* what, const Activation& grad, Real g, Real sign, int roundings) {
     for (int64_t o = 0; o < s.outer; ++o)
       for (int64_t j = 0; j < s.channels * s.inner; ++j) {
-        const Real want =
-            sign * g * static_cast<Real>(k) * (mean.at(o, j) - target.at(o, j)) / v[static_cast<size_t>(j / s.inner)];
+        const Real w = positions.of(o, j), r = w == 0 ? 0 : mean.at(o, j) - target.at(o, j);
+        const Real want = sign * g * k * w * r / v[static_cast<size_t>(j / s.inner)];
         close(what, grad.at(o, j), want,
-              roundings * rounding(grad.dtype, want) + std::fabs(want) * (wide ? 1e-15L : 3e-7L));
+              w == 0 ? 0 : roundings * rounding(grad.dtype, want) + std::fabs(want) * (wide ? 1e-15L : 3e-7L));
       }
   };
 
-  // Twice, on another machine and in another order: the bits must be the same.
+  // Twice, on another machine and in another order: the bits must be the same. Masked, in fp32 alone.
   std::vector<double> first_sums;
   double first_loss = 0;
-  for (int round = 0; round < 2; ++round) {
+  const int rounds = mask == Mask::none || (mean_dtype == DType::f32 && !wide) ? 2 : 1;
+  for (int round = 0; round < rounds; ++round) {
     emulation::machine().device = round;
     emulation::machine().processors = round == 0 ? 3 : 1;
     emulation::machine().seed += 1;
@@ -188,7 +119,8 @@ void run(const Shape& s, DType mean_dtype, DType target_dtype) {
     double out_grad = NAN;
     space = workspace();
     vidfast::cuda::forward_grad(p, &out_grad, loss_dtype, grad.view, grad_alpha.data(), space.data(), nullptr);
-    close("loss of forward_grad", get(&out_grad, loss_dtype, 0), got, 0);
+    // the same order, but where gradients are aligned otherwise than what they are of
+    close("loss of forward_grad", get(&out_grad, loss_dtype, 0), got, s.offset > 0 ? 1e-15L * loss_scale : 0);
     check_gradient("d/d mean", grad, 1, 1, 1);
     for (size_t c = 0; c < alpha.size(); ++c)
       close("d/d alpha", grad_alpha[c], d_alpha[c], relative * d_alpha_scale[c]);
@@ -241,6 +173,58 @@ void run(const Shape& s, DType mean_dtype, DType target_dtype) {
   copy.gaps_untouched();
 }
 
+// M and k: in one launch and in two, of weights at any address, the same whenever they are added.
+void totals() {
+  Random random;
+  for (const int64_t count : {1, 255, 1000, 65536, 65537, 300001}) {
+    for (int kind = 0; kind < 3; ++kind) {  // bytes, fp32, fp64
+      const int64_t size = kind == 0 ? 1 : 4 * kind;
+      where = "total of " + std::to_string(count) + (kind == 0 ? " bytes" : kind == 1 ? " f32" : " f64");
+      std::vector<double> weight;
+      for (int64_t i = 0; i < count; ++i)
+        weight.push_back(kind == 0 ? double(i % 5 == 0 ? 255 : i % 3) : kind == 1 ? float(2 + random()) : 2 + random());
+      Real m = 0;
+      for (double w : weight) m += w;
+      double first = NAN;
+      for (int shift = 0; shift < 3; ++shift) {
+        std::unique_ptr<unsigned char[]> memory(new unsigned char[static_cast<size_t>((shift + count) * size)]);
+        unsigned char* at = memory.get() + shift * size;
+        for (int64_t i = 0; i < count; ++i) {
+          if (kind == 0)
+            at[i] = static_cast<unsigned char>(weight[static_cast<size_t>(i)]);
+          else
+            put(at, kind == 1 ? DType::f32 : DType::f64, i, weight[static_cast<size_t>(i)]);
+        }
+        for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16}) {
+          emulation::machine().seed += 1;
+          double factor = NAN, out[2] = {NAN, NAN};
+          put(&factor, dtype, 0, -1.5);
+          const int64_t channels = dtype == DType::f16 ? 0 : 7;
+          auto space = poisoned<uint64_t>(vidfast::cuda::total_workspace_bytes(count) / 8);
+          vidfast::cuda::total({at, kind == 0, kind == 2, count, &factor, dtype, 3, channels}, out, space.data(),
+                               nullptr);
+          close("M", out[0], m, kind == 0 ? 0 : 1e-15L * m);
+          close("k", out[1], -4.5 / (channels != 0 ? 7 * out[0] : 1), 1e-15L);
+          if (first != first) first = out[0];
+          close("M again", out[0], first, 0);
+        }
+      }
+    }
+  }
+  where = "total";
+  const unsigned char zeros[40] = {};
+  double out[2];
+  vidfast::cuda::total({zeros, true, false, 40, nullptr, DType::f32, 3, true}, out, nullptr, nullptr);
+  close("M of nothing", out[0], 0, 0);
+  close("k of nothing", out[1], 0, 0);
+  const float nan = NAN;
+  vidfast::cuda::total({&nan, false, false, 1, nullptr, DType::f32, 3, true}, out, nullptr, nullptr);
+  if (out[0] == out[0] || out[1] == out[1]) fail("k of NaN", out[1], NAN);
+  vidfast::cuda::total({nullptr, false, false, 40, nullptr, DType::f32, 3, true}, out, nullptr, nullptr);
+  close("M without weights", out[0], 40, 0);
+  close("k without weights", out[1], 3.0 / 40, 0);
+}
+
 // Quotients by a multiplication, at the multiples of each divisor and beside them, up to 2^62.
 void divisions() {
   const int64_t divisors[] = {1,
@@ -284,6 +268,7 @@ int main(int argc, char** argv) {
       {"planes in pieces", 1, 2, 9001},
       {"planes of misaligned rows", 2, 3, 1030, 5, 1},
       {"planes, many rows in a chunk", 9, 2, 1100},
+      {"planes, two samples in a chunk", 5, 3, 256},
       {"one channel", 5, 1, 77},
       {"one channel, strided", 5, 1, 77, 3},
       {"7x7", 6, 24, 49},
@@ -299,6 +284,8 @@ int main(int argc, char** argv) {
       {"narrow rows, strided", 301, 6, 1, 2},
       {"many row chunks", 20011, 8, 1},
       {"many row chunks, small planes", 4000, 3, 9},
+      {"many rows a thread", 100, 64, 1, 0, 0, 1},
+      {"many rows a thread, small planes", 300, 3, 9, 0, 0, 1},
       {"planes of few vectors", 129, 3, 343},
       {"runs wider than a tile", 129, 3, 200},
       {"many channels in several chunks", 65, 520, 1},
@@ -307,16 +294,23 @@ int main(int argc, char** argv) {
   };
   const DType dtypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
   divisions();
+  totals();
   int runs = 0;
-  try {
+  try {  // the first problem with a wrong result is the last
     for (const Shape& s : shapes)
       for (DType mean : dtypes)
         for (DType target : dtypes) {
           if (!all && (mean != DType::f32 || target != DType::f32)) continue;
           // every mixture on the small shapes, the four pure pairs on all
           if (mean != target && s.outer * s.channels * s.inner > 12000) continue;
-          run(s, mean, target);
-          ++runs;
+          for (Mask mask : {Mask::none, Mask::bytes, Mask::numbers, Mask::nothing}) {
+            // one kind of weights a shape in a mixture, and nothing that counts in fp32 alone
+            const Mask other = (&s - shapes) % 2 == 0 ? Mask::bytes : Mask::numbers;
+            if (failures > 0 || (mean != target && mask == other)) continue;
+            if (mask == Mask::nothing && (mean != target || mean != DType::f32)) continue;
+            run(s, mean, target, mask);
+            ++runs;
+          }
         }
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s: %s\n", where.c_str(), e.what());

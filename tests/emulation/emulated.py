@@ -16,7 +16,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 
-KERNELS = ("planes.cu", "rows.cu", "scale.cu", "alpha.cu", "finish.cu", "gaussian_nll.cu", "chunks.cpp")
+KERNELS = (
+    "masked_rows.cu", "masked_planes.cu", "planes.cu", "rows.cu", "scale.cu", "alpha.cu", "finish.cu", "total.cu",
+    "gaussian_nll.cu", "chunks.cpp",
+)  # fmt: skip
 F32_ONLY = ("-DVIDFAST_CUDA_PAIRS(X)=X(float, float)",)
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
 FLAGS = (

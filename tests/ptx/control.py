@@ -122,6 +122,20 @@ def _vote(ins: Instruction) -> Step:
     return Step(ins, run, "warp", members=reader(members, "b32"))
 
 
+@instruction("redux", "u32 s32", "sync add")
+def _warp_sum(ins: Instruction) -> Step:
+    result, source, members = ins.operands
+    write, read, named = writer(result), reader(source, "b32"), reader(members, "b32")
+
+    def run(wave: Wave) -> None:
+        values = np.broadcast_to(read(wave), (wave.lanes,)).reshape(-1, 1, WARP).astype(np.uint64)
+        of = np.broadcast_to(named(wave), (wave.lanes,)).reshape(-1, WARP, 1)
+        added = (of >> np.arange(WARP, dtype=np.uint32)) & 1
+        write(wave, (values * added).sum(2).astype(np.uint32).reshape(-1))
+
+    return Step(ins, run, "warp", members=named)
+
+
 @instruction("activemask", "b32")
 def _active(ins: Instruction) -> Run:
     write = writer(ins.operands[0])

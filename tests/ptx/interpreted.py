@@ -1,7 +1,7 @@
 """A back end whose kernels are interpreted: what the shared checks call in place of the real one.
 
 It knows the protocol of vidfast.backends.base alone: tensors given by position are inputs, those given by name are
-outputs. Kernels may read inputs, and write outputs and workspaces; nothing else is there.
+outputs, but for `counts`. Kernels may read inputs, and write outputs and workspaces; nothing else is there.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from waves import Launch
 
 from vidfast.backends.base import Backend
+from vidfast.positions import Counts
 
 # A primitive's launches: its name, its arguments, and the memory to which workspaces are added.
 LaunchesOf = Callable[[str, tuple[Any, ...], dict[str, Any], GlobalMemory], list[Launch]]
@@ -67,6 +68,9 @@ class Interpreted:
     def info(self) -> dict[str, object]:
         return {}
 
+    def total(self, *inputs: Any, **outputs: Any) -> None:
+        self._primitive("total", inputs, outputs)
+
     def forward(self, *inputs: Any, **outputs: Any) -> None:
         self._primitive("forward", inputs, outputs)
 
@@ -84,6 +88,9 @@ class Interpreted:
         names = list(inspect.signature(getattr(Backend, name)).parameters)[1:]
         for what, x in zip(names, inputs, strict=False):
             if isinstance(x, Tensor):
+                memory.add(x, what, holds=True, writable=False)
+        for what, x in zip(Counts._fields, outputs.get("counts") or (), strict=False):
+            if x is not None:
                 memory.add(x, what, holds=True, writable=False)
         written = {what: x for what, x in outputs.items() if isinstance(x, Tensor)}
         for what, x in written.items():

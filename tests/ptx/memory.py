@@ -71,6 +71,15 @@ class GlobalMemory:
             region.flags[start - region.start + offsets + byte] |= flags
         self._kept.append(x)
 
+    def forget(self, x: Tensor) -> None:
+        """The elements of x hold nothing any more: reading one is a fault."""
+        region = next(r for r in self.regions if r.start <= x.data_ptr() < r.end)
+        offsets = np.zeros(1, np.int64)
+        for extent, stride in zip(x.shape, x.stride(), strict=True):
+            offsets = (offsets[:, None] + np.arange(extent) * stride * x.element_size()).reshape(-1)
+        for byte in range(x.element_size()):
+            region.flags[x.data_ptr() - region.start + offsets + byte] &= ~np.uint8(HOLDS)
+
     def add_constant(self, data: bytes, name: str) -> int:
         """An array of the program's own; where it is."""
         array = np.frombuffer(bytearray(data).ljust(_up(len(data)) + 16, b"\0"), np.uint8)

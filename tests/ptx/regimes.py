@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from bounds import check_call
 from interpreted import Interpreted
+from masks import in_blocks, mask_for, spoilt
 from places import Place
 from problems import BF16, BY_NAME, CASES, FP16, FP32, FP64, Case, short
+from torch import Tensor
 
 # mean, target
 PAIRS: tuple[tuple[torch.dtype, torch.dtype], ...] = (
@@ -26,19 +28,39 @@ class Problem:
     strategy: str = "one_pass"
     g: float = -2.5
     inplace: bool = False
+    mask: str = ""  # bool or fp32: weights of positions; blocks: bool, of long stretches
 
     def __str__(self) -> str:
         dtypes = dict.fromkeys((short(self.mean), short(self.target)))
         how = "inplace" if self.inplace else self.strategy
-        return "-".join((self.case.name, *dtypes, how, *(["1"] if self.g == 1.0 else [])))
+        return "-".join(
+            (
+                self.case.name,
+                *dtypes,
+                how,
+                *(["1"] if self.g == 1.0 else []),
+                *([self.mask] if self.mask else []),
+            )
+        )
 
     def check(self, place: Place) -> None:
         """Forward and backward, every output against the oracle."""
-        mean, target, alpha = self.case.tensors(self.mean, self.target)
+        mask = self._mask()
+        if mask is None:
+            mean, target, alpha = self.case.tensors(self.mean, self.target)
+        else:
+            mean, target, alpha = spoilt(self.case, mask, dtype=self.mean, target_dtype=self.target)
         check_call(
             place, mean, target, alpha, g=self.g, strategy=self.strategy, inplace=self.inplace,
-            channel_dim=self.case.channel_dim,
+            channel_dim=self.case.channel_dim, mask=mask,
         )  # fmt: skip
+
+    def _mask(self) -> Tensor | None:
+        if not self.mask:
+            return None
+        if self.mask == "blocks":
+            return in_blocks(self.case)
+        return mask_for(self.case, {"bool": torch.bool, "fp32": FP32}[self.mask])
 
 
 def check_any_order(backend: Interpreted, place: Place, case: Case) -> None:
@@ -94,6 +116,29 @@ PROBLEMS = (
     Problem(STRIDED, FP32, FP32, inplace=True),
     Problem(LONG_ROWS, FP32, FP32),
     Problem(LONG_ROWS, FP64, FP64, "two_pass", g=1.0),
+)
+
+# Planes and rows, vectors of weights and single ones, one weight a row and one a column.
+MASKED = (
+    Problem(VECTORS, FP32, FP32, mask="bool"),
+    Problem(VECTORS, BF16, BF16, "two_pass", mask="fp32"),
+    Problem(SHORT_PLANES, FP32, FP32, "two_pass", mask="fp32"),
+    Problem(SHORT_PLANES, BF16, BF16, mask="bool"),
+    Problem(PIECES, FP32, FP32, mask="blocks"),
+    Problem(EDGES, FP32, FP32, inplace=True, mask="bool"),
+    Problem(EDGES, FP32, BF16, "two_pass", mask="fp32"),
+    Problem(ONE_CHANNEL, FP64, FP64, mask="fp32"),
+    Problem(ONE_CHANNEL, FP16, BF16, mask="fp32"),
+    Problem(CUT_RUNS, FP32, FP32, "two_pass", mask="bool"),
+    Problem(CUT_RUNS, BF16, BF16, mask="fp32"),
+    Problem(WHOLE_RUNS, FP32, BF16, mask="bool"),
+    Problem(LAST_ROW, FP32, FP32, "two_pass", mask="fp32"),
+    Problem(CHANNELS_LAST, FP32, FP32, inplace=True, mask="bool"),
+    Problem(CHANNELS_LAST, FP16, BF16, mask="fp32"),
+    Problem(MANY_CHANNELS, FP32, FP32, mask="bool"),
+    Problem(STRIDED, FP32, FP32, inplace=True, mask="fp32"),
+    Problem(LONG_ROWS, FP32, FP32, mask="blocks"),
+    Problem(LONG_ROWS, FP64, FP64, "two_pass", mask="fp32"),
 )
 
 # Triton compiles each kernel anew for dtypes and strategies: fewer of them.

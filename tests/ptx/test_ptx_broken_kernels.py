@@ -55,12 +55,20 @@ EDGE = Problem(EDGES, FP32, FP32, inplace=True)
 SHORT = Problem(SHORT_PLANES, FP32, FP32)
 SEVERAL = Problem(MANY_CHANNELS, FP32, FP32, g=1.0)  # blocks of the finish
 
+MASKED_PLANES = Problem(SHORT_PLANES, FP32, FP32, mask="bool")
+MASKED_JOINED, MASKED_ROWS = (
+    Problem(CUT_RUNS, FP32, FP32, mask="bool"),
+    Problem(LONG_ROWS, FP32, FP32, mask="bool"),
+)
+
 PLACE = r"\[\s*(%\w+)(?:\s*\+\s*(\d+))?\s*\]"
 BARRIER, WAIT = r"bar\.sync\s+0;", r"griddepcontrol\.wait\s*;"
 DISTANCE = r"(shfl\.sync\.bfly\.b32\s+[^,]+, %r\d+, )[^,]+"
 FMA = r"fma\.rn\.f32\s+(%[fr]\d+), %[fr]\d+, %[fr]\d+, (%[fr]\d+);"
 VECTOR, ELEMENT, SUM = (rf"(st\.global\.{kind}\s+){PLACE}" for kind in (r"v4\.(?:f32|b32)", "f32", "f64"))
 VECTOR_LOAD = r"(ld\.global\.v4\.b32\s+\{[^}]*\}, )" + PLACE
+WEIGHT = r"(ld\.global\.u8\s+%\w+, )" + PLACE
+SELECTED = r"selp\.f32\s+(%f\d+), (%f\d+), 0f00000000, %p\d+;"
 LAST = r"(atom\.[^;]*;.*?add\.s32\s+%r\d+, %r\d+, )-1;"
 NOT_WRITTEN, RACE = "that was not written", "races"
 
@@ -83,6 +91,12 @@ NVCC = (
     Change("a load before the wait", "finish", WAIT + r"(.*?ld\.global\.f64[^;]*;)", r"\1 griddepcontrol.wait;", SHORT,
            NOT_WRITTEN),
     Change("comparisons take one more", "rows", r"setp\.ge\.s(32|64)", r"setp.gt.s\1", LONG),
+    Change("the weight of the next position", "masked_planes", WEIGHT, further(1), MASKED_PLANES),
+    Change("what does not count is used", "masked_planes", SELECTED, r"mov.f32 \1, \2;", MASKED_PLANES),
+    Change("the weight of the next token", "masked_rows", WEIGHT, further(1), MASKED_ROWS),
+    Change("what does not count is used", "masked_rows", SELECTED, r"mov.f32 \1, \2;", MASKED_JOINED),
+    Change("bytes that are left out", "total", r"(and\.b32\s+%r\d+, %r\d+, )16711935;", r"\g<1>255;", MASKED_ROWS),
+    Change("M for k", "finish", r"(ld\.global\.f64\s+%fd\d+, )\[(%rd\d+)\+8\]", r"\1[\2]", MASKED_PLANES),
     Change("lines far away are prefetched", "planes", r"(prefetch\.global\.L2\s+)" + PLACE, further(1 << 20), PLANES,
            "prefetch out of bounds"),
 )  # fmt: skip

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import check_call
+from errors import Fault
 from interpreted import Install, Interpreted
+from memory import GlobalMemory
 from nvcc_launches import NvccLaunches
 from places import Place
 from problems import BF16, FP32, Case
@@ -16,16 +19,19 @@ from regimes import (
     EDGES,
     LONG_ROWS,
     MANY_CHANNELS,
+    MASKED,
     ONE_CHANNEL,
     PIECES,
     PROBLEMS,
     SHORT_PLANES,
     SWEPT,
+    VECTORS,
     WHOLE_RUNS,
     Problem,
     all_problems,
     check_any_order,
 )
+from waves import Launch
 
 import vidfast
 
@@ -45,7 +51,7 @@ def _as_it_was(native: Any) -> Iterator[None]:
         native.cuda_set_free_number(name, value)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", [*PROBLEMS, *MASKED], ids=str)
 def test_results(cuda: tuple[Interpreted, Place], problem: Problem) -> None:
     problem.check(cuda[1])
 
@@ -66,6 +72,34 @@ def test_the_problems_take_every_way(cuda: tuple[Interpreted, Place]) -> None:
     assert sweep_and_finish(CUT_RUNS)[:2] == ("rows", "finish<true>")
     assert sweep_and_finish(WHOLE_RUNS)[:2] == ("rows", "finish<false>")
     assert sweep_and_finish(MANY_CHANNELS) == ("rows", "finish<false>", True)
+
+
+@pytest.mark.parametrize("strategy", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("case", [VECTORS, LONG_ROWS], ids=lambda c: c.name)
+def test_what_does_not_count_is_not_loaded(
+    install: Install, nvcc_launches: NvccLaunches, case: Case, strategy: str
+) -> None:
+    """Of vectors without a position that counts, and of such tokens: a load of one is a fault."""
+    mean, target, alpha = case.tensors(FP32)
+    mask = torch.ones(case.shape[0], *case.shape[2:], dtype=torch.bool)
+    mask.view(-1, 16 if mask.dim() > 1 else 1)[1::3] = False
+    forgotten = ~mask
+
+    def launches(
+        primitive: str, inputs: tuple[Any, ...], outputs: dict[str, Any], memory: GlobalMemory
+    ) -> list[Launch]:
+        made = nvcc_launches(primitive, inputs, outputs, memory)
+        activations = {"forward": inputs[:2], "forward_grad": inputs[:2], "backward": inputs[1:3]}
+        for x in activations.get(primitive, ()):
+            for position in forgotten.nonzero():
+                memory.forget(x.movedim(1, -1)[tuple(position)])
+        return made
+
+    _, place = install("cuda", launches)
+    check_call(place, mean, target, alpha, strategy=strategy, mask=mask)
+    forgotten.view(-1)[0] = True
+    with pytest.raises(Fault, match="that was not written"):
+        check_call(place, mean, target, alpha, strategy=strategy, mask=mask)
 
 
 def test_alphas_gradient_alone(cuda: tuple[Interpreted, Place]) -> None:

@@ -89,6 +89,17 @@ def test_votes() -> None:
     assert ran(body, 64) == [(3 << 30) + 2 - 2**32] * 32 + [-1 + 3] * 32
 
 
+def test_sums_over_a_warp() -> None:
+    """Of the threads that are named, modulo 2^32."""
+    body = """sub.s32 %r2, %r1, 40;
+    and.b32 %r5, %r1, 31;
+    setp.lt.u32 %p1, %r5, 16;
+    selp.u32 %r4, 0xffff, 0xffff0000, %p1;
+    redux.sync.add.s32 %r3, %r2, %r4;
+    st.global.u32 [%d9], %r3;"""
+    assert ran(body, 64) == [sum(range(i // 16 * 16 - 40, i // 16 * 16 - 24)) for i in range(64)]
+
+
 def test_a_barrier_with_a_vote() -> None:
     body = """setp.eq.u32 %p1, %r1, 40;
     bar.red.or.pred %p2, 0, %p1;

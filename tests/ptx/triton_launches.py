@@ -49,7 +49,8 @@ class TritonLaunches:
         def call(backend: TritonBackend) -> None:
             getattr(backend, primitive)(*inputs, **outputs)
 
-        there = {x.data_ptr() for x in (*inputs, *outputs.values()) if isinstance(x, Tensor)}
+        known = (*inputs, *outputs.values(), *(outputs.get("counts") or ()))
+        there = {x.data_ptr() for x in known if isinstance(x, Tensor)}
         made = recorded(call, rule=self._rule)
         for launch in made:
             for name, value in launch.arguments.items():

@@ -14,9 +14,12 @@ from vidfast._torch import current_stream
 from vidfast.arguments import Call
 from vidfast.layout import Layout, RowLayout
 from vidfast.memory import workspace
+from vidfast.positions import Counts
 from vidfast.raw import NATIVE_DTYPE, NO_ROWS, address, native_dtype
 
 _NO_GUARD = contextlib.nullcontext()
+# Of a call without a mask, whose M and k are the host's.
+_NO_COUNTS = (0, False, 0)
 
 
 class CudaBackend:
@@ -104,6 +107,28 @@ class CudaBackend:
             return _NO_GUARD
         return torch.cuda.device(index)
 
+    def total(
+        self,
+        positions: Tensor | None,
+        factor: Tensor | None,
+        count: int,
+        k: float,
+        channels: int,
+        *,
+        totals: Tensor,
+    ) -> None:
+        """As the protocol says."""
+        index = totals.get_device()
+        kind = None if positions is None else positions.dtype
+        with self._on(index):
+            length = 0 if positions is None else -(-self._native.cuda_total_workspace_bytes(count) // 8)
+            space = workspace(length, totals) if length else None
+            self._native.cuda_total(
+                address(positions), kind is torch.uint8, kind is torch.float64, count,
+                address(factor), native_dtype(factor), k, channels,
+                totals.data_ptr(), address(space), self._stream(index),
+            )  # fmt: skip
+
     def forward(
         self,
         mean: Tensor,
@@ -114,6 +139,7 @@ class CudaBackend:
         *,
         loss: Tensor,
         sum_sq: Tensor,
+        counts: Counts | None = None,
     ) -> None:
         """As the protocol says."""
         outer, channels, inner, mean_stride, target_stride = extents = layout[:5]
@@ -124,6 +150,7 @@ class CudaBackend:
             self._native.cuda_forward(
                 mean.data_ptr(), mean_stride, mean_dtype, target.data_ptr(), target_stride, target_dtype,
                 alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], outer, channels, inner, call.k, call.eps, call.full,
+                *(_NO_COUNTS if counts is None else _addresses(counts)),
                 loss.data_ptr(), NATIVE_DTYPE[loss.dtype], sum_sq.data_ptr(),
                 space.data_ptr(), self._stream(index),
             )  # fmt: skip
@@ -139,6 +166,7 @@ class CudaBackend:
         loss: Tensor,
         grad_mean: Tensor,
         grad_alpha: Tensor,
+        counts: Counts | None = None,
     ) -> None:
         """As the protocol says."""
         outer, channels, inner, mean_stride, target_stride = extents = layout[:5]
@@ -149,6 +177,7 @@ class CudaBackend:
             self._native.cuda_forward_grad(
                 mean.data_ptr(), mean_stride, mean_dtype, target.data_ptr(), target_stride, target_dtype,
                 alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], outer, channels, inner, call.k, call.eps, call.full,
+                *(_NO_COUNTS if counts is None else _addresses(counts)),
                 loss.data_ptr(), NATIVE_DTYPE[loss.dtype],
                 grad_mean.data_ptr(), mean_stride if call.inplace else channels * inner,
                 grad_alpha.data_ptr(), space.data_ptr(), self._stream(index),
@@ -167,6 +196,7 @@ class CudaBackend:
         grad_mean: Tensor | None,
         grad_target: Tensor | None,
         grad_alpha: Tensor | None,
+        counts: Counts | None = None,
     ) -> None:
         """As the protocol says."""
         outer, channels, inner, mean_stride, target_stride = layout[:5]
@@ -178,6 +208,7 @@ class CudaBackend:
                 address(target), target_stride, native_dtype(target),
                 alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
                 outer, channels, inner, call.k, call.eps, False,
+                *(_NO_COUNTS if counts is None else _addresses(counts)),
                 g.data_ptr(), NATIVE_DTYPE[g.dtype], sum_sq.data_ptr(),
                 address(grad_mean), row, address(grad_target), row, address(grad_alpha), self._stream(index),
             )  # fmt: skip
@@ -212,6 +243,14 @@ class CudaBackend:
         """How many fp64 numbers have room for partial sums and a counter; the kernels set what they read."""
         size: int = self._native.cuda_workspace_bytes(*extents, mean_dtype, target_dtype)
         return -(-size // 8)
+
+
+def _addresses(counts: Counts) -> tuple[int, bool, int]:
+    """The weights of the positions, whether they are bytes, and the totals."""
+    positions, totals = counts
+    if positions is None:
+        return 0, False, totals.data_ptr()
+    return positions.data_ptr(), positions.dtype is torch.uint8, totals.data_ptr()
 
 
 def _version(number: int) -> str:
