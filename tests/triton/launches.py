@@ -21,12 +21,29 @@ from vidfast.backends.triton import TritonBackend
 from vidfast.backends.triton import kernels as programs
 from vidfast.backends.triton.plan import RULE, Tuning
 
-KERNELS = ("sweep_planes", "sweep_rows", "finish", "alpha_gradient", "scale")
+KERNELS = ("sweep_planes", "sweep_rows", "finish", "alpha_gradient", "scale", "sum_positions", "total")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "fp64": (torch.float64, torch.float64),
+    "bf16_fp32": (torch.bfloat16, torch.float32),
+    "fp32_fp64": (torch.float32, torch.float64),
+}
+# name: shape, channels_last, kernel. Vectors are possible in all of them.
+REGIMES: dict[str, tuple[tuple[int, ...], bool, str]] = {
+    "big_planes": ((16, 256, 128, 128), False, "sweep_planes"),
+    "planes_sharing_a_program": ((128, 64, 32, 32), False, "sweep_planes"),
+    "small_planes": ((512, 256, 8, 7), False, "sweep_rows"),
+    "channels_last": ((64, 256, 56, 56), True, "sweep_rows"),
+    "narrow_rows_joined": ((4096, 10), False, "sweep_rows"),
+    "one_channel_with_a_tail": ((7, 1, 33333), False, "sweep_planes"),
 }
 _POINTER = {
     torch.float32: "*fp32",
@@ -34,6 +51,7 @@ _POINTER = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
 
 
@@ -148,7 +166,7 @@ def specialised(launch: Launch, aligned: Callable[[Tensor], bool]) -> tuple[Any,
             constants[i,] = value
         elif isinstance(value, Tensor):
             signature[parameter.name] = _POINTER[value.dtype]
-            if aligned(value):
+            if aligned(value) and not parameter.do_not_specialize_on_alignment:
                 attributes[i,] = [["tt.divisibility", 16]]
         else:
             assert parameter.do_not_specialize, f"{parameter.name} would compile again for every divisor"

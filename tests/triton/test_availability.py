@@ -14,6 +14,7 @@ from interpreter import interpreter_fault
 import vidfast
 from vidfast.backends.triton import TritonBackend
 from vidfast.backends.triton import launch as module
+from vidfast.backends.triton.interpreter import interpreter_fault as fault
 
 
 def run(code: str, **environment: str) -> str:
@@ -125,7 +126,7 @@ def test_an_interpreter_that_counts_wrong_is_a_reason_too(monkeypatch: pytest.Mo
             return lambda *arguments: None
 
     monkeypatch.setattr("vidfast.backends.triton.math.counts", Idle())
-    assert "counts wrong: [-1, -1]" in str(module._interpreter_fault())
+    assert "counts wrong: [-1, -1]" in str(fault())
 
 
 @pytest.mark.skipif(interpreter_fault() is not None, reason=f"{interpreter_fault()}")

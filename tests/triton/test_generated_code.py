@@ -18,30 +18,13 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-from launches import TARGETS, Code, Launch, compiled, recorded  # noqa: E402
+from launches import DTYPES, REGIMES, TARGETS, Code, Launch, compiled, recorded  # noqa: E402
 
 from vidfast import primitives  # noqa: E402
 from vidfast.arguments import Call  # noqa: E402
 from vidfast.backends.triton import TritonBackend  # noqa: E402
 from vidfast.backends.triton.plan import RULE, Tuning  # noqa: E402
 
-DTYPES = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-    "fp64": (torch.float64, torch.float64),
-    "bf16_fp32": (torch.bfloat16, torch.float32),
-    "fp32_fp64": (torch.float32, torch.float64),
-}
-# name: shape, channels_last, kernel. Vectors are possible in all of them.
-REGIMES: dict[str, tuple[tuple[int, ...], bool, str]] = {
-    "big_planes": ((16, 256, 128, 128), False, "sweep_planes"),
-    "planes_sharing_a_program": ((128, 64, 32, 32), False, "sweep_planes"),
-    "small_planes": ((512, 256, 8, 7), False, "sweep_rows"),
-    "channels_last": ((64, 256, 56, 56), True, "sweep_rows"),
-    "narrow_rows_joined": ((4096, 10), False, "sweep_rows"),
-    "one_channel_with_a_tail": ((7, 1, 33333), False, "sweep_planes"),
-}
 PRIMITIVES = ("forward", "forward_grad", "backward", "backward_mean", "scale", "scale_in_place")
 BITS = {torch.float32: 32, torch.float64: 64, torch.bfloat16: 16, torch.float16: 16}
 

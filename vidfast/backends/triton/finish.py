@@ -15,7 +15,9 @@ from vidfast.backends.triton.math import (
     alpha_derivative,
     device_function,
     float64_of,
+    k_of,
     quotient,
+    values_of,
     variance_of,
     widened,
     write_grad_alpha,
@@ -83,6 +85,7 @@ def finish(
     loss,                       # scalar
     sum_sq,                     # [C] fp64, or None: not wanted
     grad_alpha,                 # [C] fp64, or None: not wanted
+    totals,                     # [2] fp64: M and k, or None: m and k_bits hold
     blocks, channels, inner,
     inner_by: tl.int64,         # `.plan.divisor` of inner
     m: tl.int64, eps_bits: tl.int64, k_bits: tl.int64, programs,
@@ -113,11 +116,12 @@ def finish(
     else:
         s = tl.sum(total, 1)
 
-    values = m.to(tl.float64)
+    values = values_of(totals, m)
+    k = k_of(totals, k_bits)
     if sum_sq is not None:
         tl.store(sum_sq + c, s, mask=live)
     if grad_alpha is not None:
-        grad = float64_of(k_bits) * alpha_derivative(alpha, v, sigmoid, s, values)
+        grad = k * alpha_derivative(alpha, v, sigmoid, s, values)
         tl.store(grad_alpha + c, grad, mask=live)
     own = tl.sum(tl.where(live, 0.5 * (values * log_v + s / v), 0.0), 0)
 
@@ -133,7 +137,7 @@ def finish(
         whole = tl.sum(rest, 0)
         if FULL:
             whole += 0.5 * (values * channels) * tl.full([], LOG_2PI, tl.int64).to(tl.float64, bitcast=True)
-        tl.store(loss, (float64_of(k_bits) * whole).to(loss.dtype.element_ty))
+        tl.store(loss, (k * whole).to(loss.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["channels", "m", "eps_bits", "k_bits"])
@@ -142,10 +146,12 @@ def alpha_gradient(
     sum_sq,                     # [C] fp64, forward's
     g,                          # scalar
     grad_alpha,                 # [C] in alpha's type
+    totals,                     # [2] fp64: M and k, or None: m and k_bits hold
     channels, m: tl.int64, eps_bits: tl.int64, k_bits: tl.int64,
     ALPHA_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d/d alpha where nothing else is wanted: no activation is read."""
     write_grad_alpha(
-        alpha, sum_sq, g, grad_alpha, channels, m.to(tl.float64), eps_bits, k_bits, tl.program_id(0), ALPHA_BLOCK,
+        alpha, sum_sq, g, grad_alpha, totals, channels, values_of(totals, m), eps_bits, k_bits, tl.program_id(0),
+        ALPHA_BLOCK,
     )  # fmt: skip

@@ -27,9 +27,21 @@ from vidfast.backends.triton.math import (
     quotient,
     rounded,
     start_of,
-    widened,
+    values_of,
     write_grad_alpha,
 )
+from vidfast.backends.triton.positions import (
+    needed_columns,
+    needed_ones,
+    needed_units,
+    places_of_columns,
+    residual,
+    selected,
+    weights_at,
+    weights_of_rows,
+)
+from vidfast.backends.triton.positions import sum_positions as sum_positions
+from vidfast.backends.triton.positions import total as total
 from vidfast.backends.triton.scale import scale as scale
 
 
@@ -52,17 +64,19 @@ def _load(mean, target, in_mean, in_target, live):
 
 
 @device_function
-def _store_gradients(r, scale, grad_mean, grad_target, live):
-    """Of one tile: scale * r, and its negative, where one is wanted."""
+def _store_gradients(weighted, w, scale, grad_mean, grad_target, live):
+    """Of one tile: scale * w r, and its negative, where one is wanted."""
     if grad_mean is not None:
-        tl.store(grad_mean, rounded(r * scale, grad_mean.dtype.scalar.element_ty), mask=live)
+        gradient = selected(weighted * scale, w)
+        tl.store(grad_mean, rounded(gradient, grad_mean.dtype.scalar.element_ty), mask=live)
     if grad_target is not None:
-        tl.store(grad_target, rounded(-r * scale, grad_target.dtype.scalar.element_ty), mask=live)
+        gradient = selected(-weighted * scale, w)
+        tl.store(grad_target, rounded(gradient, grad_target.dtype.scalar.element_ty), mask=live)
 
 
 @device_function
 def _planes(
-    mean, target, grad_mean, grad_target, alpha, g, partial,
+    mean, target, grad_mean, grad_target, positions, alpha, g, totals, partial,
     outer, channels, inner, tail, mean_stride, target_stride, grad_mean_stride, grad_target_stride,
     chunks, channels_by, inner_by, eps_bits, k_bits, pid,
     VEC: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORT: tl.constexpr, NARROW: tl.constexpr,
@@ -70,7 +84,8 @@ def _planes(
 ):  # fmt: skip
     # One channel's values in memory order, cut into chunks: small planes share a program, big ones are split.
     # Everything is counted in vectors of VEC neighbours, which never cross a plane's end. The first tile is on its way
-    # while the channel's variance is computed, and with AHEAD every other while the one before it is.
+    # while the channel's variance is computed, and with AHEAD every other while the one before it is. The weights of a
+    # chunk's positions are neighbours; vectors without a weight are not loaded.
     UNITS: tl.constexpr = TILE // VEC
     CHUNK_UNITS: tl.constexpr = CHUNK // VEC
     inner = inner.to(tl.int64)
@@ -93,41 +108,48 @@ def _planes(
     o, i = place_of(within, unit, inner, inner_by, SHORT)
     o = (o * VEC)[:, None]
     i = (i * VEC)[:, None] + lane
-    x, y = _load(mean, target, o * mean_stride + i, o * target_stride + i, live)
+    positions = _shifted(positions, begin * VEC)
+    w = weights_at(positions, (unit * VEC)[:, None] + lane, live)
+    x, y = _load(mean, target, o * mean_stride + i, o * target_stride + i, needed_units(w, live))
     if grad_mean is not None or grad_target is not None:
-        scale = grad_scale(alpha + channel, g, eps_bits, k_bits, True, WIDE)
+        scale = grad_scale(alpha + channel, g, totals, eps_bits, k_bits, True, WIDE)
     else:
         scale = None
     total = tl.full([UNITS, VEC], 0, WIDE)
     for u0 in range(0, count, UNITS):
-        r = widened(x, WIDE) - widened(y, WIDE)
+        r, weighted = residual(x, y, w, WIDE)
         u = u0 + UNITS + unit
         next_live = (u < count)[:, None]
         next_o, next_i = place_of(within, u, inner, inner_by, SHORT)
         next_o = (next_o * VEC)[:, None]
         next_i = (next_i * VEC)[:, None] + lane
         if AHEAD:
-            x, y = _load(
-                mean, target, next_o * mean_stride + next_i, next_o * target_stride + next_i, next_live
-            )
+            next_w = weights_at(positions, (u * VEC)[:, None] + lane, next_live)
+            needed = needed_units(next_w, next_live)
+            x, y = _load(mean, target, next_o * mean_stride + next_i, next_o * target_stride + next_i, needed)
         to_mean = _shifted(grad_mean, o * grad_mean_stride + i)
-        _store_gradients(r, scale, to_mean, _shifted(grad_target, o * grad_target_stride + i), live)
+        to_target = _shifted(grad_target, o * grad_target_stride + i)
+        _store_gradients(weighted, w, scale, to_mean, to_target, live)
         if partial is not None:
-            total += r * r
+            total += r * weighted
         if not AHEAD:
-            x, y = _load(
-                mean, target, next_o * mean_stride + next_i, next_o * target_stride + next_i, next_live
-            )
+            next_w = weights_at(positions, (u * VEC)[:, None] + lane, next_live)
+            needed = needed_units(next_w, next_live)
+            x, y = _load(mean, target, next_o * mean_stride + next_i, next_o * target_stride + next_i, needed)
         o, i, live = next_o, next_i, next_live
+        if positions is not None:
+            w = next_w
     if tail is not None:  # one plane of one channel, whose last VEC - 1 values or fewer fill no vector
         if chunk == chunks - 1:
             end = (within + count) * VEC + lane + tl.full([UNITS, 1], 0, tl.int64)
             last = (tl.arange(0, UNITS) == 0)[:, None] & (lane < tail)
-            last_x, last_y = _load(mean, target, end, end, last)
-            r = widened(last_x, WIDE) - widened(last_y, WIDE)
-            _store_gradients(r, scale, _shifted(grad_mean, end), _shifted(grad_target, end), last)
+            last_w = weights_at(positions, count * VEC + lane + tl.full([UNITS, 1], 0, tl.int32), last)
+            last_x, last_y = _load(mean, target, end, end, needed_ones(last_w, last))
+            r, weighted = residual(last_x, last_y, last_w, WIDE)
+            to_mean = _shifted(grad_mean, end)
+            _store_gradients(weighted, last_w, scale, to_mean, _shifted(grad_target, end), last)
             if partial is not None:
-                total += r * r
+                total += r * weighted
     if partial is not None:
         tl.store(partial + channel * chunks + chunk, tl.sum(total))
 
@@ -140,10 +162,12 @@ def _planes(
 def sweep_planes(
     mean, target,            # [outer, C, inner]
     grad_mean, grad_target,  # the same, or None: not wanted; grad_mean may be mean
+    positions,               # [outer, inner], uint8 or WIDE, the weight of each; None: 1
     alpha,                   # [C]
     g,                       # scalar; None is 1
     sum_sq,                  # [C] fp64, forward's: with grad_alpha
     grad_alpha,              # [C] in alpha's type, or None: not wanted
+    totals,                  # [2] fp64: M and k, with positions always; None: m and k_bits hold
     workspace,               # fp64, [C, chunks] of it receive sums of r^2, or None: not wanted
     partials_at,             # where in it these begin
     outer, channels, inner,  # inner and strides in vectors of VEC
@@ -161,25 +185,25 @@ def sweep_planes(
     partial = begin_sweep(workspace, partials_at, pid, WIDE, OVERLAP)
     if pid < programs:
         _planes(
-            mean, target, grad_mean, grad_target, alpha, g, partial,
+            mean, target, grad_mean, grad_target, positions, alpha, g, totals, partial,
             outer, channels, inner, tail, mean_stride, target_stride, grad_mean_stride, grad_target_stride,
             chunks, channels_by, inner_by, eps_bits, k_bits, pid, VEC, TILE, CHUNK, SHORT, NARROW, AHEAD, WIDE,
         )  # fmt: skip
     if grad_alpha is not None:
         if pid >= programs:
             write_grad_alpha(
-                alpha, sum_sq, g, grad_alpha, channels, m.to(tl.float64), eps_bits, k_bits, pid - programs,
+                alpha, sum_sq, g, grad_alpha, totals, channels, values_of(totals, m), eps_bits, k_bits, pid - programs,
                 ALPHA_BLOCK,
             )  # fmt: skip
 
 
 @device_function
 def _rows(
-    mean, target, grad_mean, grad_target, alpha, g, partial,
+    mean, target, grad_mean, grad_target, positions, alpha, g, totals, partial,
     rows, channels, inner, columns, tail, mean_stride, target_stride, grad_mean_stride, grad_target_stride,
     column_tiles, row_blocks, channels_by, inner_by, tiles_by, eps_bits, k_bits, pid,
     VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NEAR: tl.constexpr,
-    JOINED: tl.constexpr, AHEAD: tl.constexpr, WIDE: tl.constexpr,
+    JOINED: tl.constexpr, EACH: tl.constexpr, AHEAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # A tile of columns, column j of channel (j / inner) % C, down a block of rows: neighbours in memory are
     # neighbours in the tile whatever the plane's size, and every column has a sum of its own. Tiles are on their way
@@ -198,7 +222,8 @@ def _rows(
     grad_target = _shifted(grad_target, begin * grad_target_stride * VEC)
     down = tl.arange(0, ROWS)
     here = (j < width)[None, :]
-    live = (down < count)[:, None] & here
+    there = (down < count)[:, None]
+    live = there & here
     # Offsets of rows step, one for each tensor: a product of 64 bits takes four instructions.
     row = (down.to(tl.int64) * VEC)[:, None]
     step = ROWS * VEC
@@ -207,7 +232,19 @@ def _rows(
     in_grad_mean = row * grad_mean_stride
     in_grad_target = row * grad_target_stride
     column = j[None, :]
-    x, y = _load(mean, target, in_mean + column, in_target + column, live)
+    if positions is not None:
+        if EACH:
+            to_next = 1
+            of_column = None
+        else:
+            to_next, of_column = places_of_columns(j, width, inner, inner_by, channels_by, JOINED)
+        positions += begin * to_next
+        in_positions = down.to(tl.int64)[:, None] * to_next
+        w = weights_of_rows(positions, in_positions, of_column, there, live, EACH)
+    else:
+        w = None
+    needed = needed_columns(w, live, EACH, ROWS, COLS, VEC)
+    x, y = _load(mean, target, in_mean + column, in_target + column, needed)
     if grad_mean is not None or grad_target is not None:
         # fp64 logarithms for NEAR channels, each once, then handed out to their columns
         run = quotient(j, inner_by)
@@ -218,36 +255,57 @@ def _rows(
             near = quotient(first, inner_by)
             of = tl.minimum(run - near, NEAR - 1)  # past the width a column has no channel
         c = near + tl.arange(0, NEAR)
-        scale = grad_scale(alpha + c, g, eps_bits, k_bits, c < channels, WIDE)
+        scale = grad_scale(alpha + c, g, totals, eps_bits, k_bits, c < channels, WIDE)
         scale = tl.gather(scale, of, 0)[None, :]
     else:
         scale = None
     total = tl.full([ROWS, COLS], 0, WIDE)
     for row0 in range(0, count, ROWS):
-        r = widened(x, WIDE) - widened(y, WIDE)
+        r, weighted = residual(x, y, w, WIDE)
         in_mean += step * mean_stride
         in_target += step * target_stride
-        next_live = (row0 + ROWS + down < count)[:, None] & here
+        next_there = (row0 + ROWS + down < count)[:, None]
+        next_live = next_there & here
+        if positions is not None:
+            in_positions += ROWS * to_next
         if AHEAD:
-            x, y = _load(mean, target, in_mean + column, in_target + column, next_live)
+            if positions is not None:
+                next_w = weights_of_rows(positions, in_positions, of_column, next_there, next_live, EACH)
+            else:
+                next_w = None
+            needed = needed_columns(next_w, next_live, EACH, ROWS, COLS, VEC)
+            x, y = _load(mean, target, in_mean + column, in_target + column, needed)
         to_target = _shifted(grad_target, in_grad_target + column)
-        _store_gradients(r, scale, _shifted(grad_mean, in_grad_mean + column), to_target, live)
+        _store_gradients(weighted, w, scale, _shifted(grad_mean, in_grad_mean + column), to_target, live)
         in_grad_mean += step * grad_mean_stride
         in_grad_target += step * grad_target_stride
         if partial is not None:
-            total += r * r
+            total += r * weighted
         if not AHEAD:
-            x, y = _load(mean, target, in_mean + column, in_target + column, next_live)
+            if positions is not None:
+                next_w = weights_of_rows(positions, in_positions, of_column, next_there, next_live, EACH)
+            else:
+                next_w = None
+            needed = needed_columns(next_w, next_live, EACH, ROWS, COLS, VEC)
+            x, y = _load(mean, target, in_mean + column, in_target + column, needed)
         live = next_live
+        if positions is not None:
+            w = next_w
     if tail is not None:  # the last joined row is shorter than the others
         if block == row_blocks - 1:
             end = (rows - begin) * width + j[None, :] + tl.full([ROWS, 1], 0, tl.int64)
             last = (tl.arange(0, ROWS) == 0)[:, None] & (j < tail)[None, :]
-            last_x, last_y = _load(mean, target, end, end, last)
-            r = widened(last_x, WIDE) - widened(last_y, WIDE)
-            _store_gradients(r, scale, _shifted(grad_mean, end), _shifted(grad_target, end), last)
+            if positions is not None:
+                end_in_positions = (rows - begin) * to_next + tl.full([ROWS, 1], 0, tl.int64)
+                last_w = weights_of_rows(positions, end_in_positions, of_column, last, last, EACH)
+            else:
+                last_w = None
+            last_x, last_y = _load(mean, target, end, end, needed_ones(last_w, last))
+            r, weighted = residual(last_x, last_y, last_w, WIDE)
+            to_mean = _shifted(grad_mean, end)
+            _store_gradients(weighted, last_w, scale, to_mean, _shifted(grad_target, end), last)
             if partial is not None:
-                total += r * r
+                total += r * weighted
     if partial is not None:
         tl.store(partial + block * width + j, tl.sum(total, 0), mask=j < width)
 
@@ -260,10 +318,12 @@ def _rows(
 def sweep_rows(
     mean, target,                 # [rows, columns], in memory order
     grad_mean, grad_target,       # the same, or None: not wanted; grad_mean may be mean
+    positions,                    # [outer, inner], uint8 or WIDE, the weight of each; None: 1
     alpha,                        # [C]
     g,                            # scalar; None is 1
     sum_sq,                       # [C] fp64, forward's: with grad_alpha
     grad_alpha,                   # [C] in alpha's type, or None: not wanted
+    totals,                       # [2] fp64: M and k, with positions always; None: m and k_bits hold
     workspace,                    # fp64, [row blocks, columns] of it receive sums of r^2, or None: not wanted
     partials_at,                  # where in it these begin
     rows: tl.int64, channels, inner,
@@ -275,22 +335,24 @@ def sweep_rows(
     m: tl.int64, eps_bits: tl.int64, k_bits: tl.int64,
     programs,                     # row blocks * column tiles; the programs above it are blocks of grad_alpha
     VEC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, NEAR: tl.constexpr,
-    JOINED: tl.constexpr, AHEAD: tl.constexpr, WIDE: tl.constexpr, ALPHA_BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    JOINED: tl.constexpr,
+    EACH: tl.constexpr,           # positions: one for each row, of all its columns
+    AHEAD: tl.constexpr, WIDE: tl.constexpr, ALPHA_BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A pass over rows: channels are neighbours (inner = 1), or planes are too small or odd to be walked."""
     pid = tl.program_id(0)
     partial = begin_sweep(workspace, partials_at, pid, WIDE, OVERLAP)
     if pid < programs:
         _rows(
-            mean, target, grad_mean, grad_target, alpha, g, partial,
+            mean, target, grad_mean, grad_target, positions, alpha, g, totals, partial,
             rows, channels, inner, columns, tail,
             mean_stride, target_stride, grad_mean_stride, grad_target_stride,
             column_tiles, row_blocks, channels_by, inner_by, tiles_by, eps_bits, k_bits, pid,
-            VEC, ROWS, COLS, BLOCK_ROWS, NEAR, JOINED, AHEAD, WIDE,
+            VEC, ROWS, COLS, BLOCK_ROWS, NEAR, JOINED, EACH, AHEAD, WIDE,
         )  # fmt: skip
     if grad_alpha is not None:
         if pid >= programs:
             write_grad_alpha(
-                alpha, sum_sq, g, grad_alpha, channels, m.to(tl.float64), eps_bits, k_bits, pid - programs,
+                alpha, sum_sq, g, grad_alpha, totals, channels, values_of(totals, m), eps_bits, k_bits, pid - programs,
                 ALPHA_BLOCK,
             )  # fmt: skip

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import os
 import struct
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vidfast.arguments import Call
-from vidfast.backends.triton.interpreter import interpreter_fault as _interpreter_fault
+from vidfast.backends.triton.device import find_device
 from vidfast.backends.triton.plan import (
     ALPHA_BLOCK,
     NOTHING,
@@ -32,10 +30,12 @@ from vidfast.backends.triton.plan import (
     plan,
     plan_finish,
     plan_scale,
+    plan_total,
 )
 from vidfast.backends.triton.tune import autotunes, median_seconds, tuned
 from vidfast.layout import Layout, RowLayout
 from vidfast.memory import empty_dense, workspace
+from vidfast.positions import Counts
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -45,6 +45,9 @@ _F32, _F64 = torch.float32, torch.float64
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 # Of a kernel that may start before the one before it has ended.
 _EARLY = {"launch_pdl": True}
+# What counts, and where a call says nothing of it.
+_Counts = tuple[Tensor | None, Tensor | None]
+_ALL: _Counts = (None, None)
 _TRUE = ("1", "true", "on", "yes", "y")
 
 
@@ -85,34 +88,14 @@ class TritonBackend:
         if not self._probed:
             with self._interpreter:
                 if not self._probed:
-                    self._obstacle, self._kind = self._find_device()
+                    found = find_device()
+                    if isinstance(found, str):
+                        self._obstacle = found
+                    else:
+                        self._kind = found.kind
+                        self.rule = RULE._replace(lanes=found.lanes)
                     self._probed = True
         return self._obstacle
-
-    def _find_device(self) -> tuple[str | None, str]:
-        if importlib.util.find_spec("triton") is None:
-            return (
-                "the package triton is not installed: torch's GPU builds bring it, "
-                "pip install 'vidfast[triton]' adds it"
-            ), ""
-        try:
-            from vidfast.backends.triton.math import INTERPRETED
-
-            if INTERPRETED.value:
-                # a thread of its own has none of this one's modes, transforms and default devices
-                with ThreadPoolExecutor(1) as thread:
-                    return thread.submit(_interpreter_fault).result(), "cpu"
-            from triton.runtime import driver
-
-            kind = str(driver.active.get_active_torch_device().type)
-            self.rule = RULE._replace(lanes=driver.active.get_current_target().warp_size)
-        except Exception as error:  # a broken installation must not take the other back ends with it
-            return f"triton finds no GPU that it can drive ({type(error).__name__}: {error})", ""
-        try:
-            torch.get_device_module(kind).current_device()
-        except Exception as error:
-            return f"this build of torch cannot use the {kind} device that triton drives ({error})", ""
-        return None, kind
 
     def unavailable(self) -> str | None:
         """Why Triton is missing, finds no device, or has an interpreter that cannot run here."""
@@ -158,6 +141,28 @@ class TritonBackend:
         guard: contextlib.AbstractContextManager[object] = devices.device(x.device)
         return guard
 
+    def total(
+        self,
+        positions: Tensor | None,
+        factor: Tensor | None,
+        count: int,
+        k: float,
+        channels: int,
+        *,
+        totals: Tensor,
+    ) -> None:
+        """As the protocol says."""
+        kernels = self._kernels
+        with self._on(totals):
+            adding = plan_total(1 if positions is None else count, self.rule)
+            options = {"TILE": adding.tile, "num_warps": adding.warps, "enable_fp_fusion": True}
+            added = count
+            if adding.programs > 1:
+                sums, added = workspace(adding.programs, totals), adding.programs
+                kernels.sum_positions[(added,)](positions, sums, count, CHUNK=adding.chunk, **options)
+                positions = sums
+            kernels.total[(1,)](positions, factor, totals, added, count, channels, _bits(k), **options)
+
     def forward(
         self,
         mean: Tensor,
@@ -168,10 +173,11 @@ class TritonBackend:
         *,
         loss: Tensor,
         sum_sq: Tensor,
+        counts: Counts | None = None,
     ) -> None:
         """As the protocol says."""
         with self._on(mean):
-            self._reduce(mean, target, alpha, layout, call, loss=loss, sum_sq=sum_sq)
+            self._reduce(mean, target, alpha, layout, call, counts or _ALL, loss=loss, sum_sq=sum_sq)
 
     def forward_grad(
         self,
@@ -184,12 +190,14 @@ class TritonBackend:
         loss: Tensor,
         grad_mean: Tensor,
         grad_alpha: Tensor,
+        counts: Counts | None = None,
     ) -> None:
         """As the protocol says."""
         with self._on(mean):
             self._reduce(
-                mean, target, alpha, layout, call, loss=loss, grad_mean=grad_mean, grad_alpha=grad_alpha
-            )
+                mean, target, alpha, layout, call, counts or _ALL,
+                loss=loss, grad_mean=grad_mean, grad_alpha=grad_alpha,
+            )  # fmt: skip
 
     def backward(
         self,
@@ -204,30 +212,23 @@ class TritonBackend:
         grad_mean: Tensor | None,
         grad_target: Tensor | None,
         grad_alpha: Tensor | None,
+        counts: Counts | None = None,
     ) -> None:
         """As the protocol says."""
+        known = counts or _ALL
         with self._on(alpha):
             if mean is not None and target is not None:
                 tuning = self._tuning(mean, target, layout)
+                cut = self._planned(mean, target, layout, tuning, known)
                 self._sweep(
-                    tuning,
-                    self._planned(mean, target, layout, tuning),
-                    mean,
-                    target,
-                    alpha,
-                    layout,
-                    call,
-                    grad_mean=grad_mean,
-                    grad_target=grad_target,
-                    g=g,
-                    sum_sq=sum_sq,
-                    grad_alpha=grad_alpha,
-                )
+                    tuning, cut, mean, target, alpha, layout, call, known,
+                    grad_mean=grad_mean, grad_target=grad_target, g=g, sum_sq=sum_sq, grad_alpha=grad_alpha,
+                )  # fmt: skip
             elif grad_alpha is not None:
                 channels = layout.channels
                 self._kernels.alpha_gradient[(ceil_div(channels, ALPHA_BLOCK),)](
-                    alpha, sum_sq, g, grad_alpha, channels, layout.outer * layout.inner, _bits(call.eps), _bits(call.k),
-                    ALPHA_BLOCK=ALPHA_BLOCK, **_OPTIONS,
+                    alpha, sum_sq, g, grad_alpha, known[1], channels, layout.outer * layout.inner,
+                    _bits(call.eps), _bits(call.k), ALPHA_BLOCK=ALPHA_BLOCK, **_OPTIONS,
                 )  # fmt: skip
 
     def scale(
@@ -267,8 +268,11 @@ class TritonBackend:
             return self.rule
         return tuned(mean, target, layout, self.rule, functools.partial(self._seconds, mean, target, layout))
 
-    def _planned(self, mean: Tensor, target: Tensor, layout: Layout, tuning: Tuning) -> Planes | Rows:
-        return plan(*layout[:5], mean.element_size(), target.element_size(), tuning)
+    def _planned(
+        self, mean: Tensor, target: Tensor, layout: Layout, tuning: Tuning, counts: _Counts
+    ) -> Planes | Rows:
+        sizes = mean.element_size(), target.element_size()
+        return plan(*layout[:5], *sizes, tuning, counts[0] is not None)
 
     def _seconds(self, mean: Tensor, target: Tensor, layout: Layout, tuning: Tuning) -> float:
         """How long forward_grad takes with these free numbers."""
@@ -279,7 +283,7 @@ class TritonBackend:
         call = Call(channel=1, eps=1e-5, k=1.0)
         return median_seconds(
             lambda: self._reduce(
-                mean, target, alpha, layout, call,
+                mean, target, alpha, layout, call, _ALL,
                 loss=loss, grad_mean=grad_mean, grad_alpha=grad_alpha, tuning=tuning,
             )
         )  # fmt: skip
@@ -291,6 +295,7 @@ class TritonBackend:
         alpha: Tensor,
         layout: Layout,
         call: Call,
+        counts: _Counts,
         *,
         loss: Tensor,
         grad_mean: Tensor | None = None,
@@ -300,7 +305,7 @@ class TritonBackend:
     ) -> None:
         """The two launches of forward and forward_grad."""
         tuning = tuning or self._tuning(mean, target, layout)
-        cut = self._planned(mean, target, layout, tuning)
+        cut = self._planned(mean, target, layout, tuning, counts)
         channels = layout.channels
         blocks, inner = cut.partials
         ending = plan_finish(blocks, channels, inner, tuning)
@@ -311,21 +316,12 @@ class TritonBackend:
         assert sums is not None
         space = workspace(partials_at + (partials if is_wide else ceil_div(partials, 2)), sums)
         self._sweep(
-            tuning,
-            cut,
-            mean,
-            target,
-            alpha,
-            layout,
-            call,
-            grad_mean=grad_mean,
-            in_place=call.inplace and grad_mean is not None,
-            space=space,
-            partials_at=partials_at,
-        )
+            tuning, cut, mean, target, alpha, layout, call, counts,
+            grad_mean=grad_mean, in_place=call.inplace and grad_mean is not None, space=space, partials_at=partials_at,
+        )  # fmt: skip
         tl = self._kernels.tl
         self._kernels.finish[(ending.programs,)](
-            space, partials_at, alpha, loss, sum_sq, grad_alpha,
+            space, partials_at, alpha, loss, sum_sq, grad_alpha, counts[1],
             ending.blocks, channels, ending.inner, divisor(ending.inner),
             layout.outer * layout.inner, _bits(call.eps), _bits(call.k), ending.programs,
             ACROSS=ending.across, CHANNELS=ending.channels, DEPTH=ending.depth, FULL=call.full,
@@ -342,6 +338,7 @@ class TritonBackend:
         alpha: Tensor,
         layout: Layout,
         call: Call,
+        counts: _Counts,
         *,
         grad_mean: Tensor | None = None,
         in_place: bool = False,
@@ -355,6 +352,7 @@ class TritonBackend:
         """One launch over whatever is wanted."""
         kernels = self._kernels
         tl = kernels.tl
+        positions, totals = counts
         channels = layout.channels
         m, eps, k = layout.outer * layout.inner, _bits(call.eps), _bits(call.k)
         if grad_alpha is None:
@@ -362,7 +360,9 @@ class TritonBackend:
         wide = tl.float64 if _F64 in (mean.dtype, target.dtype) else tl.float32
         grid = (planned.programs + (0 if grad_alpha is None else ceil_div(channels, ALPHA_BLOCK)),)
         grad_stride = planned.mean_stride if in_place else planned.dense_stride
-        tensors = (mean, target, grad_mean, grad_target, alpha, g, sum_sq, grad_alpha, space)
+        tensors = (
+            mean, target, grad_mean, grad_target, positions, alpha, g, sum_sq, grad_alpha, totals, space,
+        )  # fmt: skip
         options = {
             "AHEAD": tuning.ahead != 0, "WIDE": wide, "ALPHA_BLOCK": ALPHA_BLOCK, "OVERLAP": tuning.overlap != 0,
             "num_warps": planned.warps, "enable_fp_fusion": True,
@@ -382,7 +382,8 @@ class TritonBackend:
                 planned.column_tiles, planned.row_blocks,
                 divisor(channels), divisor(planned.inner), divisor(planned.column_tiles), m, eps, k, planned.programs,
                 VEC=planned.vec, ROWS=planned.tile_rows, COLS=planned.tile_columns,
-                BLOCK_ROWS=planned.block_rows, NEAR=planned.near, JOINED=planned.join > 1, **options,
+                BLOCK_ROWS=planned.block_rows, NEAR=planned.near, JOINED=planned.join > 1,
+                EACH=positions is not None and planned.join == 1 and planned.inner == 1, **options,
             )  # fmt: skip
 
 

@@ -113,10 +113,30 @@ def variance_of(alpha, eps):
 
 
 @device_function
-def grad_scale(alpha, g, eps_bits, k_bits, live, dtype: tl.constexpr):
+def values_of(totals, m):
+    """M in fp64: the sum of the positions' weights where there are totals, else the number of values, m."""
+    if totals is not None:
+        values = tl.load(totals)
+    else:
+        values = m.to(tl.float64)
+    return values
+
+
+@device_function
+def k_of(totals, k_bits):
+    """k in fp64: that of the totals, or where there are none the number with these bits."""
+    if totals is not None:
+        k = tl.load(totals + 1)
+    else:
+        k = float64_of(k_bits)
+    return k
+
+
+@device_function
+def grad_scale(alpha, g, totals, eps_bits, k_bits, live, dtype: tl.constexpr):
     """g k / v_c at pointers into alpha, formed in fp64."""
     v, _ = variance_of(widened(tl.load(alpha, mask=live, other=0.0), tl.float64), float64_of(eps_bits))
-    k = float64_of(k_bits)
+    k = k_of(totals, k_bits)
     if g is not None:
         k = k * tl.load(g).to(tl.float64)
     return (k / v).to(dtype)
@@ -130,7 +150,9 @@ def alpha_derivative(alpha, v, sigmoid, sum_sq, m):
 
 
 @device_function
-def write_grad_alpha(alpha, sum_sq, g, out, channels, m, eps_bits, k_bits, block, BLOCK: tl.constexpr):
+def write_grad_alpha(
+    alpha, sum_sq, g, out, totals, channels, m, eps_bits, k_bits, block, BLOCK: tl.constexpr
+):  # fmt: skip
     """d/d alpha of one block of channels, rounded to alpha's type."""
     c = block * BLOCK + tl.arange(0, BLOCK)
     live = c < channels
@@ -138,7 +160,7 @@ def write_grad_alpha(alpha, sum_sq, g, out, channels, m, eps_bits, k_bits, block
         widened(tl.load(alpha + c, mask=live, other=0.0), tl.float64), float64_of(eps_bits)
     )
     s = tl.load(sum_sq + c, mask=live, other=0.0)
-    gk = tl.load(g).to(tl.float64) * float64_of(k_bits)
+    gk = tl.load(g).to(tl.float64) * k_of(totals, k_bits)
     tl.store(
         out + c, rounded(gk * alpha_derivative(alpha, v, sigmoid, s, m), out.dtype.element_ty), mask=live
     )

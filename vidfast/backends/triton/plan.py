@@ -23,8 +23,14 @@ NARROW_ROW = 1024
 WIDEST_ROW = 1 << 30
 # Terms that one fp32 accumulator sums before its sum goes pairwise.
 LONGEST_RUN = 64
+# Values of a tile that a thread has where positions have weights: these take registers too.
+WEIGHTED_VALUES = 8
 # Channels of one program that does per-channel work only.
 ALPHA_BLOCK = 128
+# Weights of positions are added by one program up to so many, more of them in chunks, each by one. 2^17 bytes at most:
+# their sum has 32 bits.
+ADDED_AT_ONCE = 1 << 17
+ADDED_IN_CHUNKS = 1 << 15
 
 
 class Tuning(NamedTuple):
@@ -126,6 +132,15 @@ class Flat(NamedTuple):
     warps: int
 
 
+class Total(NamedTuple):
+    """Programs that add weights, tile after tile; where they are several, one more adds their sums."""
+
+    programs: int
+    tile: int
+    chunk: int
+    warps: int
+
+
 # A tensor that is absent: no chunk of it is scaled.
 NOTHING = Flat(
     outer=1,
@@ -189,8 +204,9 @@ def plan(
     mean_size: int,
     target_size: int,
     tuning: Tuning = RULE,
+    weighted: bool = False,
 ) -> Planes | Rows:
-    """The sweep for tensors with elements of so many bytes; strides are in elements."""
+    """The sweep for tensors with elements of so many bytes; strides are in elements. weighted: positions are."""
     width = channels * inner
     size = min(mean_size, target_size)
     tuning = tuning._replace(vectors=max(1, tuning.vectors * size // max(mean_size, target_size)))
@@ -198,6 +214,8 @@ def plan(
         mean_stride = target_stride = width
     dense = mean_stride == target_stride == width
     full = VECTOR_BYTES // size
+    if weighted:
+        tuning = tuning._replace(vectors=max(1, min(tuning.vectors, WEIGHTED_VALUES // full)))
     if channels == 1 and dense:
         return _planes(1, 1, outer * inner, outer * inner, outer * inner, full, tuning)
     vec = gcd(full, inner)
@@ -312,6 +330,12 @@ def plan_finish(blocks: int, channels: int, inner: int, tuning: Tuning = RULE) -
         tile_channels = max(1, min(1024 // tile_depth, 32, most))
     warps = 8 if tile_channels * tile_depth >= 4096 else 4
     return Finish(blocks, inner, across, ceil_div(channels, tile_channels), tile_channels, tile_depth, warps)
+
+
+def plan_total(count: int, tuning: Tuning = RULE) -> Total:
+    """Programs of 1024 threads for the weights of so many positions, each thread with 16 of them in flight."""
+    programs = 1 if count <= ADDED_AT_ONCE else ceil_div(count, ADDED_IN_CHUNKS)
+    return Total(programs, 16384, ADDED_IN_CHUNKS, 1024 // tuning.lanes)
 
 
 @lru_cache(maxsize=4096)
