@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin as _Lazy  # type: ignore[attr-defined]
 
+from vidfast.positions import Weights, check_factor, weights_of
 from vidfast.raw import DTYPES
 
 ScalarReduction: TypeAlias = Literal["mean", "sum", "batchmean"]
@@ -39,7 +40,9 @@ class Call(NamedTuple):
         strategy: One of STRATEGIES.
         backend: "auto", "reference" or the name of a back end.
         k: The factor of the sum over all elements: weight / N for "mean", weight for "sum", weight / B for "batchmean"
-            (0 where that divisor is 0). 0 for "none", and where a shape is traced: an operator makes its own.
+            (0 where that divisor is 0). 0 for "none", and where a shape is traced: an operator makes its own. With a
+            mask it is weight for "mean", still to be divided by C times what the mask sums to.
+        masked: Whether positions have weights.
     """
 
     channel: int
@@ -51,6 +54,12 @@ class Call(NamedTuple):
     strategy: str = "auto"
     backend: str = "auto"
     k: float = 0.0
+    masked: bool = False
+
+    @property
+    def divides(self) -> bool:
+        """Whether k is still to be divided by C times what the mask sums to."""
+        return self.masked and self.reduction == "mean"
 
 
 def check_call(
@@ -61,18 +70,22 @@ def check_call(
     eps: float,
     reduction: str,
     full: bool,
-    weight: float,
+    weight: float | Tensor,
     inplace: bool,
     strategy: str,
     backend: str,
-) -> tuple[Tensor, Call]:
-    """(alpha as (C,), everything else) of a call of :func:`vidfast.gaussian_nll`, whose arguments these are.
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Call, Weights | None]:
+    """(alpha as (C,), all but tensors, weights that are tensors) of a call of :func:`vidfast.gaussian_nll`.
+
+    The arguments are that function's.
 
     Raises:
         TypeError, ValueError: An argument is not as it must be.
     """
     channel, alpha = check_tensors(mean, target, alpha, channel_dim)
-    eps, weight = check_options(eps, reduction, weight, strategy, full, inplace)
+    weights = weights_of(mask, weight, mean, channel)
+    eps, weight = check_options(eps, reduction, number_of(weight), strategy, full, inplace)
     if reduction == "batchmean" and channel == 0:
         raise ValueError(
             "reduction='batchmean' needs a batch in dimension 0, but channel_dim=0 is the channels"
@@ -83,8 +96,9 @@ def check_call(
         )
     # A Python number made from a traced shape would be another graph for every batch size: an operator makes its own.
     counted = reduction != "none" and type(mean.numel()) is int and not torch.compiler.is_compiling()
-    k = loss_factor(mean.shape, reduction, weight) if counted else 0.0
-    return alpha, Call(channel, eps, reduction, full, weight, inplace, strategy, backend, k)
+    masked = mask is not None
+    k = loss_factor(mean.shape, reduction, weight, masked) if counted else 0.0
+    return alpha, Call(channel, eps, reduction, full, weight, inplace, strategy, backend, k, masked), weights
 
 
 def in_one_pass(strategy: str, mean_needs: bool, target_needs: bool, dtype: torch.dtype) -> bool:
@@ -104,18 +118,19 @@ def in_one_pass(strategy: str, mean_needs: bool, target_needs: bool, dtype: torc
     return strategy == "one_pass" or (strategy == "auto" and not target_needs and dtype is not torch.float16)
 
 
-def loss_factor(shape: Sequence[int], reduction: str, weight: float) -> float:
+def loss_factor(shape: Sequence[int], reduction: str, weight: float, masked: bool = False) -> float:
     """k of :class:`Call`, for tensors of this shape.
 
     Args:
         shape: Of mean and target.
         reduction: One of SCALAR_REDUCTIONS.
         weight: The factor of the loss.
+        masked: Whether there is a mask. "mean" is then still to be divided by C times its sum.
 
     Raises:
         ValueError: It is none of those.
     """
-    if reduction == "sum":
+    if reduction == "sum" or (reduction == "mean" and masked):
         return weight
     if reduction == "mean":
         count = math.prod(shape)
@@ -284,6 +299,24 @@ def check_options(
     return eps, weight
 
 
+def as_weight(weight: float | Tensor) -> float | Tensor:
+    """`weight` as Python's float, or as a tensor of one number on any device.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: The number is not finite, or the tensor not one number without gradient.
+    """
+    if not isinstance(weight, Tensor):
+        return check_weight(weight)
+    check_factor(weight)
+    return weight  # itself: what is written into it later counts
+
+
+def number_of(weight: float | Tensor) -> float:
+    """The part of `weight` that is known on the host: itself, or 1 where it is a tensor."""
+    return 1.0 if isinstance(weight, Tensor) else weight
+
+
 def check_weight(weight: float) -> float:
     """`weight` as Python's float.
 
@@ -291,10 +324,6 @@ def check_weight(weight: float) -> float:
         TypeError: It is not a number.
         ValueError: It is not finite.
     """
-    if isinstance(weight, Tensor):
-        raise TypeError(
-            f"weight must be a number, got {type(weight).__name__}: multiply the loss by a tensor outside"
-        )
     weight = _number("weight", weight)
     if not -math.inf < weight < math.inf:  # torch.compile traces this, and not math.isfinite
         raise ValueError(f"weight must be finite, got {weight}")

@@ -7,7 +7,7 @@ two_pass keeps mean and target and computes the gradients, times g, in backward.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from vidfast._torch import (
 )
 from vidfast.arguments import Call, in_one_pass
 from vidfast.backends.plain import reference_nll
+from vidfast.positions import Counts, Weights
 from vidfast.raw import NO_FORWARD_MODE, restored, savable, save
 from vidfast.recall import Settled
 from vidfast.scaling import not_twice
@@ -42,16 +43,17 @@ def run_strategy(mean: Tensor, target: Tensor, alpha: Tensor, settled: Settled) 
         RuntimeError: In place, d/d mean would destroy what other code still uses.
     """
     loss: Tensor
-    call = settled.call
+    call, weights = settled.call, settled.weights
     if in_one_pass(call.strategy, mean.requires_grad, target.requires_grad, mean.dtype):
         if call.inplace:
-            _check_inplace(mean, target, alpha)
+            _check_inplace(mean, target, alpha, weights)
         loss = _apply(OnePass, settled)(mean, target, alpha, settled)[0]
     elif torch.is_grad_enabled() and (mean.requires_grad or target.requires_grad or alpha.requires_grad):
         loss = _apply(TwoPass, settled)(mean, target, alpha, settled)
     else:
         assert settled.backend is not None
-        loss = primitives.forward(settled.backend, mean, target, alpha, call, settled.layout)[0]
+        counts = primitives.counted(settled.backend, mean, target, call, weights, settled.layout)
+        loss = primitives.forward(settled.backend, mean, target, alpha, call, settled.layout, counts)[0]
     return loss
 
 
@@ -60,7 +62,7 @@ def _apply(function: type[torch.autograd.Function], settled: Settled) -> Callabl
     return plain_apply(function) if settled.recalled else function.apply
 
 
-def _check_inplace(mean: Tensor, target: Tensor, alpha: Tensor) -> None:
+def _check_inplace(mean: Tensor, target: Tensor, alpha: Tensor, weights: Weights | None) -> None:
     """Checks that d/d mean may be written over mean.
 
     Raises:
@@ -68,7 +70,11 @@ def _check_inplace(mean: Tensor, target: Tensor, alpha: Tensor) -> None:
     """
     begin, end = _extent(mean)
     shared = None
-    for name, other in (("alpha", alpha), ("target", target)):
+    others = [("alpha", alpha), ("target", target)]
+    if weights is not None:
+        named = zip(("mask", "weight"), weights, strict=True)
+        others += [(name, x) for name, x in named if x is not None and x.numel()]
+    for name, other in others:
         other_begin, other_end = _extent(other)
         if begin < other_end and other_begin < end:
             shared = name
@@ -127,9 +133,12 @@ class OnePass(torch.autograd.Function):
         ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, settled: Settled
     ) -> tuple[Tensor, Tensor]:
         """(loss, grad_alpha), of what :func:`run_strategy` was given."""
-        call, _, backend, layout, _ = settled
+        call, _, backend, layout, _, weights = settled
         assert backend is not None
-        loss, grad_mean, grad_alpha = primitives.forward_grad(backend, mean, target, alpha, call, layout)
+        counts = primitives.counted(backend, mean, target, call, weights, layout)
+        loss, grad_mean, grad_alpha = primitives.forward_grad(
+            backend, mean, target, alpha, call, layout, counts
+        )
         if call.inplace:
             # a producer that saved its output now finds it changed, instead of using a gradient for it
             torch.autograd.graph.increment_version(mean)
@@ -173,13 +182,20 @@ class TwoPass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, settled: Settled) -> Tensor:
         """The loss, of what :func:`run_strategy` was given."""
-        call, _, backend, layout, _ = settled
+        call, _, backend, layout, _, weights = settled
         assert backend is not None
-        loss, sum_sq = primitives.forward(backend, mean, target, alpha, call, layout)
+        counts = primitives.counted(backend, mean, target, call, weights, layout)
+        loss, sum_sq = primitives.forward(backend, mean, target, alpha, call, layout, counts)
         wants = ctx.needs_input_grad
         # for alpha alone the sums of squares are enough, and the activations go free
-        activations = (savable(mean), savable(target)) if wants[0] or wants[1] else ()
-        save(ctx, savable(alpha), sum_sq, *activations)
+        with_activations = wants[0] or wants[1]
+        activations = (savable(mean), savable(target)) if with_activations else (None, None)
+        if weights is None or counts is None:
+            save(ctx, savable(alpha), sum_sq, *activations)
+        else:
+            positions = counts.positions if with_activations else None
+            more = (None if x is None else savable(x) for x in (positions, weights.factor))
+            save(ctx, savable(alpha), sum_sq, *activations, counts.totals, *more)
         ctx.call, ctx.backend = call, backend
         ctx.shape = mean.shape
         return loss
@@ -190,12 +206,14 @@ class TwoPass(torch.autograd.Function):
         call: Call = ctx.call
         wants: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
         found, _ = restored(ctx, g.device)
-        alpha, sum_sq, *activations = (x for x in found if x is not None)
+        alpha, sum_sq, mean, target, totals, positions, factor = (*found, None, None, None)[:7]
+        assert alpha is not None and sum_sq is not None  # noqa: PT018
+        counts = None if totals is None else Counts(positions, totals)
         if torch.is_grad_enabled():
-            return (*_differentiable(g, alpha, sum_sq, activations, ctx.shape, call, wants), None)
-        mean, target = activations or (None, None)
+            saved = _Saved(alpha, sum_sq, mean, target, counts, factor)
+            return (*_differentiable(g, saved, ctx.shape, call, wants), None)
         grads = primitives.backward(
-            ctx.backend, incoming(g), mean, target, alpha, sum_sq, ctx.shape, call, wants
+            ctx.backend, incoming(g), mean, target, alpha, sum_sq, ctx.shape, call, wants, counts
         )
         return (*grads, None)
 
@@ -205,28 +223,37 @@ class TwoPass(torch.autograd.Function):
         raise RuntimeError(NO_FORWARD_MODE)
 
 
+class _Saved(NamedTuple):
+    """What two_pass kept; mean and target, and the positions' weights, where a gradient of theirs is wanted."""
+
+    alpha: Tensor
+    sum_sq: Tensor
+    mean: Tensor | None
+    target: Tensor | None
+    counts: Counts | None
+    factor: Tensor | None
+
+
 def _differentiable(
-    g: Tensor,
-    alpha: Tensor,
-    sum_sq: Tensor,
-    activations: list[Tensor],
-    shape: torch.Size,
-    call: Call,
-    wants: tuple[bool, bool, bool],
+    g: Tensor, saved: _Saved, shape: torch.Size, call: Call, wants: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, ...]:
     """The same gradients as functions of g and the inputs, by way of the reference (create_graph=True)."""
     # Aliases: where target or alpha is computed from mean, a gradient of mean itself would hold their paths too,
     # and autograd, which follows those paths anyway, would count them twice.
-    alpha = alpha.view_as(alpha)
-    if activations:
-        mean, target = (x.view_as(x) for x in activations)
+    alpha, counts = saved.alpha.view_as(saved.alpha), saved.counts
+    if saved.mean is not None and saved.target is not None:
+        mean, target = (x.view_as(x) for x in (saved.mean, saved.target))
         inputs = (mean, target, alpha)
-        loss = reference_nll(mean, target, alpha, call)
+        positions = None if counts is None else counts.positions
+        mask = positions
+        if mask is not None and mask.dim() < mean.dim():
+            mask = mask.unsqueeze(call.channel)
+        loss = reference_nll(mean, target, alpha, call, Weights(mask, saved.factor))
     else:
         inputs = (alpha, alpha, alpha)  # only the last is wanted
         variance = reference.variance(alpha, call.eps, torch.float64)
-        count = shape.numel() // shape[call.channel]
-        loss = (call.k * 0.5 * (count * torch.log(variance) + sum_sq / variance).sum()).to(g.dtype)
+        m, k = (shape.numel() // shape[call.channel], call.k) if counts is None else counts.totals
+        loss = (k * 0.5 * (m * torch.log(variance) + saved.sum_sq / variance).sum()).to(g.dtype)
     wanted = [x for x, w in zip(inputs, wants, strict=True) if w]
     found = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
     return tuple(next(found) if w else None for w in wants)

@@ -12,31 +12,36 @@ from vidfast._torch import has_tangent, in_forward_mode, in_functorch, in_transf
 from vidfast._version import __version__
 from vidfast.arguments import Call
 from vidfast.backends.base import Backend
+from vidfast.positions import Weights
 from vidfast.raw import NO_FORWARD_MODE, PLAIN_TYPES, not_raw
 from vidfast.recall import KERNELS, OPERATOR, REFERENCE
 
 
-def choose_way(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> tuple[str, Backend | None]:
+def choose_way(
+    mean: Tensor, target: Tensor, alpha: Tensor, call: Call, weights: Weights | None = None
+) -> tuple[str, Backend | None]:
     """(one of the ways of :mod:`vidfast.recall`, the back end whose kernels compute it, if any do) of a checked call.
 
     Args:
         mean: mu(s).
         target: t, mean's shape.
         alpha: (C,).
-        call: Everything else.
+        call: Everything else but tensors.
+        weights: The tensors among it.
 
     Raises:
         ValueError: There is no such back end, or none for this reduction.
         RuntimeError: The back end asked for cannot run, or a transform of torch's cannot see into kernels.
     """
-    way = _way(mean, target, alpha, call)
+    tensors = [mean, target, alpha, *(weights.tensors if weights else ())]
+    way = _way(tensors, call)
     if way != KERNELS:
         return way, None
-    backend = backends.choose(call.backend, mean, target, alpha, not_raw(mean, target, alpha))
+    backend = backends.choose(call.backend, mean, target, alpha, not_raw(*tensors))
     return (KERNELS, backend) if backend is not backends.PLAIN and mean.numel() else (REFERENCE, None)
 
 
-def _way(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> str:
+def _way(tensors: list[Tensor], call: Call) -> str:
     """REFERENCE, OPERATOR, or KERNELS: those of the back end that is chosen then, if one is."""
     if call.reduction == "none":
         if call.backend not in ("auto", "reference"):
@@ -45,17 +50,17 @@ def _way(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> str:
             )
         return REFERENCE
     if torch.compiler.is_compiling():
-        compiles = compiles_to_operator(call.backend, mean, target, alpha)
+        compiles = compiles_to_operator(call.backend, *tensors)
         return OPERATOR if compiles else REFERENCE
     if call.backend == "reference":
         return REFERENCE
     if call.backend != "auto":
         backends.check_name(call.backend)
-    if in_functorch(mean, target, alpha):
+    if in_functorch(*tensors):
         raise RuntimeError(
             "vidfast.gaussian_nll cannot run inside torch.func transforms on its kernels: use backend='reference'"
         )
-    if in_forward_mode() and has_tangent(mean, target, alpha):
+    if in_forward_mode() and has_tangent(*tensors):
         raise RuntimeError(NO_FORWARD_MODE)
     return KERNELS
 

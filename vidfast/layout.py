@@ -94,6 +94,21 @@ def layout_without(shape: Sequence[int], channel: int) -> Layout:
 
 
 @lru_cache(maxsize=4096)
+def position_strides(shape: tuple[int, ...], channel: int, dense: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The strides of one number a position, [outer, inner] without gaps in mean's order of dimensions.
+
+    Args:
+        shape: Of mean.
+        channel: The dimension of its channels, which the result leaves out.
+        dense: As `Layout.dense`.
+    """
+    dims = [d for d in range(len(shape)) if d != channel]
+    order = dims if dense is None else sorted(dims, key=lambda d: -dense[d])
+    strides = _dense(shape, tuple(order))
+    return tuple(strides[d] for d in dims)
+
+
+@lru_cache(maxsize=4096)
 def _contiguous_layout(shape: tuple[int, ...], channel: int) -> Layout:
     row = math.prod(shape[channel:])
     return Layout(math.prod(shape[:channel]), shape[channel], row // shape[channel], row, row)

@@ -13,13 +13,14 @@ from vidfast.arguments import (
     BackendName,
     Reduction,
     Strategy,
+    as_weight,
     check_channel_dim,
     check_initial_variance,
     check_options,
     check_size,
     check_tensors,
-    check_weight,
     inverse_softplus,
+    number_of,
 )
 from vidfast.backends.plain import reference_nll
 from vidfast.recall import KERNELS, OPERATOR, settled
@@ -34,10 +35,11 @@ def gaussian_nll(
     eps: float = 1e-5,
     reduction: Reduction = "mean",
     full: bool = False,
-    weight: float = 1.0,
+    weight: float | Tensor = 1.0,
     inplace: bool = False,
     strategy: Strategy = "auto",
     backend: BackendName = "auto",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """-log q(t|s) of equation 5 (Ahn et al., CVPR 2019), fused: `sum log sigma_c + (t - mean)^2 / (2 sigma_c^2)`.
 
@@ -57,7 +59,8 @@ def gaussian_nll(
         full: Adds the constant 1/2 log(2 pi) per element.
         weight: A factor of the loss. It belongs in here rather than outside: `backward()` then arrives with
             a gradient of 1, for which the one-pass strategy has nothing left to do. Compiled, its first change
-            makes a second graph, and no later one does.
+            makes a second graph, and no later one does. A number, or a tensor of one element on mean's device, which
+            is read there and not waited for: 1 over a number of tokens that was summed over all processes, say.
         inplace: d/d mean is written over `mean` where the strategy is one_pass and mean requires grad, else
             it is ignored. Code that reads mean *after* this call reads a gradient, and autograd cannot know: use it
             only on an activation that nothing else reads, such as the output of your own last convolution. A
@@ -66,6 +69,13 @@ def gaussian_nll(
             gradients of target and second derivatives; "auto" is one_pass, but two_pass for fp16 (whose loss
             scaler's factor must come before rounding) and where target requires grad.
         backend: "auto", "reference" (plain PyTorch), or a back end by name; see :func:`vidfast.info`.
+        mask: A weight w_p of 0 or more for each position (a pixel, a token, a sample), the same for all channels: bool,
+            integers as tokenizers give them, or any floating dtype, without gradient. Its shape is mean's without the
+            channels, or mean's with 1 in their place, where any other size may be 1 too, or (B,), a weight a sample.
+            "sum" is then sum_p w_p sum_c nll, "mean" that over C sum_p w_p, "batchmean" over B, "none" w_p nll. Where
+            w_p is 0, mean and target are not used, NaN or not, and their gradients are 0. Where nothing is selected
+            the loss is 0, and so is every gradient. A negative weight is an error on the CPU and not looked for on a
+            GPU.
 
     Returns:
         A scalar, fp64 if mean or target is, else fp32; mean's shape for reduction="none".
@@ -75,12 +85,12 @@ def gaussian_nll(
         RuntimeError: The back end asked for cannot run, or `inplace` would destroy what other code still uses.
     """
     options = (channel_dim, eps, reduction, full, inplace, strategy, backend)
-    alpha, found = settled(mean, target, alpha, options, weight, dispatch.choose_way)
+    alpha, found = settled(mean, target, alpha, options, weight, dispatch.choose_way, mask)
     if found.way == KERNELS:
         return autograd.run_strategy(mean, target, alpha, found)
     if found.way == OPERATOR:
-        return ops.call_operator(mean, target, alpha, found.call)
-    return reference_nll(mean, target, alpha, found.call)
+        return ops.call_operator(mean, target, alpha, found.call, found.weights)
+    return reference_nll(mean, target, alpha, found.call, found.weights)
 
 
 def log_likelihood_map(
@@ -130,16 +140,20 @@ def adopt_variances(
 class Weighted(nn.Module):
     """A loss whose factor is checked when it is set."""
 
-    _weight: float
+    _weight: float | Tensor
 
     @property
-    def weight(self) -> float:
-        """A factor of the loss, to be set at any time; compiled, its first change makes a second graph."""
+    def weight(self) -> float | Tensor:
+        """A factor of the loss, to be set at any time: a number, or a tensor of one element on the activations' device.
+
+        Compiled, a number's first change makes a second graph. A tensor stays where it is: it is no buffer, which
+        `.to()` would move and `state_dict()` hold.
+        """
         return self._weight
 
     @weight.setter
-    def weight(self, value: float) -> None:
-        self._weight = check_weight(value)
+    def weight(self, value: float | Tensor) -> None:
+        self._weight = as_weight(value)
 
 
 class GaussianNLL(Weighted):
@@ -169,7 +183,7 @@ class GaussianNLL(Weighted):
         eps: float = 1e-5,
         reduction: Reduction = "mean",
         full: bool = False,
-        weight: float = 1.0,
+        weight: float | Tensor = 1.0,
         inplace: bool = False,
         strategy: Strategy = "auto",
         backend: BackendName = "auto",
@@ -178,7 +192,8 @@ class GaussianNLL(Weighted):
     ) -> None:
         super().__init__()
         self.num_channels = check_size("num_channels", num_channels)
-        self.eps, self._weight = check_options(eps, reduction, weight, strategy, full, inplace)
+        self.eps, _ = check_options(eps, reduction, number_of(weight), strategy, full, inplace)
+        self._weight = as_weight(weight)
         self.channel_dim = check_channel_dim(channel_dim)
         backends.check_name(backend)
         self.init_var = check_initial_variance("init_var", init_var, self.eps)
@@ -202,12 +217,12 @@ class GaussianNLL(Weighted):
 
     if TYPE_CHECKING:  # nn.Module's own is Any
 
-        def __call__(self, mean: Tensor, target: Tensor) -> Tensor:
+        def __call__(self, mean: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
             """The loss; see `forward`."""
             ...
 
-    def forward(self, mean: Tensor, target: Tensor) -> Tensor:
-        """The loss; see :func:`gaussian_nll`."""
+    def forward(self, mean: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss; see :func:`gaussian_nll`, `mask` among it."""
         return gaussian_nll(
             mean,
             target,
@@ -220,6 +235,7 @@ class GaussianNLL(Weighted):
             inplace=self.inplace,
             strategy=self.strategy,
             backend=self.backend,
+            mask=mask,
         )
 
     def _load_from_state_dict(

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vidfast import primitive_ops
 from vidfast.arguments import Call, in_one_pass
-from vidfast.primitive_ops import LIBRARY, OPTIONS, define
+from vidfast.positions import Weights
+from vidfast.primitive_ops import LIBRARY, OPTIONS, TENSORS, WEIGHTS, define
 from vidfast.scaling import OF_OPERATORS, not_twice, scaled
 from vidfast.tracing import savable_in_graph, weight_in_graph
 
@@ -67,17 +68,26 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, factor: Tensor | None, *options: Any
+        ctx: Any,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        factor: Tensor | None,
+        channel: int,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of `primitive_ops.forward_grad`."""
-        for name, x in (("target", target), ("factor", factor)):
+        *options, backend, mask = (*rest, None)[:6]
+        for name, x in (("target", target), ("mask", mask), ("factor", factor)):
             if x is not None and x.requires_grad:
                 raise ValueError(f"{name} must not require grad in one pass, got a tensor that does")
-        loss, grad_mean, grad_alpha = primitive_ops.forward_grad(mean, target, alpha, factor, *options)
+        loss, grad_mean, grad_alpha = primitive_ops.forward_grad(
+            mean, target, alpha, factor, channel, *options, backend, mask
+        )
         ctx.mark_non_differentiable(grad_mean, grad_alpha)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_mean, grad_alpha, loss, alpha if alpha.requires_grad else None)
-        ctx.channel, ctx.backend = options[0], options[-1]
+        ctx.channel, ctx.backend = channel, backend
         ctx.alpha = alpha.shape, alpha.dtype
         return loss, grad_mean, grad_alpha
 
@@ -109,16 +119,22 @@ class _TwoPass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, target: Tensor, alpha: Tensor, *options: Any
+        ctx: Any,
+        mean: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor]:
         """Of `primitive_ops.forward`."""
-        loss, sum_sq = primitive_ops.forward(mean, target, alpha, *options)
+        *options, mask, factor = (*rest, None, None)[:8]
+        loss, sum_sq = primitive_ops.forward(mean, target, alpha, *rest)
         ctx.mark_non_differentiable(sum_sq)
         ctx.set_materialize_grads(False)
         # for alpha alone the sums of squares are enough, and the activations go free
         both = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        ctx.save_for_backward(mean if both else None, target if both else None, alpha, sum_sq, loss)
-        ctx.shape, ctx.options = mean.shape, options
+        kept = (mean, target) if both else (None, None)
+        ctx.save_for_backward(*kept, alpha, sum_sq, loss, mask, factor)
+        ctx.shape, ctx.options, ctx.given = mean.shape, options, len(rest)
         return loss, sum_sq
 
     @staticmethod
@@ -126,28 +142,30 @@ class _TwoPass(torch.autograd.Function):
         """The gradients that are wanted, times g."""
         grads: list[Tensor | None] = [None, None, None]
         if g is not None:
-            mean, target, alpha, sum_sq, origin = ctx.saved_tensors
-            want = ctx.needs_input_grad[:3]
+            mean, target, alpha, sum_sq, origin, mask, factor = ctx.saved_tensors
+            want, shape = ctx.needs_input_grad[:3], list(ctx.shape)
             found = iter(
-                primitive_ops.backward(g, mean, target, alpha, sum_sq, list(ctx.shape), *ctx.options, *want)
+                primitive_ops.backward(
+                    g, mean, target, alpha, sum_sq, shape, *ctx.options, *want, mask, factor
+                )
             )
             grads = [next(found) if wanted else None for wanted in want]
             if torch.is_grad_enabled():
                 grads = not_twice(origin, *grads, advice=OF_OPERATORS)
-        return (*grads, *(None for _ in ctx.options))
+        return (*grads, *(None for _ in range(ctx.given)))
 
 
 one_pass = differentiable(
-    "gaussian_nll_one_pass_v1",
-    f"(Tensor mean, Tensor target, Tensor alpha, Tensor? factor, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    "gaussian_nll_one_pass_v2",
+    f"({TENSORS}, Tensor? factor, {OPTIONS}, Tensor? mask=None) -> (Tensor, Tensor, Tensor)",
     primitive_ops.forward_grad_kernel,
     primitive_ops.forward_grad_fake,
     _OnePass.apply,
     primitive_ops.forward_grad,
 )
 two_pass = differentiable(
-    "gaussian_nll_two_pass_v1",
-    f"(Tensor mean, Tensor target, Tensor alpha, {OPTIONS}) -> (Tensor, Tensor)",
+    "gaussian_nll_two_pass_v2",
+    f"({TENSORS}, {OPTIONS}, {WEIGHTS}) -> (Tensor, Tensor)",
     primitive_ops.forward_kernel,
     primitive_ops.forward_fake,
     _TwoPass.apply,
@@ -155,23 +173,29 @@ two_pass = differentiable(
 )
 
 
-def call_operator(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
+def call_operator(
+    mean: Tensor, target: Tensor, alpha: Tensor, call: Call, weights: Weights | None = None
+) -> Tensor:
     """The loss by an operator, for :func:`vidfast.gaussian_nll` while it is traced.
 
     Args:
         mean: mu(s).
         target: t, mean's shape.
         alpha: (C,).
-        call: Everything else.
+        call: Everything else but tensors.
+        weights: The tensors among it.
     """
+    mask, given = (None, None) if weights is None else weights
+    given = None if given is None else given.reshape(1)  # which tells it from a number (`with_factor`)
     weight, factor, outside = weight_in_graph(call.weight, mean.is_cpu)
     options = (call.channel, call.eps, call.reduction, call.full, weight, call.backend)
     loss: Tensor
     if in_one_pass(call.strategy, mean.requires_grad, target.requires_grad, mean.dtype):
-        loss = one_pass(mean, target, alpha, factor, *options)[0]
+        loss = one_pass(mean, target, alpha, factor if given is None else given, *options, mask)[0]
         return loss if outside is None else outside * loss
-    kept = (savable_in_graph(x) for x in (mean, target, alpha))
-    loss = two_pass(*kept, *options)[0]
+    kept = [savable_in_graph(x) for x in (mean, target, alpha)]
+    kept_weights = (None if x is None else savable_in_graph(x) for x in (mask, given))
+    loss = two_pass(*kept, *options, *kept_weights)[0]
     # the second pass reads the incoming gradient anyway
     if factor is not None:
         outside = call.weight

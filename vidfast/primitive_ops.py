@@ -20,6 +20,7 @@ from vidfast._torch import has_tangent, left_alone, mutate_where_donated
 from vidfast.arguments import Call, check_options, check_tensors, check_weight, loss_factor
 from vidfast.backends import PLAIN
 from vidfast.backends.base import Backend
+from vidfast.positions import Counts, Weights, weights_of
 from vidfast.raw import DTYPES, NO_FORWARD_MODE, describe, not_raw, vector
 
 LIBRARY: Any = torch.library.Library("vidfast", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -29,7 +30,9 @@ _TAGS = (
     getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
 )
 
+TENSORS = "Tensor mean, Tensor target, Tensor alpha"
 OPTIONS = "int channel_dim, float eps, str reduction, bool full, float weight, str backend"
+WEIGHTS = "Tensor? mask=None, Tensor? factor=None"
 
 
 def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -60,18 +63,32 @@ def _checked(
     full: bool,
     weight: float,
     backend: str,
-) -> tuple[Backend, Tensor, Call]:
-    """(the back end, alpha as (C,), the call) of what a forward operator was given."""
+    mask: Tensor | None = None,
+) -> tuple[Backend, Tensor, Call, Counts | None]:
+    """(the back end, alpha as (C,), the call, what counts in it) of what a forward operator was given."""
     channel_dim, alpha = check_tensors(mean, target, alpha, channel_dim)  # by hand nothing was checked
     check_options(eps, reduction, weight)
-    if has_tangent(mean, target, alpha):  # a compiled graph would drop it
+    weight, weights = with_weights(mask, factor, weight, mean, channel_dim)
+    tensors = [mean, target, alpha, *(weights.tensors if weights else ())]
+    if has_tangent(*tensors):  # a compiled graph would drop it
         raise RuntimeError(NO_FORWARD_MODE)
-    weight = with_factor(weight, factor)
-    k = loss_factor(mean.shape, reduction, weight)
-    chosen = backends.choose(backend, mean, target, alpha, not_raw(mean, target, alpha))
+    masked = mask is not None
+    k = loss_factor(mean.shape, reduction, weight, masked)
+    chosen = backends.choose(backend, mean, target, alpha, not_raw(*tensors))
     if mean.numel() == 0:
         chosen = PLAIN
-    return chosen, alpha, Call(channel_dim, eps, reduction, full, weight, backend=backend, k=k)
+    call = Call(channel_dim, eps, reduction, full, weight, backend=backend, k=k, masked=masked)
+    return chosen, alpha, call, primitives.counted(chosen, mean, target, call, weights)
+
+
+def with_weights(
+    mask: Tensor | None, factor: Tensor | None, weight: float, like: Tensor, channel: int
+) -> tuple[float, Weights | None]:
+    """(the weight, what else there is of weights). A factor on the CPU is read, and is a part of the weight."""
+    read = factor is not None and factor.is_cpu and like.is_cpu
+    if read:
+        weight = with_factor(weight, factor)
+    return weight, weights_of(mask, None if read else factor, like, channel)
 
 
 def with_factor(weight: float, factor: Tensor | None) -> float:
@@ -84,19 +101,25 @@ def with_factor(weight: float, factor: Tensor | None) -> float:
         return weight
     if not factor.is_cpu or factor.numel() != 1 or not factor.is_floating_point():
         raise ValueError(f"factor must be one floating number on the CPU, got {describe(factor)}")
-    return check_weight(weight * factor.item())
+    # A scalar is a number that the program was given; of one dimension it is a tensor, whose value is the caller's.
+    found = weight * factor.item()
+    return found if factor.dim() else check_weight(found)
 
 
-def forward_kernel(mean: Tensor, target: Tensor, alpha: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """(loss, sum_sq): the scalar of :func:`vidfast.gaussian_nll` and S_c = sum (mean - target)^2 [C], fp64.
+def forward_kernel(mean: Tensor, target: Tensor, alpha: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """(loss, sum_sq): the scalar of :func:`vidfast.gaussian_nll` and S_c = sum w (mean - target)^2 [C], fp64.
 
-    Arguments are those of :func:`vidfast.gaussian_nll`.
+    Arguments are those of :func:`vidfast.gaussian_nll`; `factor`, one number, is a factor of weight.
     """
-    backend, alpha, call = _checked(mean, target, alpha, None, *options)
-    return primitives.forward(backend, mean, target, alpha, call)
+    channel_dim, eps, reduction, full, weight, backend = rest[:6]
+    mask, factor = (*rest[6:], None, None)[:2]
+    chosen, alpha, call, counts = _checked(
+        mean, target, alpha, factor, channel_dim, eps, reduction, full, weight, backend, mask
+    )
+    return primitives.forward(chosen, mean, target, alpha, call, counts=counts)
 
 
-def forward_fake(mean: Tensor, target: Tensor, alpha: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def forward_fake(mean: Tensor, target: Tensor, alpha: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """What they look like."""
     return _empty_loss(mean, target), mean.new_empty(alpha.numel(), dtype=torch.float64)
 
@@ -108,7 +131,7 @@ def _empty_loss(mean: Tensor, target: Tensor) -> Tensor:
 
 forward = define(
     "gaussian_nll_forward",
-    f"(Tensor mean, Tensor target, Tensor alpha, {OPTIONS}) -> (Tensor, Tensor)",
+    f"({TENSORS}, {OPTIONS}, {WEIGHTS}) -> (Tensor, Tensor)",
     forward_kernel,
     forward_fake,
 )
@@ -119,16 +142,14 @@ def forward_grad_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, d/d mean in its dtype and order of dimensions, d/d alpha [C] in fp64), both for g = 1.
 
-    Arguments are those of :func:`vidfast.gaussian_nll`; `factor`, one number on the CPU, is a factor of weight.
+    Arguments are those of :func:`vidfast.gaussian_nll`; `factor`, one number, is a factor of weight.
     """
-    backend, alpha, call = _checked(mean, target, alpha, factor, *options)
-    loss, grad_mean, grad_alpha = primitives.forward_grad(backend, mean, target, alpha, call)
+    backend, alpha, call, counts = _checked(mean, target, alpha, factor, *options)
+    loss, grad_mean, grad_alpha = primitives.forward_grad(backend, mean, target, alpha, call, counts=counts)
     return loss, laid_out(grad_mean, mean), grad_alpha
 
 
-def forward_grad_fake(
-    mean: Tensor, target: Tensor, alpha: Tensor, factor: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward_grad_fake(mean: Tensor, target: Tensor, alpha: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What they look like."""
     grad_alpha = mean.new_empty(alpha.numel(), dtype=torch.float64)
     return _empty_loss(mean, target), empty_like(mean, mean.dtype), grad_alpha
@@ -136,7 +157,7 @@ def forward_grad_fake(
 
 forward_grad = define(
     "gaussian_nll_forward_grad",
-    f"(Tensor mean, Tensor target, Tensor alpha, Tensor? factor, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"({TENSORS}, Tensor? factor, {OPTIONS}, Tensor? mask=None) -> (Tensor, Tensor, Tensor)",
     forward_grad_kernel,
     forward_grad_fake,
 )
@@ -158,31 +179,45 @@ def _backward(
     mean_wanted: bool,
     target_wanted: bool,
     alpha_wanted: bool,
+    mask: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients that are wanted, in the order mean, target, alpha, times g.
 
     mean and target may be None where alpha's gradient alone is wanted; `shape` is theirs.
     """
     check_options(eps, reduction, weight)
-    k = loss_factor(shape, reduction, weight)
     channel_dim %= len(shape)
     channels = shape[channel_dim]
     g, alpha = vector("g", g, 1, alpha.device), vector("alpha", alpha, channels, alpha.device)
     sum_sq = vector("sum_sq", sum_sq, channels, alpha.device, torch.float64)
+    tensors = (g, g, alpha)
     if mean is None or target is None:
         if mean_wanted or target_wanted:
             raise ValueError("mean and target must be given where a gradient of theirs is wanted, got None")
-        chosen = backends.choose(backend, g, g, alpha, not_raw(g, alpha))
     else:
         check_tensors(mean, target, alpha, channel_dim)
         if list(mean.shape) != list(shape):
             raise ValueError(f"shape must be that of mean, {tuple(mean.shape)}, got {tuple(shape)}")
-        chosen = backends.choose(backend, mean, target, alpha, not_raw(mean, target, alpha))
+        tensors = (mean, target, alpha)
+    # a tensor of mean's shape without mean's memory
+    like = g.new_empty(()).expand(list(shape)) if mean is None else mean
+    weight, weights = with_weights(mask, factor, weight, like, channel_dim)
+    obstacle = not_raw(*tensors, *(weights.tensors if weights else ()))
+    chosen = backends.choose(backend, *tensors, obstacle)
     if math.prod(shape) == 0:
         chosen = PLAIN
-    call = Call(channel_dim, eps, reduction, full, weight, backend=backend, k=k)
+    masked = mask is not None
+    k = loss_factor(shape, reduction, weight, masked)
+    call = Call(channel_dim, eps, reduction, full, weight, backend=backend, k=k, masked=masked)
+    if mean is None or target is None:
+        counts = primitives.counted_without(chosen, g, shape, call, weights)
+    else:
+        counts = primitives.counted(chosen, mean, target, call, weights)
     want = (mean_wanted, target_wanted, alpha_wanted)
-    grads = primitives.backward(chosen, g.resolve_neg(), mean, target, alpha, sum_sq, shape, call, want)
+    grads = primitives.backward(
+        chosen, g.resolve_neg(), mean, target, alpha, sum_sq, shape, call, want, counts
+    )
     likes = (mean, mean, alpha)
     return [
         laid_out(x, like) for x, like in zip(grads, likes, strict=True) if x is not None and like is not None
@@ -192,7 +227,7 @@ def _backward(
 def _backward_fake(
     g: Tensor, mean: Tensor | None, target: Tensor | None, alpha: Tensor, *rest: Any
 ) -> list[Tensor]:
-    mean_wanted, target_wanted, alpha_wanted = rest[-3:]
+    mean_wanted, target_wanted, alpha_wanted = rest[8:11]  # behind sum_sq, shape and the options
     grads = []
     if mean_wanted:
         assert mean is not None
@@ -208,7 +243,7 @@ def _backward_fake(
 backward = define(
     "gaussian_nll_backward",
     "(Tensor g, Tensor? mean, Tensor? target, Tensor alpha, Tensor sum_sq, SymInt[] shape, "
-    f"{OPTIONS}, bool mean_wanted, bool target_wanted, bool alpha_wanted) -> Tensor[]",
+    f"{OPTIONS}, bool mean_wanted, bool target_wanted, bool alpha_wanted, {WEIGHTS}) -> Tensor[]",
     _backward,
     _backward_fake,
 )

@@ -17,8 +17,75 @@ from vidfast.arguments import Call
 from vidfast.backends.base import Backend
 from vidfast.layout import Layout, RowLayout, layout_of, layout_without, rows_of
 from vidfast.memory import empty_dense, empty_loss
+from vidfast.positions import Counts, Weights, as_weights, expanded, positions_of
 
 _F64 = torch.float64
+
+
+def counted(
+    backend: Backend,
+    mean: Tensor,
+    target: Tensor,
+    call: Call,
+    weights: Weights | None,
+    layout: Layout | None = None,
+) -> Counts | None:
+    """What counts in a call with weights that are tensors; None where there are none.
+
+    Args:
+        backend: That supports the tensors.
+        mean: mu(s), any shape.
+        target: t, mean's shape.
+        call: Everything else; k is the part of it that is known here.
+        weights: Of the call.
+        layout: As in :func:`forward`.
+    """
+    if weights is None:
+        return None
+    mask, positions = weights.mask, None
+    if layout is None:
+        layout = layout_of(mean, target, call.channel, backend.walks)
+    if mask is not None and backend.walks:
+        positions = positions_of(mask, mean, target, call.channel, layout)
+    elif mask is not None:
+        positions = expanded(mask, mean.shape, call.channel)
+    return _counts(backend, positions, weights.factor, layout, call, mean)
+
+
+def counted_without(
+    backend: Backend, like: Tensor, shape: Sequence[int], call: Call, weights: Weights | None
+) -> Counts | None:
+    """The totals alone, where mean and target are not there.
+
+    Args:
+        backend: That supports the tensors.
+        like: A tensor on their device, of the loss's dtype.
+        shape: Of mean and target.
+        call: As in :func:`counted`.
+        weights: Of the call.
+    """
+    if weights is None:
+        return None
+    positions = None
+    if weights.mask is not None:
+        whole = expanded(weights.mask, shape, call.channel)
+        positions = as_weights(whole, like.dtype is _F64).contiguous()
+    counts = _counts(backend, positions, weights.factor, layout_without(shape, call.channel), call, like)
+    return counts._replace(positions=None)
+
+
+def _counts(
+    backend: Backend,
+    positions: Tensor | None,
+    factor: Tensor | None,
+    layout: Layout,
+    call: Call,
+    like: Tensor,
+) -> Counts:
+    totals = torch.empty(2, dtype=_F64, device=like.device)
+    channels = layout.channels if call.divides else 0
+    backend.total(positions, factor, layout.outer * layout.inner, call.k, channels, totals=totals)
+    return Counts(positions, totals)
 
 
 def forward(
@@ -28,6 +95,7 @@ def forward(
     alpha: Tensor,
     call: Call,
     layout: Layout | None = None,
+    counts: Counts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss and the sums of squares.
 
@@ -38,6 +106,7 @@ def forward(
         alpha: (C,).
         call: Everything else.
         layout: Of mean and target, by :func:`vidfast.layout.layout_of`; None: not known yet.
+        counts: By :func:`counted`.
 
     Returns:
         The loss, a scalar, fp64 if mean or target is, else fp32; S_c = sum (mean - target)^2, (C,) in fp64.
@@ -46,7 +115,7 @@ def forward(
     alpha = alpha.contiguous()
     loss = empty_loss(mean, target)
     sum_sq = torch.empty_like(alpha, dtype=_F64)
-    backend.forward(mean, target, alpha, layout, call, loss=loss, sum_sq=sum_sq)
+    backend.forward(mean, target, alpha, layout, call, loss=loss, sum_sq=sum_sq, counts=counts)
     return loss, sum_sq
 
 
@@ -57,6 +126,7 @@ def forward_grad(
     alpha: Tensor,
     call: Call,
     layout: Layout | None = None,
+    counts: Counts | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and its gradients for an incoming gradient of 1.
 
@@ -75,7 +145,15 @@ def forward_grad(
     grad_mean = mean.detach() if call.inplace else empty_dense(mean, layout.dense, mean.dtype)
     grad_alpha = torch.empty_like(alpha, dtype=_F64)
     backend.forward_grad(
-        mean, target, alpha, layout, call, loss=loss, grad_mean=grad_mean, grad_alpha=grad_alpha
+        mean,
+        target,
+        alpha,
+        layout,
+        call,
+        loss=loss,
+        grad_mean=grad_mean,
+        grad_alpha=grad_alpha,
+        counts=counts,
     )
     return loss, grad_mean, grad_alpha
 
@@ -90,6 +168,7 @@ def backward(
     shape: Sequence[int],
     call: Call,
     want: tuple[bool, bool, bool],
+    counts: Counts | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of mean, target and alpha, those that `want` names, times the scalar g.
 
@@ -103,12 +182,15 @@ def backward(
         shape: Of mean and target.
         call: Everything else.
         want: Whether the gradients of mean, of target and of alpha are wanted.
+        counts: forward's; its positions may be stored in any way.
 
     Returns:
         The gradients in the dtypes of mean, target and alpha, without gaps in mean's order of dimensions; None where
         one is not wanted.
     """
     alpha, sum_sq = alpha.contiguous(), sum_sq.contiguous()
+    if counts is not None:  # a saved-tensor hook may give them back laid out in any way
+        counts = counts._replace(totals=counts.totals.contiguous())
     grad_mean = grad_target = None
     if want[0] or want[1]:
         assert mean is not None, "gradients of the activations need the activations"
@@ -117,6 +199,9 @@ def backward(
         grad_mean = empty_dense(mean, layout.dense, mean.dtype) if want[0] else None
         # in mean's order of dimensions, so that one description serves all four tensors
         grad_target = empty_dense(mean, layout.dense, target.dtype) if want[1] else None
+        if counts is not None and counts.positions is not None and backend.walks:
+            positions = positions_of(counts.positions, mean, target, call.channel, layout)
+            counts = counts._replace(positions=positions)
     else:
         mean = target = None
         layout = layout_without(shape, call.channel)
@@ -132,6 +217,7 @@ def backward(
         grad_mean=grad_mean,
         grad_target=grad_target,
         grad_alpha=grad_alpha,
+        counts=counts,
     )
     return grad_mean, grad_target, grad_alpha
 

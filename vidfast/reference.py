@@ -65,21 +65,41 @@ def gaussian_nll(
     eps: float = 1e-5,
     reduction: str = "mean",
     full: bool = False,
-    weight: float = 1.0,
+    weight: float | Tensor = 1.0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The negative log-likelihood of `target` under N(mean, softplus(alpha) + eps), unchecked.
 
-    Shapes, dtypes and meanings are those of :func:`vidfast.gaussian_nll`. fp64 if mean or target is, else fp32.
+    Shapes, dtypes and meanings are those of :func:`vidfast.gaussian_nll`, but that the mask has mean's number of
+    dimensions. fp64 if mean or target is, else fp32.
     """
     with no_autocast(mean):
+        if mask is not None:
+            # before anything is computed: a derivative of NaN times 0 would be NaN
+            mean, target = (torch.where(mask != 0, x, torch.zeros_like(x)) for x in (mean, target))
         nll = _elementwise(mean, target, alpha, channel_dim, eps, full)
+        if isinstance(weight, Tensor):
+            weight = weight.to(nll.dtype).reshape(())
+        if mask is not None:
+            each = mask.to(nll.dtype)
+            nll = torch.where(mask != 0, each * nll, torch.zeros_like(nll))
+            if isinstance(weight, Tensor):  # one over nothing, say, where nothing is selected
+                weight = torch.where((mask != 0).any(), weight, torch.zeros_like(weight))
         if reduction == "none":
-            return weight * nll
+            return (
+                weight * nll if mask is None else torch.where(mask != 0, weight * nll, torch.zeros_like(nll))
+            )
         if reduction == "sum":
             return weight * nll.sum()
         if reduction == "batchmean":
-            return weight * nll.sum() / mean.shape[0]
-        return weight * nll.mean()
+            # of no sample with a mask: nothing is selected
+            return weight * nll.sum() / (mean.shape[0] if mask is None else max(mean.shape[0], 1))
+        if mask is None:
+            return weight * nll.mean()
+        shape = list(mean.shape)
+        shape[channel_dim] = 1
+        count = each.expand(shape).sum() * mean.shape[channel_dim]
+        return weight * nll.sum() / torch.where(count == 0, torch.ones_like(count), count)
 
 
 def log_likelihood_map(

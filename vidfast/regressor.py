@@ -12,11 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vidfast.arguments import BackendName, Call, Reduction
+from vidfast.arguments import BackendName, Call, Reduction, number_of
 from vidfast.head.stack import Stack, stack_of
 from vidfast.head.way import head_nll, note
 from vidfast.layers import is_pointwise, is_watched, own_rectifiers, owns_its_output
 from vidfast.nll import GaussianNLL, gaussian_nll
+from vidfast.pooling import without_unselected
+from vidfast.positions import weights_of
 from vidfast.raw import PLAIN_TYPES
 
 # From this size of its widest activation on, a stack of 1x1 convolutions is faster in channels_last on the CPU: oneDNN
@@ -33,11 +35,12 @@ def regressed_nll(
     channel_dim: int = 1,
     eps: float = 1e-5,
     reduction: Reduction = "mean",
-    weight: float = 1.0,
+    weight: float | Tensor = 1.0,
     inplace: bool = True,
     backend: BackendName = "auto",
     as_maps: bool = False,
     likelihood: GaussianNLL | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """-log q(target | student) of equation 5 (Ahn et al., CVPR 2019), whose mean the regressor predicts.
 
@@ -52,13 +55,15 @@ def regressed_nll(
         channel_dim: Where target's channels are.
         eps: The smallest variance.
         reduction: Of the loss.
-        weight: A factor of the loss.
+        weight: A factor of the loss, a number or a tensor as in :func:`vidfast.gaussian_nll`.
         inplace: Whether anything may be written over: the regressor's output by the gradient, its hidden activations
             by its ReLUs. What something else could see is left alone.
         backend: For the loss.
         as_maps: Whether a regressor of 1x1 nn.Conv2d gets features of other than two spatial axes as maps.
         likelihood: The module to call for the loss, with its hooks; its eps, reduction and backend stand for those
             above. None: the loss is computed from the arguments alone.
+        mask: A weight for each of target's positions, as in :func:`vidfast.gaussian_nll`. Where it is 0, 0 stands for
+            the student's values too.
 
     Returns:
         A scalar, fp64 if the mean or the target is, else fp32.
@@ -69,23 +74,32 @@ def regressed_nll(
     """
     if likelihood is not None:
         eps, reduction, backend = likelihood.eps, likelihood.reduction, likelihood.backend
+    weights = weights_of(mask, weight, target, channel_dim % max(target.dim(), 1))
     if not inplace:
         note("inplace=False")
     else:
         channel = channel_dim % max(student.dim(), 1)
         stack = _head_of(regressor, likelihood, student, channel, as_maps)
         if stack is not None:
-            call = Call(channel, eps, reduction, weight=weight, inplace=True, backend=backend)
-            loss = head_nll(stack, student, target, _alpha(alpha, likelihood), call)
+            call = Call(
+                channel, eps, reduction,
+                weight=number_of(weight), inplace=True, backend=backend, masked=mask is not None,
+            )  # fmt: skip
+            loss = head_nll(stack, student, target, _alpha(alpha, likelihood), call, weights)
             if loss is not None:
                 return loss
+    mask = None if weights is None else weights.mask
+    if mask is not None:
+        student = without_unselected(student, mask, channel_dim % student.dim())
     if as_maps and student.dim() != 4 and is_pointwise(regressor):
+        if mask is not None:
+            mask = _as_map(mask.expand(-1, -1, *target.shape[2:]))
         student, target = _as_map(student), _as_map(target)
     mean = regress(regressor, lay_out_for(regressor, student), target.shape, inplace=inplace)
     # Over the regressor's own last output, which nothing else reads: no N-sized allocation.
     inplace = inplace and owns_its_output(regressor)
     if likelihood is not None:
-        return _called(likelihood, mean, target, weight, inplace)
+        return _called(likelihood, mean, target, mask, weight, inplace)
     return gaussian_nll(
         mean,
         target,
@@ -96,6 +110,7 @@ def regressed_nll(
         weight=weight,
         inplace=inplace,
         backend=backend,
+        mask=mask,
     )
 
 
@@ -141,12 +156,20 @@ def _is_plain(likelihood: nn.Module) -> bool:
     )
 
 
-def _called(likelihood: GaussianNLL, mean: Tensor, target: Tensor, weight: float, inplace: bool) -> Tensor:
+def _called(
+    likelihood: GaussianNLL,
+    mean: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    weight: float | Tensor,
+    inplace: bool,
+) -> Tensor:
     """What resuming compares of a module does not depend on whether it was called: both are for this call alone."""
     before = likelihood.weight, likelihood.inplace
     likelihood.weight, likelihood.inplace = weight, inplace
     try:
-        loss: Tensor = likelihood(mean, target)
+        # one of the user's own may take no mask
+        loss: Tensor = likelihood(mean, target) if mask is None else likelihood(mean, target, mask)
     finally:
         likelihood.weight, likelihood.inplace = before
     return loss

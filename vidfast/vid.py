@@ -2,63 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vidfast import backends, reference
 from vidfast.arguments import (
     SCALAR_REDUCTIONS,
     BackendName,
     ScalarReduction,
+    as_weight,
     check_initial_variance,
     check_options,
     check_size,
     inverse_softplus,
+    number_of,
 )
 from vidfast.layers import weight_dtype
 from vidfast.nll import Weighted, adopt_variances
+from vidfast.pooling import match_masked
+from vidfast.pooling import match_spatial as match_spatial
 from vidfast.raw import DTYPES
 from vidfast.regressor import regressed_nll
-
-_POOL: dict[int, Callable[..., Tensor]] = {
-    1: F.adaptive_avg_pool1d,
-    2: F.adaptive_avg_pool2d,
-    3: F.adaptive_avg_pool3d,
-}
-
-
-def match_spatial(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both features at the smaller size of the two along every spatial axis, by adaptive average pooling.
-
-    (B, C, *spatial) each, with 0 to 3 spatial axes; only a side that is larger somewhere is pooled.
-
-    Args:
-        student: The student's feature.
-        teacher: The teacher's feature.
-
-    Raises:
-        ValueError: The numbers of axes or the batch sizes differ.
-    """
-    if student.dim() != teacher.dim() or student.dim() < 2 or student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            "student and teacher features must be (B, C, *spatial) with one batch and number of axes, got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    size = [min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-
-    def pooled(x: Tensor) -> Tensor:
-        if list(x.shape[2:]) == size:
-            return x
-        if len(size) not in _POOL:
-            raise ValueError(f"features of different size can have 1 to 3 spatial axes, got {tuple(x.shape)}")
-        out: Tensor = _POOL[len(size)](x, size)
-        return out
-
-    return pooled(student), pooled(teacher)
 
 
 def _check_reduction(reduction: ScalarReduction) -> ScalarReduction:
@@ -82,7 +48,8 @@ class VIDLoss(Weighted):
         num_target_channels: C, the teacher feature's channels.
         init_pred_var: The initial variance of every channel.
         eps: What softplus(log_scale) is raised by to a variance.
-        weight: A factor of the loss; in here it costs nothing.
+        weight: A factor of the loss; in here it costs nothing. A number, or a tensor of one element on the features'
+            device, as in :func:`vidfast.gaussian_nll`.
         reduction: "mean", "sum" or "batchmean", as in :func:`vidfast.gaussian_nll`.
         inplace: The gradient is written over the regressor's output, and its ReLUs over their inputs, which nothing
             is allocated for. On the CPU, in fp32, bf16 and fp16, the regressor and the loss are computed some
@@ -109,7 +76,7 @@ class VIDLoss(Weighted):
         init_pred_var: float = 5.0,
         eps: float = 1e-5,
         *,
-        weight: float = 1.0,
+        weight: float | Tensor = 1.0,
         reduction: ScalarReduction = "mean",
         inplace: bool = True,
         backend: BackendName = "auto",
@@ -125,7 +92,7 @@ class VIDLoss(Weighted):
                 ("num_target_channels", num_target_channels),
             )
         ]
-        eps, weight = check_options(eps, reduction, weight, inplace=inplace)
+        eps, _ = check_options(eps, reduction, number_of(weight), inplace=inplace)
         backends.check_name(backend)
         self.init_pred_var = check_initial_variance("init_pred_var", init_pred_var, eps)
         self.num_input_channels, hidden, self.num_target_channels = widths
@@ -139,7 +106,7 @@ class VIDLoss(Weighted):
         )
         self.inplace = inplace
         self.eps = eps
-        self._weight = weight
+        self._weight = as_weight(weight)
         self.reduction: ScalarReduction = _check_reduction(reduction)
         self.backend: BackendName = backend
         self.log_scale = nn.Parameter(torch.empty(self.num_target_channels, device=device, dtype=dtype))
@@ -157,11 +124,11 @@ class VIDLoss(Weighted):
 
     if TYPE_CHECKING:  # nn.Module's own is Any
 
-        def __call__(self, input: Tensor, target: Tensor) -> Tensor:
+        def __call__(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
             """The loss; see `forward`."""
             ...
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss, a scalar (fp64 if the teacher's feature or the regressor is, else fp32), detached from the teacher.
 
         Over an empty batch "sum" is 0 and "mean" is NaN, as torch's own losses are; the gradients are 0.
@@ -169,10 +136,14 @@ class VIDLoss(Weighted):
         Args:
             input: The student's feature, (B, num_input_channels, *spatial), 0 to 3 spatial axes, any floating dtype.
             target: The teacher's feature, (B, num_target_channels, *spatial), likewise.
+            mask: A weight of 0 or more for each position, as in :func:`vidfast.gaussian_nll`, of the size at which the
+                loss is computed or of at least that of both features: where maps are pooled, their values are weighted
+                means, and the mask is averaged down with them. Where a weight is 0 neither feature is used, and 0
+                stands for the student's before the first layer.
 
         Raises:
             TypeError: A feature is no tensor, or has no floating dtype.
-            ValueError: Channels, batch or number of axes do not fit.
+            ValueError: Channels, batch, number of axes or mask do not fit.
         """
         for name, x, channels in (
             ("input, the student's feature,", input, self.num_input_channels),
@@ -186,9 +157,13 @@ class VIDLoss(Weighted):
                 raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
             if x.dim() < 2 or x.shape[1] != channels:
                 raise ValueError(f"{name} must be (B, {channels}, *spatial), got {tuple(x.shape)}")
-        eps, weight = check_options(self.eps, self.reduction, self.weight, inplace=self.inplace)
+        eps, _ = check_options(self.eps, self.reduction, number_of(self.weight), inplace=self.inplace)
         reduction = _check_reduction(self.reduction)
-        student, teacher = match_spatial(input, target.detach())
+        teacher = target.detach()
+        if mask is None:
+            student, teacher = match_spatial(input, teacher)
+        else:
+            student, teacher, mask = match_masked(input, teacher, mask)
         dtype = weight_dtype(self.regressor)
         # autocast casts what goes into a convolution, but not from or to fp64
         cast = torch.float64 in (student.dtype, dtype) or not torch.is_autocast_enabled(student.device.type)
@@ -198,6 +173,7 @@ class VIDLoss(Weighted):
             # torch's convolutions take an empty batch, and no empty map
             reduction = "sum" if reduction == "batchmean" else reduction
             student, teacher = (x.reshape(0, x.shape[1], 1, 1) for x in (student, teacher))
+            mask = None if mask is None else mask.new_zeros(0, 1, 1, 1)
         return regressed_nll(
             self.regressor,
             student,
@@ -205,10 +181,11 @@ class VIDLoss(Weighted):
             self.log_scale,
             eps=eps,
             reduction=reduction,
-            weight=weight,
+            weight=self.weight,
             inplace=self.inplace,
             backend=self.backend,
             as_maps=True,
+            mask=mask,
         )
 
     def _load_from_state_dict(

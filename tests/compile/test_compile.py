@@ -143,7 +143,7 @@ def test_another_weight_is_another_loss() -> None:
 
 def test_the_graph_holds_the_operator() -> None:
     model = Student()
-    assert "vidfast.gaussian_nll_one_pass_v1.default" in operators(model, *batch(3))
+    assert "vidfast.gaussian_nll_one_pass_v2.default" in operators(model, *batch(3))
 
 
 @pytest.mark.parametrize("options", [{"backend": "reference"}, {"reduction": "none"}], ids=str)

@@ -78,7 +78,7 @@ def test_a_graph_takes_the_strategy_that_an_eager_call_takes(
         torch.compile(vidfast.gaussian_nll, backend=note, fullgraph=True)(m, t, a, strategy=strategy)
         vidfast.gaussian_nll(m, t, a, strategy=strategy)
     found = [name.split(".")[1] for name in names if name.startswith("vidfast.")]
-    assert found == ["gaussian_nll_one_pass_v1" if eager else "gaussian_nll_two_pass_v1"]
+    assert found == ["gaussian_nll_one_pass_v2" if eager else "gaussian_nll_two_pass_v2"]
 
 
 def test_a_graph_without_gradients_makes_none() -> None:
@@ -381,7 +381,7 @@ def test_an_exported_program_is_trained() -> None:
     x, t = torch.randn(4, 3, 5, 5), torch.randn(4, 6, 5, 5)
     program = torch.export.export(module, (x, t), dynamic_shapes=({0: size}, {0: size}))
     names = [str(node.target) for node in program.graph.nodes]
-    assert "vidfast.gaussian_nll_one_pass_v1.default" in names
+    assert "vidfast.gaussian_nll_one_pass_v2.default" in names
     loaded = program.module()
     for batch in (4, 9):
         x, t = torch.randn(batch, 3, 5, 5), torch.randn(batch, 6, 5, 5)
@@ -402,7 +402,7 @@ def test_a_program_exported_without_gradients_makes_none() -> None:
         program = torch.export.export(module, (m, t))
     for found in (program, program.run_decompositions()):
         names = [str(node.target).split(".") for node in found.graph.nodes if "vidfast" in str(node.target)]
-        assert [name[1] for name in names] in (["gaussian_nll_two_pass_v1"], ["gaussian_nll_forward"])
+        assert [name[1] for name in names] in (["gaussian_nll_two_pass_v2"], ["gaussian_nll_forward"])
         torch.testing.assert_close(found.module()(m, t), module(m, t))
 
 

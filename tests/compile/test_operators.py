@@ -14,8 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import vidfast
 from vidfast import backends, ops, primitive_ops
 
-FORWARD = torch.ops.vidfast.gaussian_nll_two_pass_v1.default
-ONE_PASS = torch.ops.vidfast.gaussian_nll_one_pass_v1.default
+FORWARD = torch.ops.vidfast.gaussian_nll_two_pass_v2.default
+ONE_PASS = torch.ops.vidfast.gaussian_nll_one_pass_v2.default
 FORWARD_GRAD = torch.ops.vidfast.gaussian_nll_forward_grad.default
 BACKWARD = torch.ops.vidfast.gaussian_nll_backward.default
 SCALE = torch.ops.vidfast.scale.default

@@ -122,7 +122,7 @@ def test_a_graph_that_is_there_already_refuses_a_dual_tensor(compiler: str) -> N
 
 
 def test_the_operator_called_by_hand_refuses_a_dual_tensor() -> None:
-    operator: Any = torch.ops.vidfast.gaussian_nll_two_pass_v1.default
+    operator: Any = torch.ops.vidfast.gaussian_nll_two_pass_v2.default
     with forward_ad.dual_level():
         for which in range(3):
             given = [M, T, A]

@@ -102,7 +102,7 @@ def operators(place: Place, case: Case, dtypes: tuple[torch.dtype, ...]) -> Iter
     mean, target, alpha = case.tensors(*dtypes, device=place.device)
     channel = case.channel_dim % len(case.shape)
     options = (channel, 1e-5, "mean", False, 1.5, place.name)
-    loss, sum_sq = torch.ops.vidfast.gaussian_nll_two_pass_v1(mean, target, alpha, *options)
+    loss, sum_sq = torch.ops.vidfast.gaussian_nll_two_pass_v2(mean, target, alpha, *options)
     yield "operator", [loss, sum_sq]
     g = torch.full_like(loss, -0.7)
     back = torch.ops.vidfast.gaussian_nll_backward

@@ -39,11 +39,15 @@ class Problem:
         self.biases = [torch.randint(-2, 3, (w.shape[0],)) / 4 if bias else None for w in self.weights]
         self.alpha = torch.linspace(-1.0, 3.0, widths[-1])
         self.k = 1.0 / self.target.numel()
+        self.counted: Tensor | None = None  # (batch, positions): what each counts
 
     def head(self, module: torch.dtype, **features: Tensor) -> HeadCall:
         stack = Stack(tuple(self.weights), tuple(self.biases), False)
         student, target = features.get("student", self.student), features.get("target", self.target)
-        return HeadCall(stack, student, target, self.alpha, Call(1, 1e-5, "mean", k=self.k), BACKEND, module)
+        head = HeadCall(stack, student, target, self.alpha, Call(1, 1e-5, "mean", k=self.k), BACKEND, module)
+        if self.counted is None:
+            return head
+        return head._replace(positions=self.counted, values=self.counted.sum(dtype=torch.float64).item())
 
     def run(
         self, module: torch.dtype = FP32, wanted: Wanted | None = None, **features: Tensor
@@ -61,14 +65,16 @@ class Problem:
         assert s is not None
         assert alpha is not None
         n, x = len(self.weights), s
+        target = features.get("target", self.target).double()
+        counted = torch.ones(()) if self.counted is None else self.counted.double()[:, None]
+        x, target = (torch.where(counted != 0, value, 0.0) for value in (x, target))
         for index in range(n):
             weight, bias = layered[index], layered[n + index]
             assert weight is not None
             x = torch.einsum("oc,bcp->bop", weight, torch.relu(x) if index else x)
             x = x if bias is None else x + bias[:, None]
         v = (torch.nn.functional.softplus(alpha) + 1e-5)[:, None]
-        target = features.get("target", self.target).double()
-        loss = self.k * (0.5 * (v.log() + (target - x) ** 2 / v)).sum()
+        loss = self.k * (counted * 0.5 * (v.log() + (target - x) ** 2 / v)).sum()
         inputs = [s, alpha, *layered]
         given = iter(torch.autograd.grad(loss, [x for x in inputs if x is not None]))
         return [loss.detach(), *(None if x is None else next(given) for x in inputs)]

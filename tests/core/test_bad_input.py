@@ -104,7 +104,10 @@ BAD: dict[str, tuple[Changes, type[Exception], list[str]]] = {
     "eps a tensor": ({"eps": lambda: torch.tensor(1e-5)}, TypeError, ["eps", "number", "Tensor"]),
     "weight NaN": ({"weight": lambda: math.nan}, ValueError, ["weight", "finite", "nan"]),
     "weight infinite": ({"weight": lambda: -math.inf}, ValueError, ["weight", "finite", "inf"]),
-    "weight a tensor": ({"weight": lambda: torch.tensor(2.0)}, TypeError, ["weight", "number", "Tensor"]),
+    "weight two numbers": ({"weight": lambda: torch.ones(2)}, ValueError, ["weight", "one element", "(2,)"]),
+    "weight with a gradient": (
+        {"weight": lambda: torch.tensor(2.0, requires_grad=True)}, ValueError, ["weight", "must not require grad"],
+    ),
     "weight None": ({"weight": lambda: None}, TypeError, ["weight", "number", "NoneType"]),
     "unknown reduction": ({"reduction": lambda: "average"}, ValueError, ["reduction", "batchmean", "'average'"]),
     "reduction None": ({"reduction": lambda: None}, ValueError, ["reduction", "'none'", "None"]),

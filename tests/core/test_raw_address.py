@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bounds import check_results
-from oracle import expected
+from oracle import Options, expected
 from places import Place
 from problems import BY_NAME, FP32
 from torch import Tensor, nn
@@ -87,6 +87,33 @@ def test_odd_tensors_take_the_reference(backend: Place, odd: str, which: int) ->
     assert float(loss) == pytest.approx(float(want.loss), rel=1e-5)
     with pytest.raises(RuntimeError, match=rf"backend='{backend.name}' cannot run"):
         backend.nll(*xs)
+
+
+@pytest.mark.parametrize("which", ["mask", "weight"])
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_odd_masks_and_weights_take_the_reference(
+    backend: Place, strategy: str, odd: str, which: str
+) -> None:
+    """After a call with plain ones, which nothing odd is taken for."""
+    m, t, a = tensors(backend.device)
+    given = {
+        "mask": torch.rand(5, 1, 7, 7).to(backend.device),
+        "weight": torch.tensor(0.5).to(backend.device),
+    }
+    want = expected(m, t, a, 1.0, Options(**given))
+    for _ in range(2):
+        assert float(vidfast.gaussian_nll(m, t, a, strategy=strategy, **given)) == pytest.approx(
+            float(want.loss), rel=1e-5
+        )
+    strange = ODD[odd](given[which])
+    given[which] = strange.detach() if strange.requires_grad else strange
+    if type(given[which]) is Tensor and not given[which].is_neg():
+        pytest.skip("detached it is plain")
+    loss = vidfast.gaussian_nll(m, t, a, strategy=strategy, **given)
+    assert float(loss) == pytest.approx(float(want.loss), rel=1e-5)
+    with pytest.raises(RuntimeError, match=rf"backend='{backend.name}' cannot run"):
+        backend.nll(m, t, a, strategy=strategy, **given)
 
 
 def test_parameters_are_plain(backend: Place) -> None:

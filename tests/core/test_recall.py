@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vidfast
@@ -92,6 +93,45 @@ def test_a_weight_that_changes_is_no_other_call(checked: list[Any]) -> None:
     ):
         with pytest.raises(error, match="weight must be"):
             vidfast.gaussian_nll(mean, target, alpha, weight=weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strategy", ["one_pass", "two_pass"])
+def test_masks_are_recalled_by_shape_and_dtype_and_never_by_value(strategy: str, checked: list[Any]) -> None:
+    mean, target, alpha = tensors()
+    masks = [torch.rand(3, 5, 5) < 0.5 for _ in range(3)]
+    others = [masks[0].float(), masks[0].unsqueeze(1), torch.tensor([1, 0, 2]), None]
+    wanted = [
+        results(mean, target, alpha, strategy=strategy, mask=x, backend="reference") for x in masks + others
+    ]
+    checked.clear()
+    for _ in range(2):
+        found = [results(mean, target, alpha, strategy=strategy, mask=x) for x in masks + others]
+        for some, exact in zip(found, wanted, strict=True):
+            for x, y in zip(some, exact, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+    assert len(checked) == 1 + len(others)
+    weight = torch.tensor(2.0)
+    for _ in range(3):
+        results(mean, target, alpha, strategy=strategy, mask=masks[0], weight=weight)
+        results(mean, target, alpha, strategy=strategy, weight=weight)
+    assert len(checked) == 3 + len(others)
+    weight.requires_grad_()
+    with pytest.raises(ValueError, match="must not require grad"):
+        results(mean, target, alpha, strategy=strategy, weight=weight)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_graph_traced_after_calls_alike_computes_what_they_do(mode: str) -> None:
+    """A tracer records torch's operators: what a kernel writes it would not see."""
+    mean, target, alpha = (x.detach() for x in tensors())
+
+    def loss(mean: Tensor, mask: Tensor) -> Tensor:
+        return vidfast.gaussian_nll(mean, target, alpha, mask=mask)
+
+    mask = torch.rand(3, 5, 5)
+    want = [loss(mean, mask) for _ in range(3)][-1]
+    traced = make_fx(loss, tracing_mode=mode, _allow_non_fake_inputs=True)(mean, mask)
+    torch.testing.assert_close(traced(mean, mask), want)
 
 
 def channels_last(x: Tensor) -> Tensor:

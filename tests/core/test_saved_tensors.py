@@ -303,7 +303,7 @@ def test_the_boundary_copies_what_lies_apart_and_nothing_else() -> None:
 
 
 BACKWARD: Any = torch.ops.vidfast.gaussian_nll_backward.default
-FORWARD: Any = torch.ops.vidfast.gaussian_nll_two_pass_v1.default
+FORWARD: Any = torch.ops.vidfast.gaussian_nll_two_pass_v2.default
 OPTIONS = (1, 1e-5, "mean", False, 1.0, "auto")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
 from guarded import LAYOUTS, REPEATING, SENTINELS
@@ -19,6 +20,9 @@ STRATEGIES = ("auto", "one_pass", "two_pass")
 G = (1.0, 1.0, -1.0, 3.5, 0.125, -0.7, 1024.0, 0.0)
 INCOMING = ("plain", "product", "slice", "negated")  # how g arrives; product: from g * loss
 WEIGHTS = (1.0, 1.0, -2.25, 0.01, 0.0)
+# A mask: its dtype, and its shape beside mean's. Floats are fractional weights.
+MASKS = ("none", "none", "bool", "bool", "uint8", "int64", "fp32", "fp64", "bf16")
+MASK_SHAPES = ("positions", "positions", "kept dimension", "sample", "broadcast", "strided")
 # How the call is made and differentiated; execute.py has a function for each.
 PATHS = (
     "grad",
@@ -77,6 +81,10 @@ class Case:
     hook: str
     outputs: str
     threads: int
+    mask: str
+    mask_shape: str
+    selected: float  # about which share of the positions counts
+    weight_on_device: bool
 
     @property
     def channel(self) -> int:
@@ -158,7 +166,20 @@ def make_case(seed: int) -> Case:
         inplace=rng.random() < 0.45 and mean_layout not in REPEATING,
         wanted=wanted, asked=wanted if everything else part_of(rng, wanted),
         path=path, hook=hook, outputs=rng.choice(OUTPUTS), threads=rng.choice((1, 2, 2, 3)),
+        **_positions(seed, shape, channel_dim % len(shape)),
     )  # fmt: skip
+
+
+def _positions(seed: int, shape: tuple[int, ...], channel: int) -> dict[str, Any]:
+    """The mask and where the weight is: drawn apart, so that the rest of a seed's case is what it always was."""
+    rng = Random(f"{seed} positions")
+    mask_shape = rng.choice(MASK_SHAPES)
+    if mask_shape == "sample" and (channel == 0 or len(shape) < 3):
+        mask_shape = "positions"
+    return {
+        "mask": rng.choice(MASKS), "mask_shape": mask_shape, "selected": rng.choice((0.0, 0.05, 0.5, 0.5, 0.9, 1.0)),
+        "weight_on_device": rng.random() < 0.25,
+    }  # fmt: skip
 
 
 def part_of(rng: Random, wanted: str) -> str:

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from bounds import RELATIVE, accumulates_in, check_gradient, check_results, check_scalar, ulps_allowed
+from bounds import (
+    RELATIVE,
+    accumulates_in,
+    check_gradient,
+    check_results,
+    check_scalar,
+    has_fractions,
+    ulps_allowed,
+)
 from cases import DTYPES, Case, make_case
 from guarded import ALWAYS_WALKED, REPEATING, Memory, Plan, plan
 from oracle import Expected, Options, expected
@@ -45,14 +53,40 @@ class NllCall(RandomCall):
     def __init__(self, case: Case, place: Place) -> None:
         super().__init__(case)
         self.place = place
-        self.options = {
+        self.options: dict[str, Any] = {
             "channel_dim": case.channel_dim,
             "eps": case.eps,
             "reduction": case.reduction,
             "full": case.full,
             "weight": case.weight,
         }
+        if case.weight_on_device:
+            self.options["weight"] = torch.tensor(case.weight, dtype=torch.float64, device=place.device)
+        if case.mask != "none":
+            self.options["mask"] = self._mask()
         self.mean, self.target, self.alpha = self._tensors()
+
+    def _mask(self) -> Tensor:
+        """About `selected` of the positions, in a shape that the call takes."""
+        case, random = self.case, np.random.default_rng(self.case.seed + 1)
+        shape = [n for d, n in enumerate(case.shape) if d != case.channel]
+        if case.mask_shape == "sample":
+            shape = [case.shape[0]]
+        elif case.mask_shape in ("kept dimension", "broadcast"):
+            shape = [1 if d == case.channel else n for d, n in enumerate(case.shape)]
+        if case.mask_shape == "broadcast":
+            shape = [n if random.uniform() < 0.6 else 1 for n in shape]
+        chosen = random.uniform(size=shape) < case.selected
+        # of few bits, so that no dtype rounds them
+        values = np.round(random.uniform(0.25, 4, size=shape) * 32) / 32 if case.mask in DTYPES else 1
+        found = torch.from_numpy(np.asarray(chosen * values))
+        kinds = {"bool": torch.bool, "uint8": torch.uint8, "int64": torch.int64, **DTYPES}
+        found = found.to(kinds[case.mask]).to(self.place.device)
+        if case.mask_shape == "strided" and found.dim():
+            wide = torch.ones(*found.shape, 2, dtype=found.dtype, device=found.device)
+            wide[..., 0] = found
+            found = wide[..., 0]
+        return found
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         case, random = self.case, np.random.default_rng(self.case.seed)
@@ -128,7 +162,8 @@ class NllCall(RandomCall):
     def _check_inplace(self, now: Tensor, before: Tensor) -> None:
         """mean's memory holds d/d mean for g = 1, or what it held before where inplace is ignored."""
         if self.case.one_pass:
-            ulps = ulps_allowed(now.dtype, scaled=False, on_gpu=now.device.type != "cpu")
+            fractional = has_fractions(self.options.get("mask"))
+            ulps = ulps_allowed(now.dtype, False, now.device.type != "cpu", fractional)
             check_gradient("mean after inplace", now, self.want(1.0).grad_mean, ulps)
         else:
             torch.testing.assert_close(now, before, rtol=0, atol=0, equal_nan=True)
@@ -176,7 +211,10 @@ class NllCall(RandomCall):
         if case.path == "create_graph" and not case.one_pass:
             check_roughly(want, loss, grads, g)
             return
-        check_results(want, loss, grads.get("m"), grads.get("t"), grads.get("a"), g=g, one_pass=case.one_pass)
+        check_results(
+            want, loss, grads.get("m"), grads.get("t"), grads.get("a"),
+            g=g, one_pass=case.one_pass, mask=self.options.get("mask"),
+        )  # fmt: skip
         check_not_finite("loss", loss, want.loss)
         if "a" in grads:
             check_not_finite("d/d alpha", grads["a"], want.grad_alpha)

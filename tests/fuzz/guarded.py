@@ -17,7 +17,7 @@ from torch import Tensor
 
 GUARD = 64  # elements on either side: whole cache lines, so that a tensor starts aligned unless it is shifted
 SENTINELS = ("nan", "bits", "exact")  # exact: the storage ends with the tensor, for AddressSanitizer
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Memory:
         extent = where.extent if math.prod(where.shape) else 0
         size = start + extent + guard
         buffer = torch.empty(size, dtype=dtype, device="cpu")
-        if self.sentinel == "bits":
+        if self.sentinel == "bits" or not dtype.is_floating_point:
             buffer.view(torch.uint8).fill_(0x7B)  # 6e4 in fp16, 1e36 in bf16 and fp32, 1e286 in fp64
         else:
             buffer.fill_(math.nan)

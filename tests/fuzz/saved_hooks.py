@@ -101,7 +101,11 @@ def pair(name: str, rng: Random, memory: Memory) -> tuple[Pack, Unpack]:
         "numpy": (_to_numpy, lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x),
         "file": (_to_file, _from_file),
         "fp64 and back": (_wide, lambda saved: saved[1].to(saved[0])),
-        "leaf": (lambda x: x.detach().clone(), lambda x: x.detach().clone().requires_grad_()),
+        # a mask's bytes can be none
+        "leaf": (
+            lambda x: x.detach().clone(),
+            lambda x: x.detach().clone().requires_grad_(x.dtype.is_floating_point),
+        ),
         "negated": (lambda x: x.detach().clone(), _negated),
         "subclass": (lambda x: x.detach().clone(), lambda x: x.as_subclass(Tagged)),
     }

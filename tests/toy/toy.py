@@ -15,6 +15,7 @@ from torch.nn.functional import softplus
 from vidfast import backends
 from vidfast.arguments import Call
 from vidfast.layout import Layout, RowLayout
+from vidfast.positions import Counts
 
 LARGE = 40.0  # from here on softplus(x) is x in fp64
 
@@ -52,12 +53,32 @@ class ToyBackend:
             return x.double() - y.double()
         return (x.float() - y.float()).double()
 
+    def _weighted(self, x: Tensor, layout: Layout, counts: Counts | None) -> Tensor:
+        """x (outer, C, inner) times the positions' weights; where one is 0, 0."""
+        if counts is None or counts.positions is None:
+            return x
+        w = counts.positions.as_strided((layout.outer, 1, layout.inner), (layout.inner, layout.inner, 1))
+        return torch.where(w != 0, w * x, 0.0)
+
+    def _m_and_k(self, layout: Layout, call: Call, counts: Counts | None) -> Any:
+        return (layout.outer * layout.inner, call.k) if counts is None else counts.totals
+
+    def total(
+        self, positions: Tensor | None, factor: Tensor | None, count: int, k: float, channels: int, *, totals: Tensor
+    ) -> None:  # fmt: skip
+        m = float(count) if positions is None else positions.double().sum().item()
+        k *= 1.0 if factor is None else factor.item()
+        totals[0] = m
+        totals[1] = k / (m * channels or 1.0) if m or positions is None else 0.0
+
     def _variance(self, alpha: Tensor, call: Call) -> Tensor:
         return softplus(alpha.double(), threshold=LARGE) + call.eps
 
-    def _of_alpha(self, alpha: Tensor, sum_sq: Tensor, layout: Layout, call: Call) -> Tensor:
-        v, m = self._variance(alpha, call), layout.outer * layout.inner
-        return call.k / 2 * (m - sum_sq / v) / v * alpha.double().sigmoid()
+    def _of_alpha(
+        self, alpha: Tensor, sum_sq: Tensor, layout: Layout, call: Call, counts: Counts | None
+    ) -> Tensor:
+        v, (m, k) = self._variance(alpha, call), self._m_and_k(layout, call, counts)
+        return k / 2 * (m - sum_sq / v) / v * alpha.double().sigmoid()
 
     def forward(
         self,
@@ -69,36 +90,41 @@ class ToyBackend:
         *,
         loss: Tensor,
         sum_sq: Tensor,
+        counts: Counts | None = None,
     ) -> None:
-        v, m = self._variance(alpha, call), layout.outer * layout.inner
-        sum_sq.copy_(self._residual(mean, target, layout).square().sum((0, 2)))
+        v, (m, k) = self._variance(alpha, call), self._m_and_k(layout, call, counts)
+        squares = self._residual(mean, target, layout).square()
+        sum_sq.copy_(self._weighted(squares, layout, counts).sum((0, 2)))
         constant = m * layout.channels * math.log(2 * math.pi) if call.full else 0.0
-        _store(loss, call.k / 2 * ((m * v.log() + sum_sq / v).sum() + constant))
+        _store(loss, k / 2 * ((m * v.log() + sum_sq / v).sum() + constant))
 
     def forward_grad(
         self, mean: Tensor, target: Tensor, alpha: Tensor, layout: Layout, call: Call, *,
-        loss: Tensor, grad_mean: Tensor, grad_alpha: Tensor,
+        loss: Tensor, grad_mean: Tensor, grad_alpha: Tensor, counts: Counts | None = None,
     ) -> None:  # fmt: skip
-        self.forward(mean, target, alpha, layout, call, loss=loss, sum_sq=grad_alpha)
-        grad_alpha.copy_(self._of_alpha(alpha, grad_alpha, layout, call))
+        self.forward(mean, target, alpha, layout, call, loss=loss, sum_sq=grad_alpha, counts=counts)
+        grad_alpha.copy_(self._of_alpha(alpha, grad_alpha, layout, call, counts))
+        k = self._m_and_k(layout, call, counts)[1]
         stride = layout.mean_stride if call.inplace else layout.channels * layout.inner
-        gradient = self._residual(mean, target, layout) * (call.k / self._variance(alpha, call)).view(
-            1, -1, 1
-        )
+        residual = self._weighted(self._residual(mean, target, layout), layout, counts)
+        gradient = residual * (k / self._variance(alpha, call)).view(1, -1, 1)
         _store(_view(grad_mean, layout, stride), gradient)
 
     def backward(
         self, g: Tensor, mean: Tensor | None, target: Tensor | None, alpha: Tensor, sum_sq: Tensor, layout: Layout,
         call: Call, *, grad_mean: Tensor | None, grad_target: Tensor | None, grad_alpha: Tensor | None,
+        counts: Counts | None = None,
     ) -> None:  # fmt: skip
+        k = self._m_and_k(layout, call, counts)[1]
         if mean is not None and target is not None:
-            scale = g.double() * call.k / self._variance(alpha, call)
-            gradient = self._residual(mean, target, layout) * scale.view(1, -1, 1)
+            scale = g.double() * k / self._variance(alpha, call)
+            residual = self._weighted(self._residual(mean, target, layout), layout, counts)
+            gradient = residual * scale.view(1, -1, 1)
             for out, values in ((grad_mean, gradient), (grad_target, -gradient)):
                 if out is not None:
                     _store(_view(out, layout, layout.channels * layout.inner), values)
         if grad_alpha is not None:
-            _store(grad_alpha, g.double() * self._of_alpha(alpha, sum_sq, layout, call))
+            _store(grad_alpha, g.double() * self._of_alpha(alpha, sum_sq, layout, call, counts))
 
     def scale(
         self, g: Tensor, rows: RowLayout | None, source: Tensor | None, grad_alpha: Tensor | None, *,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vidfast.arguments import Call
 from vidfast.layout import Layout, RowLayout
+from vidfast.positions import Counts
 
 
 class Backend(Protocol):
@@ -21,6 +22,12 @@ class Backend(Protocol):
         loss = k * sum_c [M/2 log v_c + S_c / (2 v_c)], and k N/2 log(2 pi) if `full`
         d loss / d mean = k r / v_c
         d loss / d alpha_c = k [M / (2 v_c) - S_c / (2 v_c^2)] sigmoid(alpha_c)
+
+    With `counts` there is a weight w_p for each of the outer * inner positions, the same for all channels: S_c is then
+    sum w_p r^2, M sum w_p, N M C, and d loss / d mean is k w_p r / v_c. Where w_p is 0, mean and target are not used,
+    whatever is there, and gradients are 0; where it is 0 for a whole tile, nothing of it is computed. M and k are then
+    the two numbers of `counts.totals`, which is read where it is stored, and not those of the layout and the call; so
+    they are where a weight alone is on the device, and `counts.positions` is None.
 
     mean, target and their gradients are walked as `layout` says: element (o, c, i) of mean is stored at
     `o * mean_stride + c * inner + i`, of target at `o * target_stride + ...`, and of outputs without gaps at
@@ -60,6 +67,31 @@ class Backend(Protocol):
     def info(self) -> dict[str, object]:
         """Facts for :func:`vidfast.info`: versions, devices, architectures."""
 
+    def total(
+        self,
+        positions: Tensor | None,
+        factor: Tensor | None,
+        count: int,
+        k: float,
+        channels: int,
+        *,
+        totals: Tensor,
+    ) -> None:
+        """Fills totals, (2,) in fp64, with M and k: what is known on the device alone.
+
+        M is the positions' sum, added in fp64 in a fixed order, or `count` where there are none; k is `k` times the
+        one number `factor`, where there is one, and divided by M `channels` if that is not 0. With positions k is 0
+        where M is, whatever the factor.
+
+        Args:
+            positions: (count,) without gaps, or shaped otherwise: uint8, fp32 or fp64; None: 1 each.
+            factor: One number, fp16, bf16, fp32 or fp64; None: 1.
+            count: Of positions.
+            k: As above.
+            channels: As above.
+            totals: What is filled, on the device of the others.
+        """
+
     def forward(
         self,
         mean: Tensor,
@@ -70,6 +102,7 @@ class Backend(Protocol):
         *,
         loss: Tensor,
         sum_sq: Tensor,
+        counts: Counts | None = None,
     ) -> None:
         """Fills the loss and sum_sq, (C,) in fp64: 2 N of traffic."""
 
@@ -84,6 +117,7 @@ class Backend(Protocol):
         loss: Tensor,
         grad_mean: Tensor,
         grad_alpha: Tensor,
+        counts: Counts | None = None,
     ) -> None:
         """Fills the loss, grad_mean and grad_alpha, (C,) in fp64, for an incoming gradient of 1: 3 N.
 
@@ -103,6 +137,7 @@ class Backend(Protocol):
         grad_mean: Tensor | None,
         grad_target: Tensor | None,
         grad_alpha: Tensor | None,
+        counts: Counts | None = None,
     ) -> None:
         """Fills the gradients that are there, times the scalar g: 3 N (4 for both activations').
 
@@ -152,6 +187,8 @@ class PartsBackend(Backend, Protocol):
         grad_alpha: Tensor | None,
         grad_weights: Sequence[Tensor | None],
         grad_biases: Sequence[Tensor | None],
+        positions: Tensor | None = None,
+        values: float = 0.0,
     ) -> None:
         """Fills the loss of a stack of layers, and for an incoming gradient of 1 every gradient that is there.
 
@@ -173,6 +210,10 @@ class PartsBackend(Backend, Protocol):
             grad_alpha: (C,) in fp64; None: the loss alone is wanted.
             grad_weights: (out, in) in fp32 without gaps, or None each.
             grad_biases: (out,) in fp32, or None each.
+            positions: (B, positions) without gaps, w_p >= 0: uint8 or fp32; None: 1 each. S_c is then sum w_p r^2, and
+                where w_p is 0 the student is taken as 0 before the first layer, whatever is there, its gradient is 0
+                and the target is not used; tiles in which nothing counts are not computed.
+            values: M, what the positions' weights sum to; read with them alone.
         """
 
     def rectify(self, x: Tensor, rounded: torch.dtype, positive: bool) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vidfast import reference
 from vidfast.arguments import Call
 from vidfast.layout import Layout, RowLayout
+from vidfast.positions import Counts, Weights
 
 
 class PlainBackend:
@@ -34,6 +35,25 @@ class PlainBackend:
         """There is nothing to know."""
         return {}
 
+    def total(
+        self,
+        positions: Tensor | None,
+        factor: Tensor | None,
+        count: int,
+        k: float,
+        channels: int,
+        *,
+        totals: Tensor,
+    ) -> None:
+        """As the protocol says."""
+        m = totals.new_full((), count) if positions is None else positions.sum(dtype=torch.float64)
+        each = totals.new_full((), k) if factor is None else factor.reshape(()).double() * k
+        if channels:
+            each = each / (m * channels)
+        if positions is not None:
+            each = torch.where(m == 0, torch.zeros_like(m), each)
+        totals.copy_(torch.stack([m, each]))
+
     def forward(
         self,
         mean: Tensor,
@@ -44,10 +64,16 @@ class PlainBackend:
         *,
         loss: Tensor,
         sum_sq: Tensor,
+        counts: Counts | None = None,
     ) -> None:
         """As the protocol says; the loss is the reference's."""
-        loss.copy_(reference_nll(mean, target, alpha, call))
-        sum_sq.copy_(_sums_of_squares(mean, target, call.channel))
+        if counts is None:
+            loss.copy_(reference_nll(mean, target, alpha, call))
+        else:
+            whole = call._replace(reduction="sum", weight=1.0)
+            of_sum = reference_nll(mean, target, alpha, whole, Weights(counts.positions, None))
+            loss.copy_(of_sum * counts.totals[1])
+        sum_sq.copy_(_sums_of_squares(mean, target, call.channel, counts))
 
     def forward_grad(
         self,
@@ -60,12 +86,13 @@ class PlainBackend:
         loss: Tensor,
         grad_mean: Tensor,
         grad_alpha: Tensor,
+        counts: Counts | None = None,
     ) -> None:
         """As the protocol says."""
-        self.forward(mean, target, alpha, layout, call, loss=loss, sum_sq=grad_alpha)
+        self.forward(mean, target, alpha, layout, call, loss=loss, sum_sq=grad_alpha, counts=counts)
         one = loss.new_ones(())
-        grad_alpha.copy_(_of_alpha(one, alpha, grad_alpha, layout, call))
-        grad_mean.copy_(_of_mean(one, mean, target, alpha, call))
+        grad_alpha.copy_(_of_alpha(one, alpha, grad_alpha, layout, call, counts))
+        grad_mean.copy_(_of_mean(one, mean, target, alpha, call, counts))
 
     def backward(
         self,
@@ -80,16 +107,17 @@ class PlainBackend:
         grad_mean: Tensor | None,
         grad_target: Tensor | None,
         grad_alpha: Tensor | None,
+        counts: Counts | None = None,
     ) -> None:
         """As the protocol says."""
         if mean is not None and target is not None:
-            of_mean = _of_mean(g, mean, target, alpha, call)
+            of_mean = _of_mean(g, mean, target, alpha, call, counts)
             if grad_mean is not None:
                 grad_mean.copy_(of_mean)
             if grad_target is not None:
                 grad_target.copy_(of_mean.neg())
         if grad_alpha is not None:
-            grad_alpha.copy_(_of_alpha(g, alpha, sum_sq, layout, call))
+            grad_alpha.copy_(_of_alpha(g, alpha, sum_sq, layout, call, counts))
 
     def scale(
         self,
@@ -109,8 +137,11 @@ class PlainBackend:
             scaled_alpha.copy_(grad_alpha * g.double())
 
 
-def reference_nll(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
+def reference_nll(
+    mean: Tensor, target: Tensor, alpha: Tensor, call: Call, weights: Weights | None = None
+) -> Tensor:
     """What the reference gives for a call: differentiable as often as asked."""
+    mask, factor = (None, None) if weights is None else weights
     return reference.gaussian_nll(
         mean,
         target,
@@ -119,29 +150,42 @@ def reference_nll(mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Te
         eps=call.eps,
         reduction=call.reduction,
         full=call.full,
-        weight=call.weight,
+        weight=call.weight if factor is None else factor.double() * call.weight,
+        mask=mask,
     )
 
 
-def _sums_of_squares(mean: Tensor, target: Tensor, channel: int) -> Tensor:
-    squares = (mean.double() - target.double()).square()
+def _weighted(x: Tensor, counts: Counts | None) -> Tensor:
+    """x times the positions' weights, and 0 where one is 0, whatever x is there."""
+    if counts is None or counts.positions is None:
+        return x
+    return torch.where(counts.positions != 0, counts.positions.to(x.dtype) * x, torch.zeros_like(x))
+
+
+def _sums_of_squares(mean: Tensor, target: Tensor, channel: int, counts: Counts | None) -> Tensor:
+    squares = _weighted((mean.double() - target.double()).square(), counts)
     return squares.movedim(channel, 0).flatten(1).sum(1) if mean.dim() > 1 else squares
 
 
-def _of_mean(g: Tensor, mean: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor:
+def _of_mean(
+    g: Tensor, mean: Tensor, target: Tensor, alpha: Tensor, call: Call, counts: Counts | None
+) -> Tensor:
     """g times d loss / d mean, in fp64 if mean or target is, else in fp32."""
     dtype = torch.float64 if torch.float64 in (mean.dtype, target.dtype) else torch.float32
     shape = [1] * mean.dim()
     shape[call.channel] = -1
-    factor = g.double() * call.k / reference.variance(alpha, call.eps, torch.float64)
-    return (mean.to(dtype) - target.to(dtype)) * factor.to(dtype).view(shape)
+    k = call.k if counts is None else counts.totals[1]
+    factor = g.double() * k / reference.variance(alpha, call.eps, torch.float64)
+    return _weighted(mean.to(dtype) - target.to(dtype), counts) * factor.to(dtype).view(shape)
 
 
-def _of_alpha(g: Tensor, alpha: Tensor, sum_sq: Tensor, layout: Layout, call: Call) -> Tensor:
+def _of_alpha(
+    g: Tensor, alpha: Tensor, sum_sq: Tensor, layout: Layout, call: Call, counts: Counts | None
+) -> Tensor:
     """g times d loss / d alpha, (C,) in fp64."""
     variance = reference.variance(alpha, call.eps, torch.float64)
-    count = layout.outer * layout.inner
-    return g.double() * call.k * 0.5 * (count - sum_sq / variance) / variance * torch.sigmoid(alpha.double())
+    count, k = (layout.outer * layout.inner, call.k) if counts is None else counts.totals
+    return g.double() * k * 0.5 * (count - sum_sq / variance) / variance * torch.sigmoid(alpha.double())
 
 
 PLAIN = PlainBackend()

@@ -14,8 +14,10 @@ from vidfast.arguments import (
     check_channel_dim,
     check_options,
     check_tensors,
+    number_of,
 )
 from vidfast.head.stack import Stack
+from vidfast.positions import Weights, weights_of
 from vidfast.raw import DTYPES
 
 _HINT = ": of a module pass its .weight and .bias"
@@ -30,17 +32,20 @@ def check_head(
     channel_dim: SupportsIndex,
     eps: float,
     reduction: str,
-    weight: float,
+    weight: float | Tensor,
     backend: str,
-) -> tuple[Stack, Tensor, Call]:
-    """(the layers, alpha as (C,), everything else) of a call of :func:`vidfast.vid_head`, whose arguments these are.
+    mask: Tensor | None = None,
+) -> tuple[Stack, Tensor, Call, Weights | None]:
+    """(the layers, alpha as (C,), all but tensors, weights that are tensors) of a call of :func:`vidfast.vid_head`.
+
+    The arguments are that function's.
 
     Raises:
         TypeError, ValueError: An argument is not as it must be.
     """
     if reduction not in SCALAR_REDUCTIONS:
         raise ValueError(f"reduction must be one of {SCALAR_REDUCTIONS}, got {reduction!r}")
-    eps, weight = check_options(eps, reduction, weight)
+    eps, number = check_options(eps, reduction, number_of(weight))
     _check_feature("target", target)
     _check_feature("student", student)
     given = check_channel_dim(channel_dim)
@@ -58,7 +63,11 @@ def check_head(
             "reduction='batchmean' needs a batch in dimension 0, but channel_dim=0 is the channels"
         )
     stack = _check_layers(weights, biases, student, target.shape[channel], channel)
-    return stack, alpha, Call(channel, eps, reduction, weight=weight, inplace=True, backend=backend)
+    tensors = weights_of(mask, weight, target, channel)
+    call = Call(
+        channel, eps, reduction, weight=number, inplace=True, backend=backend, masked=mask is not None
+    )
+    return stack, alpha, call, tensors
 
 
 def _check_feature(name: str, x: object) -> None:

@@ -13,6 +13,7 @@ from vidfast.head.arguments import check_head
 from vidfast.head.stack import apply
 from vidfast.head.way import head_nll
 from vidfast.nll import gaussian_nll
+from vidfast.pooling import without_unselected
 
 
 def vid_head(
@@ -25,8 +26,9 @@ def vid_head(
     channel_dim: SupportsIndex = 1,
     eps: float = 1e-5,
     reduction: ScalarReduction = "mean",
-    weight: float = 1.0,
+    weight: float | Tensor = 1.0,
     backend: BackendName = "auto",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """-log q(t|s) of equation 5 (Ahn et al., CVPR 2019) with its mean function: a stack of layers and the loss at once.
 
@@ -49,8 +51,10 @@ def vid_head(
         eps: The smallest variance.
         reduction: "mean" over the target's elements, "sum" or "batchmean".
         weight: A factor of the loss; in here it costs nothing. Compiled, its first change makes a second graph,
-            and no later one does.
+            and no later one does. A number, or a tensor of one element on the student's device.
         backend: "auto", "reference" (plain PyTorch), or a back end by name; see :func:`vidfast.info`.
+        mask: A weight for each position, as in :func:`vidfast.gaussian_nll`. Where it is 0 neither student nor target
+            is used, NaN or not: 0 stands for the student's values before the first layer.
 
     Returns:
         A scalar, fp64 if the mean or the target is, else fp32. Its gradients are first derivatives; for a second one
@@ -60,13 +64,16 @@ def vid_head(
         TypeError, ValueError: An argument is not as above; the text says what was wanted and what came.
         RuntimeError: The back end asked for cannot run.
     """
-    stack, alpha, call = check_head(
-        student, target, alpha, weights, biases, channel_dim, eps, reduction, weight, backend
+    stack, alpha, call, given = check_head(
+        student, target, alpha, weights, biases, channel_dim, eps, reduction, weight, backend, mask
     )
     backends.check_name(backend)
-    loss = head_nll(stack, student, target, alpha, call)
+    loss = head_nll(stack, student, target, alpha, call, given)
     if loss is not None:
         return loss
+    if given is not None and given.mask is not None:
+        mask = given.mask
+        student = without_unselected(student, mask, call.channel)
     return gaussian_nll(
         apply(stack, student, call.channel),
         target,
@@ -74,7 +81,8 @@ def vid_head(
         channel_dim=call.channel,
         eps=call.eps,
         reduction=reduction,
-        weight=call.weight,
+        weight=weight,
         inplace=True,
         backend=backend,
+        mask=mask,
     )

@@ -23,7 +23,7 @@ def gradients(head: HeadCall, wanted: Wanted) -> Gradients:
     """The loss of a head and the wanted gradients. Where fp16 overflowed on the way, computed once more, smaller."""
     narrow = stores_fp16(head.module, head.student.dtype)
     k, alpha, eps = head.call.k, head.alpha, head.call.eps
-    inside, factor = _split_factor(k, alpha, eps) if narrow else (k, 1.0)
+    inside, factor = _split_factor(k, alpha, eps, head.positions) if narrow else (k, 1.0)
     compute = kernel.gradients if kernel.takes(head) else parts.gradients
     while True:
         found = compute(head._replace(call=head.call._replace(k=inside)), wanted)
@@ -52,11 +52,12 @@ def _times(found: Gradients, factor: float) -> Gradients:
     return found._replace(factor=factor)
 
 
-def _split_factor(k: float, alpha: Tensor, eps: float) -> tuple[float, float]:
+def _split_factor(k: float, alpha: Tensor, eps: float, positions: Tensor | None) -> tuple[float, float]:
     """(what of k goes into fp16 gradients, the power of two that is left of it).
 
-    A gradient is r / v_c times the first. With the smallest variance v it is at most 16 r where v is below 1/16, and
-    where v is above 1 about what r is beside the standard deviation.
+    A gradient is w r / v_c times the first, with w the weight of its position. With the smallest variance v, and the
+    largest weight taken for 1, it is at most 16 r where v is below 1/16, and where v is above 1 about what r is beside
+    the standard deviation.
     """
     mantissa, exponent = math.frexp(k)
     smallest = float(F.softplus(alpha.detach().double()).min()) + eps
@@ -65,6 +66,9 @@ def _split_factor(k: float, alpha: Tensor, eps: float) -> tuple[float, float]:
         down = math.ceil(-math.log2(_MOST_IN_FP16 * smallest))
     elif math.isfinite(smallest) and smallest > 1:
         down = -math.floor(math.log2(smallest) / 2)
+    largest = 1.0 if positions is None else float(positions.max())
+    if math.isfinite(largest) and largest > 0:
+        down += math.frexp(largest)[1] - 1
     return math.ldexp(mantissa, -down), math.ldexp(1.0, min(exponent + down, 1023))
 
 

@@ -36,15 +36,19 @@ class Head(torch.autograd.Function):
         backend: PartsBackend,
         module: torch.dtype,
         convolutions: bool,
+        counts: tuple[Tensor | None, float],
         *layers: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(loss, grad_alpha); call.k is that of the whole batch. layers: the weights, then as many biases or None."""
+        """(loss, grad_alpha), of what :class:`vidfast.head.gradients.HeadCall` holds.
+
+        counts: its positions and values. layers: the weights, then as many biases or None.
+        """
         half = len(layers) // 2
         weights: Any = layers[:half]
         stack = Stack(weights, layers[half:], convolutions)
         wants = ctx.needs_input_grad
-        wanted = Wanted(wants[0], wants[7 : 7 + half], wants[7 + half :])
-        found = gradients(HeadCall(stack, student, target, alpha, call, backend, module), wanted)
+        wanted = Wanted(wants[0], wants[8 : 8 + half], wants[8 + half :])
+        found = gradients(HeadCall(stack, student, target, alpha, call, backend, module, *counts), wanted)
         save(ctx, found.student, found.alpha, *found.weights, *found.biases)
         ctx.backend, ctx.alpha_dtype, ctx.factor = backend, alpha.dtype, found.factor
         ctx.layers = [None if x is None else (x.shape, x.stride(), x.dtype) for x in layers]
@@ -55,7 +59,7 @@ class Head(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, _: None) -> Any:
         """g times what was made in forward."""
         if g is None:
-            return (None,) * (7 + len(ctx.layers))
+            return (None,) * (8 + len(ctx.layers))
         (student, grad_alpha, *layers), own = restored(ctx, g.device)
         assert grad_alpha is not None
         of_graph, twice = grad_alpha, torch.is_grad_enabled()
@@ -77,7 +81,7 @@ class Head(torch.autograd.Function):
         ]
         if twice:
             student, grad_alpha, *scaled = not_twice(of_graph, student, grad_alpha, *scaled)
-        return student, None, grad_alpha, None, None, None, None, *scaled
+        return student, None, grad_alpha, None, None, None, None, None, *scaled
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -21,9 +21,12 @@ class HeadCall(NamedTuple):
         student: (B, C_s, positions), any strides, with elements.
         target: (B, C, positions), any strides; not fp64.
         alpha: (C,).
-        call: Of the whole batch, with channel 1, in place.
+        call: Of the whole batch, with channel 1, in place; its k is all of it, whatever is masked.
         backend: The back end that computes it.
         module: What a layer gives: fp32, bf16 or fp16.
+        positions: (B, positions) without gaps, the weight of each: uint8 or fp32; None: 1 each. Where it is 0 neither
+            the student nor the target is used.
+        values: M, what the positions' weights sum to.
     """
 
     stack: Stack
@@ -33,6 +36,8 @@ class HeadCall(NamedTuple):
     call: Call
     backend: PartsBackend
     module: torch.dtype
+    positions: Tensor | None = None
+    values: float = 0.0
 
 
 class Gradients(NamedTuple):

@@ -81,6 +81,7 @@ def _run(
     head.backend.head(
         head.student, head.target, head.alpha.contiguous(), *_matrices(head.stack), head.call, head.module,
         loss=loss, grad_student=of_student, grad_alpha=of_alpha, grad_weights=of_weights, grad_biases=of_biases,
+        positions=head.positions, values=head.values,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """A head as operators: what torch.compile and torch.export see of it, on the CPU.
 
-`vidfast::vid_head_v1` has the derivative, as the operators of :mod:`vidfast.ops`; in a graph that torch has
+`vidfast::vid_head_v2` has the derivative, as the operators of :mod:`vidfast.ops`; in a graph that torch has
 differentiated stand the two without, `vidfast::vid_head_forward` and `vidfast::vid_head_forward_grad`, and
 `vidfast::scale`. All take features as (B, C, positions), and reduction and weight, never k. An operator's name ends in
 a version, which is raised whenever anything in its backward changes (:mod:`vidfast.ops` says why).
@@ -17,12 +17,14 @@ from torch import Tensor
 from vidfast import backends
 from vidfast._torch import has_tangent
 from vidfast.arguments import Call, check_options, loss_factor
+from vidfast.backends.base import PartsBackend
 from vidfast.backends.plain import reference_nll
 from vidfast.head import compute
 from vidfast.head.gradients import HeadCall, Wanted
 from vidfast.head.stack import Stack
 from vidfast.ops import differentiable
-from vidfast.primitive_ops import define, empty_like, laid_out, with_factor
+from vidfast.positions import Weights, as_weights
+from vidfast.primitive_ops import define, empty_like, laid_out, with_weights
 from vidfast.raw import DTYPES, NO_FORWARD_MODE, not_raw
 from vidfast.scaling import OF_OPERATORS, not_twice, scaled
 from vidfast.tracing import weight_in_graph
@@ -31,6 +33,8 @@ _TENSORS = (
     "(Tensor student, Tensor target, Tensor alpha, Tensor[] weights, Tensor?[] biases, Tensor? factor, "
 )
 _OPTIONS = "bool convolutions, float eps, str reduction, float weight, ScalarType module, str backend"
+# How many these are.
+_OPTION_COUNT = 6
 
 
 def _checked(
@@ -46,8 +50,9 @@ def _checked(
     weight: float,
     module: torch.dtype,
     backend: str,
-) -> tuple[Stack, Any, Call, torch.dtype]:
-    """(the layers, the back end, the call, what the layers give) of what an operator was given."""
+    mask: Tensor | None = None,
+) -> tuple[HeadCall, Weights | None]:
+    """(the head, whose call has no k yet, its weights) of what an operator was given."""
     check_options(eps, reduction, weight)
     if module not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"module must be float32, bfloat16 or float16, got {module}")
@@ -68,36 +73,69 @@ def _checked(
             "student, target and the layers must be float32, bfloat16 or float16, got "
             f"{[x.dtype for x in (student, target, *stack.tensors)]}"
         )
+    weight, given = with_weights(mask, factor, weight, target, 1)
+    tensors = (*tensors, *(given.tensors if given else ()))
     if has_tangent(*tensors):  # a compiled graph would drop it
         raise RuntimeError(NO_FORWARD_MODE)
     chosen = backends.choose(backend, student, target, alpha, not_raw(*tensors))
     if not chosen.in_parts:
         raise RuntimeError(f"backend={backend!r} cannot run here: {chosen.name} computes no head in one pass")
-    weight = with_factor(weight, factor)
-    k = loss_factor(target.shape, reduction, weight)
-    return stack, chosen, Call(1, eps, reduction, weight=weight, inplace=True, backend=backend, k=k), module
+    masked = mask is not None
+    k = loss_factor(target.shape, reduction, weight, masked)
+    call = Call(1, eps, reduction, weight=weight, inplace=True, backend=backend, k=k, masked=masked)
+    return HeadCall(stack, student, target, alpha, call, chosen, module), given  # type: ignore[arg-type]
 
 
-def _of_nothing(target: Tensor, alpha: Tensor, call: Call) -> Tensor:
+def counted(
+    backend: PartsBackend, target: Tensor, call: Call, mask: Tensor | None, factor: Tensor | None
+) -> tuple[Call, Tensor | None, float]:
+    """(the call with all of its k, positions, values) as :class:`vidfast.head.gradients.HeadCall` has them.
+
+    Args:
+        backend: That computes heads, on the CPU, where a number costs no wait.
+        target: (B, C, positions), with elements.
+        call: With the part of k that shapes and numbers decide.
+        mask: (B or 1, 1, positions or 1), or None.
+        factor: One number that k is multiplied with, or None.
+    """
+    batch, channels, count = target.shape
+    if mask is None and factor is None:
+        return call, None, float(batch * count)
+    positions = None
+    if mask is not None:
+        positions = as_weights(mask.expand(batch, 1, count).squeeze(1), wide=False).contiguous()
+    totals = torch.empty(2, dtype=torch.float64, device="cpu")
+    backend.total(positions, factor, batch * count, call.k, channels if call.divides else 0, totals=totals)
+    values, k = totals.tolist()
+    return call._replace(k=k), positions, values
+
+
+def _with_counts(head: HeadCall, given: Weights | None) -> HeadCall:
+    call, positions, values = counted(head.backend, head.target, head.call, *(given or (None, None)))
+    return head._replace(call=call, positions=positions, values=values)
+
+
+def _of_nothing(head: HeadCall, given: Weights | None) -> Tensor:
     """The loss where there is no element to score."""
-    return reference_nll(
-        target.new_zeros(target.shape, dtype=torch.float32), target.float(), alpha, call
-    ).float()
+    mean = head.target.new_zeros(head.target.shape, dtype=torch.float32)
+    return reference_nll(mean, head.target.float(), head.alpha, head.call, given).float()
 
 
 def _forward(student: Tensor, target: Tensor, alpha: Tensor, *rest: Any) -> Tensor:
     """The loss, a scalar in fp32, without gradients; the arguments are those of `_checked`."""
-    stack, chosen, call, module = _checked(student, target, alpha, *rest)
+    head, given = _checked(student, target, alpha, *rest)
     if student.numel() == 0 or target.numel() == 0:
-        return _of_nothing(target, alpha, call)
-    return compute.loss_alone(HeadCall(stack, student, target, alpha, call, chosen, module))
+        return _of_nothing(head, given)
+    return compute.loss_alone(_with_counts(head, given))
 
 
 def _forward_fake(student: Tensor, *_: Any) -> Tensor:
     return student.new_empty((), dtype=torch.float32)
 
 
-forward = define("vid_head_forward", f"{_TENSORS}{_OPTIONS}) -> Tensor", _forward, _forward_fake)
+forward = define(
+    "vid_head_forward", f"{_TENSORS}{_OPTIONS}, Tensor? mask=None) -> Tensor", _forward, _forward_fake
+)
 
 
 def _wanted_numbers(
@@ -109,16 +147,19 @@ def _wanted_numbers(
 
 
 def _forward_grad(
-    student: Tensor, target: Tensor, alpha: Tensor, *rest: Any
+    student: Tensor, target: Tensor, alpha: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, rest, d student, d alpha, d layers), for g = 1; the arguments are those of `_checked`, and `wanted`.
+    """(loss, rest, d student, d alpha, d layers), for g = 1; as `_checked`, but for `wanted` before the mask.
 
     `wanted` says whether the gradients of the student, of each weight and of each bias are. d student is of the
     student's dtype and order of dimensions, and has to be multiplied with `rest` yet, a scalar in fp64. d alpha is (C,)
     in fp64; d layers is one vector in fp32 of all that are wanted, weights first. What is not wanted has no elements.
     """
-    *given, wanted = rest
-    stack, chosen, call, module = _checked(student, target, alpha, *given)
+    weights, biases, factor, *rest = others
+    options: tuple[Any, Any, Any, Any, Any, Any] = tuple(rest[:_OPTION_COUNT])
+    wanted, mask = (*rest[_OPTION_COUNT:], None)[:2]
+    head, given = _checked(student, target, alpha, weights, biases, factor, *options, mask)
+    stack = head.stack
     n = len(stack.weights)
     of = Wanted(wanted[0], wanted[1 : 1 + n], wanted[1 + n :])
     if student.numel() == 0 or target.numel() == 0:
@@ -128,8 +169,8 @@ def _forward_grad(
         )
         nothing = alpha.new_zeros(alpha.shape, dtype=torch.float64)
         one = torch.ones((), dtype=torch.float64, device="cpu")
-        return _of_nothing(target, alpha, call), one, zeros, nothing, of_layers
-    found = compute.gradients(HeadCall(stack, student, target, alpha, call, chosen, module), of)
+        return _of_nothing(head, given), one, zeros, nothing, of_layers
+    found = compute.gradients(_with_counts(head, given), of)
     of_student = found.student
     made = [x.flatten() for x in (*found.weights, *found.biases) if x is not None]
     return (
@@ -147,9 +188,10 @@ def _forward_grad_fake(
     alpha: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    *options: Any,
+    factor: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wanted = options[-1]
+    wanted = rest[_OPTION_COUNT]
     return (
         student.new_empty((), dtype=torch.float32),
         student.new_empty((), dtype=torch.float64),
@@ -161,14 +203,14 @@ def _forward_grad_fake(
 
 forward_grad = define(
     "vid_head_forward_grad",
-    f"{_TENSORS}{_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_TENSORS}{_OPTIONS}, bool[] wanted, Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_grad,
     _forward_grad_fake,
 )
 
 
 class _Head(torch.autograd.Function):
-    """The loss of (student, target, alpha, factor, layers, options, *weights, *biases); backward multiplies by g."""
+    """The loss of (student, target, alpha, mask, factor, options, *weights, *biases); backward multiplies by g."""
 
     @staticmethod
     def forward(
@@ -176,18 +218,19 @@ class _Head(torch.autograd.Function):
         student: Tensor,
         target: Tensor,
         alpha: Tensor,
+        mask: Tensor | None,
         factor: Tensor | None,
         options: tuple[Any, ...],
         *layers: Tensor | None,
     ) -> Tensor:
         """Of `vidfast::vid_head_forward_grad`; layers: the weights, then as many biases or None."""
-        for name, x in (("target", target), ("factor", factor)):
+        for name, x in (("target", target), ("mask", mask), ("factor", factor)):
             if x is not None and x.requires_grad:
                 raise ValueError(f"{name} must not require grad in one pass, got a tensor that does")
         n, needs = len(layers) // 2, ctx.needs_input_grad
-        wanted = [needs[0], *needs[5:]]
+        wanted = [needs[0], *needs[6:]]
         loss, rest, of_student, of_alpha, of_layers = forward_grad(
-            student, target, alpha, layers[:n], layers[n:], factor, *options, wanted
+            student, target, alpha, layers[:n], layers[n:], factor, *options, wanted, mask
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -195,7 +238,7 @@ class _Head(torch.autograd.Function):
         )
         ctx.layers = [
             (x.shape, x.dtype) if x is not None and need else None
-            for x, need in zip(layers, needs[5:], strict=True)
+            for x, need in zip(layers, needs[6:], strict=True)
         ]
         *_, module, ctx.backend = options
         ctx.alpha_dtype, ctx.has_rest = alpha.dtype, compute.stores_fp16(module, student.dtype)
@@ -206,7 +249,7 @@ class _Head(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None) -> Any:
         """g times what was made in forward."""
         if g is None:
-            return (None,) * (5 + len(ctx.layers))
+            return (None,) * (6 + len(ctx.layers))
         of_student, of_alpha, of_layers, rest, loss, alpha = ctx.saved_tensors
         student = of_student if ctx.needs_input_grad[0] else None
         grad_alpha = of_alpha if ctx.needs_input_grad[2] else None
@@ -233,7 +276,7 @@ class _Head(torch.autograd.Function):
             begin += size
         if torch.is_grad_enabled():
             found = not_twice(loss, *found, advice=OF_OPERATORS)
-        return (student, None, grad_alpha, None, None, *found)
+        return (student, None, grad_alpha, None, None, None, *found)
 
 
 def _apply(
@@ -243,20 +286,33 @@ def _apply(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     factor: Tensor | None,
-    *options: Any,
+    *rest: Any,
 ) -> Tensor:
     """autograd looks for tensors among a Function's arguments, not in lists."""
-    loss: Tensor = _Head.apply(student, target, alpha, factor, options, *weights, *biases)  # type: ignore[no-untyped-call]
+    options, mask = rest[:_OPTION_COUNT], (*rest[_OPTION_COUNT:], None)[0]
+    loss: Tensor = _Head.apply(student, target, alpha, mask, factor, options, *weights, *biases)  # type: ignore[no-untyped-call]
     return loss
 
 
 head = differentiable(
-    "vid_head_v1", f"{_TENSORS}{_OPTIONS}) -> Tensor", _forward, _forward_fake, _apply, forward
+    "vid_head_v2",
+    f"{_TENSORS}{_OPTIONS}, Tensor? mask=None) -> Tensor",
+    _forward,
+    _forward_fake,
+    _apply,
+    forward,
 )
 
 
 def call_operator(
-    stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call: Call, module: torch.dtype
+    stack: Stack,
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    call: Call,
+    module: torch.dtype,
+    mask: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """The loss by the operator, for :func:`vidfast.head.way.head_nll` while it is traced.
 
@@ -265,12 +321,14 @@ def call_operator(
         student: (B, C_s, positions).
         target: (B, C, positions).
         alpha: (C,).
-        call: Everything else.
+        call: Everything else but tensors.
         module: What the layers give.
+        mask: (B, 1, positions), or None.
+        given: A weight that is a tensor, or None.
     """
     weight, factor, outside = weight_in_graph(call.weight, True)
     loss: Tensor = head(
-        student, target, alpha, list(stack.weights), list(stack.biases), factor,
-        stack.convolutions, call.eps, call.reduction, weight, module, call.backend,
+        student, target, alpha, list(stack.weights), list(stack.biases), factor if given is None else given,
+        stack.convolutions, call.eps, call.reduction, weight, module, call.backend, mask,
     )  # fmt: skip
     return loss if outside is None else outside * loss

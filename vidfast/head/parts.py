@@ -26,6 +26,7 @@ from vidfast.head.plan import Plan, planned
 from vidfast.head.stack import Stack
 from vidfast.layout import rows_of
 from vidfast.memory import empty_dense, empty_scratch
+from vidfast.positions import Counts, Weights
 
 
 class _Layers:
@@ -36,9 +37,17 @@ class _Layers:
         student: (B, C_s, positions), dense.
         plan: How.
         backend: For what lies between the products.
+        positions: The weight of each of the student's positions, or None. Where it is 0 the student is taken as 0.
     """
 
-    def __init__(self, stack: Stack, student: Tensor, plan: Plan, backend: PartsBackend) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        student: Tensor,
+        plan: Plan,
+        backend: PartsBackend,
+        positions: Tensor | None = None,
+    ) -> None:
         self.student, self.plan, self.backend = student, plan, backend
         self.weights = [self._as_products(weight.detach().flatten(1)) for weight in stack.weights]
         self.biases = [None if bias is None else self._as_products(bias.detach()) for bias in stack.biases]
@@ -46,7 +55,10 @@ class _Layers:
         self.rounds = plan.module is not plan.products
         # The student's memory is used as it is where it can be; what is to be rounded is copied.
         first = student[: plan.samples]
-        may = student.dtype is plan.products and not self.rounds
+        may = student.dtype is plan.products and not self.rounds and positions is None
+        self.unselected = None
+        if positions is not None:
+            self.unselected = (positions == 0).view(student.shape[0], 1, student.shape[2])
         self.borrows = may and plan.arrangement.native(first) is not None
         self.blocks = [
             self.block(0 if self.borrows and layer == 0 else channels)
@@ -71,7 +83,7 @@ class _Layers:
 
     def forward(self, begin: int, n: int) -> list[Tensor]:
         """[the student, hidden activations..., mean] of `n` samples as matrices, until the next part."""
-        found = [self._student(self.student[begin : begin + n])]
+        found = [self._student(begin, n)]
         last = len(self.weights)
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True), 1):
             out = self.matrix(self.blocks[layer], n, layer)
@@ -88,14 +100,17 @@ class _Layers:
             n = min(most, batch - begin)
             yield begin, n, self.forward(begin, n), target[begin : begin + n]
 
-    def _student(self, part: Tensor) -> Tensor:
+    def _student(self, begin: int, n: int) -> Tensor:
         """A part of the student as a matrix, rounded as the module's first layer would."""
+        part = self.student[begin : begin + n]
         if self.borrows:
             native = self.plan.arrangement.native(part)
             assert native is not None, "every part of the student is stored as its first one is"
             return native
         matrix = self.matrix(self.blocks[0], part.shape[0], 0)
-        self.part(matrix, part.shape[0]).copy_(part)
+        own = self.part(matrix, n).copy_(part)
+        if self.unselected is not None:
+            own.masked_fill_(self.unselected[begin : begin + n], 0)
         if self.rounds and part.dtype is not self.plan.module:
             self.backend.rectify(matrix, self.plan.module, False)
         return matrix
@@ -194,13 +209,16 @@ def _zeros(*shape: int) -> Tensor:
 def gradients(head: HeadCall, wanted: Wanted) -> Gradients:
     """The loss of a head and the wanted gradients, `factor` 1."""
     student, target, plan = planned(head)
-    layers = _Layers(head.stack, student, plan, head.backend)
+    layers = _Layers(head.stack, student, plan, head.backend, head.positions)
     sums = _Sums(layers, wanted)
     alpha = head.alpha.contiguous()
     losses, of_alpha = [], torch.zeros_like(alpha, dtype=torch.float64)
     for begin, n, activations, target_part in layers.parts(target):
         mean = layers.part(activations[-1], n)
-        loss, _, part_of_alpha = primitives.forward_grad(head.backend, mean, target_part, alpha, head.call)
+        counts = _counts(head, mean, target_part, begin, n)
+        loss, _, part_of_alpha = primitives.forward_grad(
+            head.backend, mean, target_part, alpha, head.call, counts=counts
+        )
         losses.append(loss.item())
         of_alpha += part_of_alpha
         if layers.rounds:
@@ -216,13 +234,24 @@ def gradients(head: HeadCall, wanted: Wanted) -> Gradients:
 def loss_alone(head: HeadCall) -> Tensor:
     """The loss, a scalar in fp32, where no gradient is wanted."""
     student, target, plan = planned(head)
-    layers = _Layers(head.stack, student, plan, head.backend)
+    layers = _Layers(head.stack, student, plan, head.backend, head.positions)
     alpha = head.alpha.contiguous()
     losses = []
-    for _, n, activations, target_part in layers.parts(target):
+    for begin, n, activations, target_part in layers.parts(target):
         mean = layers.part(activations[-1], n)
-        losses.append(primitives.forward(head.backend, mean, target_part, alpha, head.call)[0].item())
+        counts = _counts(head, mean, target_part, begin, n)
+        loss = primitives.forward(head.backend, mean, target_part, alpha, head.call, counts=counts)[0]
+        losses.append(loss.item())
     return _scalar(math.fsum(losses))
+
+
+def _counts(head: HeadCall, mean: Tensor, target: Tensor, begin: int, n: int) -> Counts | None:
+    """What counts in `n` samples from `begin` on, with the whole head's k."""
+    if head.positions is None:
+        return None
+    mask = head.positions.view(-1, mean.shape[2])[begin : begin + n].unsqueeze(1)
+    call = head.call._replace(reduction="sum")  # k is divided already
+    return primitives.counted(head.backend, mean, target, call, Weights(mask, None))
 
 
 def _scalar(value: float) -> Tensor:

@@ -20,15 +20,23 @@ from vidfast.dispatch import compiles_to_operator
 from vidfast.head import compute
 from vidfast.head.function import Head
 from vidfast.head.gradients import HeadCall
-from vidfast.head.operator import call_operator
+from vidfast.head.operator import call_operator, counted
 from vidfast.head.stack import Stack, flat_positions
+from vidfast.positions import Weights, expanded
 from vidfast.raw import DTYPES, not_raw
 
 log = logging.getLogger("vidfast")
 _logged: set[str] = set()
 
 
-def head_nll(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call: Call) -> Tensor | None:
+def head_nll(
+    stack: Stack,
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    call: Call,
+    weights: Weights | None = None,
+) -> Tensor | None:
     """The loss of a stack of layers and its Gaussian in one pass, or None where it has to be layer by layer.
 
     Args:
@@ -36,35 +44,44 @@ def head_nll(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call:
         student: (B, ..., C_s, ...), with the channels in `call.channel`.
         target: Of the student's shape but for its C channels, without gradient.
         alpha: (C,).
-        call: Everything else; its `k` is not read.
+        call: Everything else but tensors; its `k` is not read.
+        weights: The tensors among it, by :func:`vidfast.positions.weights_of` for the target.
 
     Returns:
         A scalar in fp32. With None the reason is logged once, at level DEBUG by the logger "vidfast".
     """
     module = module_dtype(stack, student)
-    reason = obstacle(stack, student, target, alpha, call, module)
+    tensors = (student, target, alpha, *stack.tensors, *(weights.tensors if weights else ()))
+    reason = obstacle(stack, student, target, alpha, call, module, tensors)
     if torch.compiler.is_compiling():
-        if reason is not None or module is None or not _compiles(stack, student, target, alpha, call):
+        if reason is not None or module is None or not _compiles(call, tensors):
             return None
+        mask = None if weights is None else _flat_mask(weights.mask, target, call.channel)
+        factor = None if weights is None or weights.factor is None else weights.factor.reshape(1)
         student, target = (flat_positions(x, call.channel) for x in (student, target))
-        return call_operator(stack, student, target, alpha, call, module)
+        return call_operator(stack, student, target, alpha, call, module, mask, factor)
     if reason is None:
         chosen = backends.choose(call.backend, student, target, alpha, None)
         if not chosen.in_parts:
             reason = f"the back end {chosen.name} computes the loss alone"
         else:
             _say(f"a regressor and its loss are computed in one pass, by the back end {chosen.name}")
-            return _in_one_pass(stack, student, target, alpha, call, chosen, module)
+            return _in_one_pass(stack, student, target, alpha, call, weights, chosen, module)
     note(reason)
     return None
 
 
-def _compiles(stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call: Call) -> bool:
+def _flat_mask(mask: Tensor | None, target: Tensor, channel: int) -> Tensor | None:
+    """(B, 1, positions) of a mask that fits the target."""
+    if mask is None:
+        return None
+    return flat_positions(expanded(mask, target.shape, channel), channel)
+
+
+def _compiles(call: Call, tensors: tuple[Tensor, ...]) -> bool:
     """Whether a graph is to have the operator of heads."""
     return (
-        call.backend in ("auto", "cpu")
-        and _cpu_is_built()
-        and compiles_to_operator(call.backend, student, target, alpha, *stack.tensors)
+        call.backend in ("auto", "cpu") and _cpu_is_built() and compiles_to_operator(call.backend, *tensors)
     )
 
 
@@ -94,10 +111,15 @@ def module_dtype(stack: Stack, student: Tensor) -> torch.dtype | None:
 
 
 def obstacle(
-    stack: Stack, student: Tensor, target: Tensor, alpha: Tensor, call: Call, module: torch.dtype | None
+    stack: Stack,
+    student: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    call: Call,
+    module: torch.dtype | None,
+    tensors: tuple[Tensor, ...],
 ) -> str | None:
-    """Why a head cannot be computed in one pass, or None."""
-    tensors = (student, target, alpha, *stack.tensors)
+    """Why a head cannot be computed in one pass, or None. tensors: all that there are."""
     if call.backend == "reference" or call.reduction == "none":
         return f"backend={call.backend!r}, reduction={call.reduction!r}"
     if not all(x.is_cpu for x in tensors):
@@ -146,17 +168,23 @@ def _in_one_pass(
     target: Tensor,
     alpha: Tensor,
     call: Call,
+    weights: Weights | None,
     backend: Backend,
     module: torch.dtype | None,
 ) -> Tensor:
     assert module is not None
     in_parts: PartsBackend = backend  # type: ignore[assignment]
-    k = loss_factor(target.shape, call.reduction, call.weight)
+    k = loss_factor(target.shape, call.reduction, call.weight, call.masked)
+    mask = None if weights is None else _flat_mask(weights.mask, target, call.channel)
     student, target = (flat_positions(x, call.channel) for x in (student, target))
     call = call._replace(channel=1, inplace=True, k=k)
+    call, positions, values = counted(in_parts, target, call, mask, weights.factor if weights else None)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (student, *stack.tensors)):
         loss: Tensor = Head.apply(  # type: ignore[no-untyped-call]
-            student, target, alpha, call, in_parts, module, stack.convolutions, *stack.weights, *stack.biases
-        )[0]
+            student, target, alpha, call, in_parts, module, stack.convolutions, (positions, values),
+            *stack.weights, *stack.biases,
+        )[0]  # fmt: skip
         return loss
-    return compute.loss_alone(HeadCall(stack, student, target, alpha, call, in_parts, module))
+    return compute.loss_alone(
+        HeadCall(stack, student, target, alpha, call, in_parts, module, positions, values)
+    )
