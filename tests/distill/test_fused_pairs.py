@@ -48,9 +48,9 @@ def distiller(term: VID | Infomax) -> tuple[Distiller, Tensor]:
     return Distiller(Network(5), Network(7), terms=[term], example=images).train(), images
 
 
-def step(module: Distiller, images: Tensor) -> list[Tensor]:
+def step(module: Distiller, images: Tensor, **options: Tensor) -> list[Tensor]:
     module.zero_grad(set_to_none=True)
-    loss = module(images, torch.arange(6) % 4).loss
+    loss = module(images, torch.arange(6) % 4, **options).loss
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
 
@@ -68,6 +68,25 @@ def test_the_same_numbers(
     assert fused == [True, True]
     monkeypatch.setattr(regressor_policy, "head_nll", lambda *_, **__: None)
     apart = step(module, images)
+    assert len(ours) == len(apart) > 8
+    for x, y in zip(ours, apart, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("regressor", ["linear", "conv2", "conv3"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_the_same_numbers_with_a_mask(
+    fused: list[bool], monkeypatch: pytest.MonkeyPatch, regressor: str, dtype: torch.dtype
+) -> None:
+    """Of the images' size, so that the second pair's is averaged down; and a factor on the device."""
+    module, images = distiller(VID(pairs=PAIRS, regressor=regressor))
+    mask = ((torch.rand(6, 10, 12) > 0.4) * (1 + torch.rand(6, 10, 12))).to(dtype)
+    mask[1] = 0
+    options = {"mask": mask, "scale": torch.tensor(0.7), "task_scale": torch.tensor(1.0)}
+    ours = step(module, images, **options)
+    assert fused == [True, True]
+    monkeypatch.setattr(regressor_policy, "head_nll", lambda *_, **__: None)
+    apart = step(module, images, **options)
     assert len(ours) == len(apart) > 8
     for x, y in zip(ours, apart, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))

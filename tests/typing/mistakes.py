@@ -78,6 +78,7 @@ loss: str = distiller(x, x).loss  # mistake
 distiller(x).backward()  # mistake
 distiller(x, labls=x)  # mistake
 distiller(x, scale="half")  # mistake
+distiller(x, mask=[1, 0])  # mistake
 Distiller(student, student, terms=[nn.Linear(3, 3)])  # mistake
 Distiller(student, student, exmaple=x)  # mistake
 distiller.parameter_groups(learning_rate=0.1)  # mistake

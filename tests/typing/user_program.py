@@ -136,6 +136,10 @@ def distil() -> Losses:
     for name, term in result.terms.items():
         print(f"{name} {term.item():.3f}")
     assert_type(student(images), Tensor)
+    weighed = Distiller(student, teacher, [KD()], example=images)
+    selected = torch.arange(6) < 4
+    share = selected.sum() / 6
+    assert_type(weighed(images, labels, mask=selected, scale=share, task_scale=share), Losses)
     return result
 
 

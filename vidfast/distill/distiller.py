@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from vidfast._torch import is_compiled, version_of
 
-from .inputs import call, cast, logits_of, tensors_of
+from .inputs import call, cast, devices_of, logits_of, tensors_of
 from .methods.base import Activations, Batch, Method
 from .modes import eval_mode
 from .processes import wrapper_in
@@ -23,6 +21,8 @@ from .stream import kept_random_state
 from .taps import Taps
 from .task import Count, TaskLoss, count_of, mean_loss
 from .teacher import Followed, in_dtype, move
+from .terms import check_groups, named, refuse_masks
+from .weighting import Factor, check_mask, check_scale, share_of
 
 
 class Losses(NamedTuple):
@@ -123,7 +123,7 @@ class Distiller(nn.Module):
                 self._followed = Followed(given, teacher)
         self.student = student
         self.__dict__["teacher"] = teacher
-        self.terms = nn.ModuleDict(self._named(terms))
+        self.terms = nn.ModuleDict(named(terms, has_teacher=teacher is not None))
         if terms and example is None:
             raise ValueError(
                 "wanted example=, one batch of inputs: the terms make their parameters from its feature shapes"
@@ -142,7 +142,7 @@ class Distiller(nn.Module):
                     batch = self._probe(example)
                     for term in terms:
                         term.build(batch)
-            self._check_groups()
+            check_groups(self, self.parameter_groups(lr=1.0))
             self._check_student()
         except BaseException:
             self.remove_taps()
@@ -155,44 +155,53 @@ class Distiller(nn.Module):
         inputs: Any,
         labels: Tensor | None = None,
         *,
-        scale: float = 1.0,
-        task_scale: float | Tensor | None = None,
+        scale: Factor = 1.0,
+        task_scale: Factor | None = None,
         teacher: Activations | None = None,
+        mask: Tensor | None = None,
     ) -> Losses:
         """The loss of one batch.
 
         labels: what task_loss takes, (B,) class numbers by default; None leaves the task's term out.
         scale: multiplies the whole loss, a part's share of the batch's images for instance. It is folded into every
-            term's weight, so that `loss.backward()` reaches the kernels with a gradient of exactly 1.
+            term's weight, so that `loss.backward()` reaches the kernels with a gradient of exactly 1. A tensor of one
+            number, such as a part's share of all positions that count in all processes, stays on the device: no one
+            waits for it.
         task_scale: multiplies the labels' term in place of scale, a number or a scalar tensor: the part's share of
             what task_loss divides by, where labels are ignored or classes weighted.
         teacher: what `teacher_activations` gave for these inputs, to use instead of running the teacher.
+        mask: a weight of 0 or more for each position (a pixel, a token, a sample) by which the terms' means weigh it:
+            bool, integers or floats, without gradient, on the inputs' device. (B, *spatial) or (B, 1, *spatial), of the
+            inputs' size or a feature's, such as (B, L) of tokens; or (B,), a weight a sample. Each pair averages it
+            down to its own size; where a feature has no positions, a sample weighs the mean of its positions. Where a
+            weight is 0 the features are not used, NaN or not. Where nothing is selected a term is 0, with zero
+            gradients. The labels' term knows nothing of it: it has its ignored labels.
 
         Raises RuntimeError if a network modifies its inputs in place, or after `remove_taps`; TapError for a
-        layer that gives no usable activation; ValueError for activations of another batch or other layers.
+        layer that gives no usable activation; TypeError or ValueError for activations of another batch or other
+        layers, a scale or mask that does not fit, and a mask for a term that takes none.
         """
         if self._removed:
             raise RuntimeError(
                 "the Distiller's taps were removed by remove_taps(), so it cannot be called; make a new one"
             )
         if not isinstance(scale, float):
-            if isinstance(scale, Tensor):
-                raise TypeError(
-                    "wanted scale as a number, got a Tensor: it is folded into the terms' weights"
-                )
-            scale = float(scale)
+            scale = check_scale(scale, devices_of(inputs, self.student))
+        if mask is not None:
+            refuse_masks(self.terms)
+            mask = check_mask(mask, devices_of(inputs, self.student))
         self._follow_student()
-        batch = self._run(inputs, labels, teacher)
+        batch = self._run(inputs, labels, teacher, mask)
         if not batch.student.logits.numel():
             raise ValueError(f"the batch is empty: the logits are {tuple(batch.student.logits.shape)}")
         terms: dict[str, Tensor] = {}
         if labels is not None:
-            share = scale if task_scale is None else task_scale
-            factor = self.task_weight * share
+            factor = self.task_weight * (scale if task_scale is None else task_scale)
             terms["task"] = mean_loss(self.task_loss, self.task_count, batch.student.logits, labels, factor)
+        share = share_of(scale, mask)
         for name, term in self.terms.items():
             assert isinstance(term, Method)
-            terms[name] = term(batch, term.weight * scale)
+            terms[name] = term(batch, term.weight * share)
         if not terms:
             raise ValueError("nothing to learn from: no labels were given and there are no terms")
         loss = sum(list(terms.values())[1:], next(iter(terms.values())))
@@ -205,9 +214,10 @@ class Distiller(nn.Module):
             inputs: Any,
             labels: Tensor | None = None,
             *,
-            scale: float = 1.0,
-            task_scale: float | Tensor | None = None,
+            scale: Factor = 1.0,
+            task_scale: Factor | None = None,
             teacher: Activations | None = None,
+            mask: Tensor | None = None,
         ) -> Losses: ...
 
     @property
@@ -232,8 +242,7 @@ class Distiller(nn.Module):
             if self.teacher_dtype is None:
                 found = self._activations(self.teacher, self._teacher_taps, inputs, "teacher")
             else:
-                placed = tensors_of(inputs) or list(islice(self.teacher.parameters(), 1))
-                with torch.autocast(placed[0].device.type if placed else "cpu", enabled=False):
+                with torch.autocast(devices_of(inputs, self.teacher)[0].type, enabled=False):
                     inputs = cast(inputs, self.teacher_dtype)
                     found = self._activations(self.teacher, self._teacher_taps, inputs, "teacher")
         if not torch.compiler.is_compiling():
@@ -310,7 +319,13 @@ class Distiller(nn.Module):
     def _networks(self) -> list[nn.Module]:
         return [self.student] if self.teacher is None else [self.student, self.teacher]
 
-    def _run(self, inputs: Any, labels: Tensor | None, teacher: Activations | None = None) -> Batch:
+    def _run(
+        self,
+        inputs: Any,
+        labels: Tensor | None,
+        teacher: Activations | None = None,
+        mask: Tensor | None = None,
+    ) -> Batch:
         if teacher is not None:
             teacher = self._given(teacher)
         elif self.teacher is not None and self.terms:
@@ -322,7 +337,7 @@ class Distiller(nn.Module):
                 f"wanted the teacher's activations of this batch of {len(student.logits)}, got those of "
                 f"{len(teacher.logits)}"
             )
-        return Batch(inputs, labels, student, teacher)
+        return Batch(inputs, labels, student, teacher, mask)
 
     def _given(self, teacher: Activations) -> Activations:
         """Activations that the caller kept: complete, and without gradients."""
@@ -361,28 +376,6 @@ class Distiller(nn.Module):
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         with eval_mode(self.student), torch.no_grad(), kept_random_state(sorted(devices)), eager:
             return self._run(example, None)
-
-    def _named(self, terms: Sequence[Method]) -> dict[str, nn.Module]:
-        named: dict[str, nn.Module] = {}
-        for term in terms:
-            if not isinstance(term, Method):
-                raise TypeError(f"wanted Method objects as terms, got {type(term).__name__}")
-            if term.built:
-                raise ValueError(f"the term {term.name!r} belongs to another Distiller; make one for each")
-            if term.needs_teacher and self.teacher is None:
-                raise ValueError(f"the term {term.name!r} needs a teacher, and there is none")
-            if term.name in named or term.name == "task":
-                raise ValueError(f"two terms are called {term.name!r}; give one of them another with name=")
-            named[term.name] = term
-        return named
-
-    def _check_groups(self) -> None:
-        """Every trainable parameter is in exactly one group: an alpha left out is VID turned into scaled MSE."""
-        grouped = Counter(id(p) for group in self.parameter_groups(lr=1.0) for p in group["params"])
-        for name, parameter in self.named_parameters():
-            times = grouped[id(parameter)]
-            if times > 1 or (parameter.requires_grad and not times):
-                raise RuntimeError(f"parameter {name!r} is in {times} parameter groups, wanted exactly one")
 
     def _check_student(self) -> None:
         """It shares nothing with the teacher that is trained, and has no wrapper that leaves the terms out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ def tensors_of(inputs: Any) -> list[Tensor]:
     if isinstance(inputs, Mapping):
         inputs = list(inputs.values())
     return [t for part in inputs for t in tensors_of(part)] if isinstance(inputs, (tuple, list)) else []
+
+
+def devices_of(inputs: Any, network: nn.Module) -> list[torch.device]:
+    """Where the tensors among the inputs are, or where there are none, the network's first parameter; the CPU else."""
+    placed = tensors_of(inputs) or list(islice(network.parameters(), 1))
+    return [tensor.device for tensor in placed] or [torch.device("cpu")]
 
 
 def cast(inputs: Any, dtype: torch.dtype) -> Any:

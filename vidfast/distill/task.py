@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .weighting import Factor, times
+
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
 # labels -> a number, or a scalar tensor.
 Count = Callable[[Tensor], "Tensor | float"]
@@ -52,7 +54,7 @@ def on_device(value: Tensor | float, device: torch.device) -> Tensor:
 
 
 def mean_loss(
-    task_loss: TaskLoss, count: Count | None, logits: Tensor, labels: Tensor, factor: float | Tensor
+    task_loss: TaskLoss, count: Count | None, logits: Tensor, labels: Tensor, factor: Factor
 ) -> Tensor:
     """`factor` times the loss on the labels; 0 with zero gradients, and not 0 / 0, where nothing counts.
 
@@ -79,10 +81,10 @@ def mean_loss(
             f"wanted a task_loss that gives a scalar, got {tuple(loss.shape)} (reduction='none'?)"
         )
     if counts is None:
-        return loss * factor
+        return times(loss, factor)
     if isinstance(factor, Tensor):  # a share of nothing
         factor = torch.where(counts, factor.to(logits.device), torch.zeros_like(factor, device=logits.device))
-    return torch.where(counts, loss, torch.zeros_like(loss)) * factor
+    return times(torch.where(counts, loss, torch.zeros_like(loss)), factor)
 
 
 class _Guarded(torch.autograd.Function):

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..weighting import Factor, times
 from .base import METHODS
 from .pairs import PairedMethod, Pairs, wide
 
@@ -41,9 +42,9 @@ class AT(PairedMethod):
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
         check_positions("AT", student, teacher)
 
-    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
+    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: Factor) -> Tensor:
         check_positions("AT", student, teacher)
-        return (attention_map(student) - attention_map(teacher)).square().mean() * factor
+        return times((attention_map(student) - attention_map(teacher)).square().mean(), factor)
 
 
 def attention_map(features: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from ..registry import Registry
+from ..weighting import Factor
 
 METHODS: Registry[type[Method]] = Registry("method")
 
@@ -26,12 +27,18 @@ class Activations:
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything a method may look at. `teacher` is None where there is no teacher, `labels` where unlabelled."""
+    """Everything a method may look at.
+
+    teacher: None where there is no teacher. labels: None where unlabelled.
+    mask: the positions' weights as the caller gave them, None where all count alike; `vidfast.distill.weighting` brings
+        them to a feature's positions (`fitted`) and makes means of them (`weighted`).
+    """
 
     inputs: Any
     labels: Tensor | None
     student: Activations
     teacher: Activations | None
+    mask: Tensor | None = None
 
     @property
     def from_teacher(self) -> Activations:
@@ -73,10 +80,20 @@ class Method(nn.Module):
 
     student_layers, teacher_layers: names of the layers whose activations `forward` will find in `batch`.
     needs_teacher: False for a method that works without one.
+    takes_mask: True for a method whose loss is a mean that batch.mask weighs; a Distiller with another one refuses
+        masks. A subclass with a `forward` (or `pair_loss`) of its own says it anew.
     """
 
     default_name: ClassVar[str] = ""
     needs_teacher: ClassVar[bool] = True
+    takes_mask: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        # What is computed anew may leave the mask out, and nothing would tell.
+        if ("forward" in own or "pair_loss" in own) and "takes_mask" not in own:
+            cls.takes_mask = False
 
     def __init__(self, *, weight: float = 1.0, name: str | None = None) -> None:
         super().__init__()
@@ -102,18 +119,19 @@ class Method(nn.Module):
     def build(self, batch: Batch) -> None:
         """Make the parameters, from the shapes of one probe batch. Called once, by the Distiller."""
 
-    def forward(self, batch: Batch, factor: float) -> Tensor:
+    # Any, so that a user's forward may say `factor: float` where no scale is a tensor.
+    def forward(self, batch: Batch, factor: Any) -> Tensor:
         """The term's loss times `factor`, a scalar.
 
         factor: the term's weight times what the trainer multiplies the whole loss by. It is handed in, and
         not multiplied on outside, so that a fused kernel can fold it in and see an incoming gradient of
-        exactly 1.
+        exactly 1. A number, or a tensor of no dimensions where the caller's scale is one.
         """
         raise NotImplementedError
 
     if TYPE_CHECKING:  # nn.Module's gives Any
 
-        def __call__(self, batch: Batch, factor: float) -> Tensor: ...
+        def __call__(self, batch: Batch, factor: Factor) -> Tensor: ...
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Every parameter of the method, once. Override to treat some of them apart."""

@@ -19,6 +19,7 @@ from vidfast.arguments import ScalarReduction
 from vidfast.regressor import regress
 
 from ..regressors import Regressor, keeps_resolution, make, resolve
+from ..weighting import Factor, selected, times, weighted
 from .base import METHODS
 from .pairs import PairedMethod, Pairs, place, wide
 from .variational import check_reduction
@@ -44,6 +45,7 @@ class FitNet(PairedMethod):
 
     default_name: ClassVar[str] = "fitnet"
     per_pair: ClassVar[tuple[str, ...]] = ("regressors",)
+    takes_mask: ClassVar[bool] = True
     regressors: nn.ModuleList
 
     def __init__(
@@ -58,30 +60,38 @@ class FitNet(PairedMethod):
     ) -> None:
         resolved = resolve(regressor, channel_dim)
         super().__init__(pairs, pools=keeps_resolution(resolved), weight=weight, name=name)
-        self.regressor = resolved
+        self.regressor, self.channel_dim = resolved, channel_dim
         self.reduction = check_reduction(reduction)
 
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
         self.regressors.append(place(make(self.regressor, student.shape, teacher.shape), student))
 
-    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
+    def pair_loss(
+        self, index: int, student: Tensor, teacher: Tensor, factor: Factor, mask: Tensor | None = None
+    ) -> Tensor:
+        student, teacher = selected(student, teacher, mask, self.channel_dim)
         mean = regress(self.regressors[index], student, teacher.shape)
-        return half_squared_error(mean, teacher, self.reduction, factor)
+        return half_squared_error(mean, teacher, self.reduction, factor, mask)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, reduction={self.reduction}"
 
 
-def half_squared_error(mean: Tensor, target: Tensor, reduction: ScalarReduction, factor: float) -> Tensor:
+def half_squared_error(
+    mean: Tensor, target: Tensor, reduction: ScalarReduction, factor: Factor, mask: Tensor | None = None
+) -> Tensor:
     """factor * 1/2 ||target - mean||^2, equation 7 of the VID paper, in fp32 or wider.
 
     mean, target: of one shape, batch first. reduction: the sum as it is, over the batch size ("batchmean") or
-    over the number of elements ("mean").
+    over the number of elements ("mean"). mask: a weight for each of target's positions, as in `weighted`, where mean
+    and target are finite.
     """
+    if mask is not None:
+        return times(weighted((wide(mean) - wide(target)).square(), mask, reduction), 0.5 * factor)
     if reduction == "batchmean":
-        factor /= mean.shape[0]
+        factor = factor / mean.shape[0]
     # mse_loss takes mixed dtypes forwards and fails on them backwards.
     dtype = torch.promote_types(wide(mean).dtype, wide(target).dtype)
     over = "mean" if reduction == "mean" else "sum"
     error = torch.nn.functional.mse_loss(mean.to(dtype), target.to(dtype), reduction=over)
-    return error * (0.5 * factor)
+    return times(error, 0.5 * factor)

@@ -19,6 +19,7 @@ from vidfast.arguments import BackendName, ScalarReduction
 from vidfast.nll import GaussianNLL
 
 from ..regressors import Regressor, make, resolve
+from ..weighting import Factor, fed, fitted
 from .base import METHODS, Batch
 from .pairs import place
 from .variational import GaussianMethod
@@ -73,6 +74,7 @@ class Infomax(GaussianMethod):
 
     default_name: ClassVar[str] = "infomax"
     needs_teacher: ClassVar[bool] = False
+    takes_mask: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -124,12 +126,15 @@ class Infomax(GaussianMethod):
             likelihoods.append(self.make_likelihood(x.shape[1]).to(student.device))
         self.regressors, self.likelihoods = nn.ModuleList(regressors), nn.ModuleList(likelihoods)
 
-    def forward(self, batch: Batch, factor: float) -> Tensor:
+    def forward(self, batch: Batch, factor: Factor) -> Tensor:
         x = pick_input(batch.inputs, self.which).detach()
         losses = []
         for layer, regressor, nll in zip(self.student_layers, self.regressors, self.likelihoods, strict=True):
+            student, mask = batch.student.taps[layer], batch.mask
             try:
-                losses.append(self.gaussian_nll(regressor, nll, batch.student.taps[layer], x, factor))
+                if mask is not None:
+                    student, mask = fed(student, x, mask), fitted(mask, x)
+                losses.append(self.gaussian_nll(regressor, nll, student, x, factor, mask))
             except ValueError as error:
                 raise ValueError(f"student layer {layer!r} -> input: {error}") from None
         total: Tensor = sum(losses[1:], losses[0])

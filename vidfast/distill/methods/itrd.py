@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vidfast.reference import no_autocast
 
+from ..weighting import Factor, times
 from .base import METHODS
 from .pairs import PairedMethod, Pairs, place, wide
 
@@ -117,7 +118,7 @@ class ITRD(PairedMethod):
         linear = nn.Linear(student.shape[1], teacher.shape[1], bias=self.bias)
         self.embeddings.append(place(linear, student))
 
-    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
+    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: Factor) -> Tensor:
         student, teacher = pooled(student), wide(pooled(teacher))
         if student.shape[0] < 2 or student.shape[0] != teacher.shape[0]:
             raise ValueError(
@@ -128,9 +129,10 @@ class ITRD(PairedMethod):
         terms = []
         with no_autocast(z):  # the Gram matrices are matrix products
             if self.l_corr:
-                terms.append(factor * self.l_corr * correlation_loss(z, teacher, self.alpha, self.eps))
+                loss = correlation_loss(z, teacher, self.alpha, self.eps)
+                terms.append(times(loss, factor * self.l_corr))
             if self.l_mi:
-                terms.append(factor * self.l_mi * mutual_information_loss(z, teacher, self.eps))
+                terms.append(times(mutual_information_loss(z, teacher, self.eps), factor * self.l_mi))
         total: Tensor = sum(terms[1:], terms[0])
         return total
 

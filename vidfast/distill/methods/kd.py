@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..weighting import Factor, fitted, times, weighted
 from .base import METHODS, Batch, Method
 from .pairs import wide
 
@@ -35,6 +36,7 @@ class KD(Method):
     """
 
     default_name: ClassVar[str] = "kd"
+    takes_mask: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -53,13 +55,24 @@ class KD(Method):
     def build(self, batch: Batch) -> None:
         self._check(batch.student.logits, batch.from_teacher.logits)
 
-    def forward(self, batch: Batch, factor: float) -> Tensor:
+    def forward(self, batch: Batch, factor: Factor) -> Tensor:
         student, teacher = batch.student.logits, batch.from_teacher.logits.detach()
         dim = self._check(student, teacher)
-        log_s = torch.log_softmax(wide(student) / self.temperature, dim=dim)
-        log_t = torch.log_softmax(wide(teacher) / self.temperature, dim=dim)
-        divergence = (log_t.exp() * (log_t - log_s)).sum(dim).mean()
-        return divergence * (factor * self.temperature**2)
+        mask = None if batch.mask is None else self._fitted(batch.mask, student, dim)
+        softened = [wide(logits) / self.temperature for logits in (student, teacher)]
+        if mask is not None:
+            # in place, as logits are large; what is not used may be NaN
+            softened = [z.masked_fill_(mask == 0, 0) for z in softened]
+        log_s, log_t = (torch.log_softmax(z, dim=dim) for z in softened)
+        divergence = (log_t.exp() * (log_t - log_s)).sum(dim)
+        mean = divergence.mean() if mask is None else weighted(divergence, mask.squeeze(dim))
+        return times(mean, factor * self.temperature**2)
+
+    def _fitted(self, mask: Tensor, logits: Tensor, dim: int) -> Tensor:
+        try:
+            return fitted(mask, logits, dim)
+        except ValueError as error:
+            raise ValueError(f"logits of {self.name!r}: {error}") from None
 
     def _check(self, student: Tensor, teacher: Tensor) -> int:
         """The dimension of the classes, from 1 on."""

@@ -21,11 +21,12 @@ from vidfast.arguments import ScalarReduction
 from vidfast.regressor import regress
 
 from ..choices import LwFForm
+from ..weighting import Factor, selected, times, weighted
 from .base import METHODS, Batch, Method
 from .fitnet import half_squared_error
 from .kd import check_temperature
 from .pairs import place, wide
-from .penultimate import check_layer, penultimate
+from .penultimate import check_layer, penultimate, sample_weights
 from .variational import check_reduction
 
 
@@ -51,6 +52,7 @@ class LwF(Method):
     """
 
     default_name: ClassVar[str] = "lwf"
+    takes_mask: ClassVar[bool] = True
     head: nn.Linear
 
     def __init__(
@@ -85,18 +87,24 @@ class LwF(Method):
         place(head, student)
         self.head = head
 
-    def forward(self, batch: Batch, factor: float) -> Tensor:
+    def forward(self, batch: Batch, factor: Factor) -> Tensor:
         student, teacher = penultimate(batch, self.student_layers[0])
+        mask = sample_weights(batch, student, self.student_layers[0])
+        student, teacher = selected(student, teacher, mask)
         predicted = regress(self.head, student, teacher.shape)
         if self.form == "mse":
-            return half_squared_error(predicted, teacher, self.reduction, factor)
+            return half_squared_error(predicted, teacher, self.reduction, factor, mask)
         targets = torch.softmax(wide(teacher) / self.temperature, dim=1)
         log_predicted = torch.log_softmax(wide(predicted) / self.temperature, dim=1)
         if self.scale_by_temperature:
-            factor *= self.temperature**2
+            factor = factor * self.temperature**2
+        if mask is not None:
+            return times(
+                weighted((targets * log_predicted).sum(1, keepdim=True), mask, self.reduction), -factor
+            )
         if self.reduction != "sum":
-            factor /= student.shape[0]
-        return (targets * log_predicted).sum() * -factor
+            factor = factor / student.shape[0]
+        return times((targets * log_predicted).sum(), -factor)
 
     def extra_repr(self) -> str:
         form = f"softened, T={self.temperature:g}" if self.form == "softened" else "mse"

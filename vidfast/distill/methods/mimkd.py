@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from vidfast.vid import match_spatial
 
 from ..choices import Critic
+from ..weighting import Factor, times
 from .base import METHODS
 from .itrd import pooled
 from .pairs import PairedMethod, Pairs, place, wide
@@ -141,7 +142,7 @@ class MIMKD(PairedMethod):
         critics = {level: kind(t.shape[2], s.shape[2], self.hidden) for level, (t, s) in views.items()}
         self.critics.append(place(nn.ModuleDict(critics), student))
 
-    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
+    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: Factor) -> Tensor:
         if student.shape[0] < 2 or student.shape[0] != teacher.shape[0]:
             raise ValueError(
                 "wanted a batch of 2 or more, the same on both sides, as the negatives are other images, got "
@@ -153,7 +154,7 @@ class MIMKD(PairedMethod):
         for level, (t, s) in self.views(index, student, teacher).items():
             # The critics are of the student's type; a teacher may run in another.
             matched, mismatched = critics[level](t.to(s.dtype), s)
-            total = total + factor * self.level_weights[level] * negative_bound(matched, mismatched)
+            total = total + times(negative_bound(matched, mismatched), factor * self.level_weights[level])
         return total
 
     def views(self, index: int, student: Tensor, teacher: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vidfast.reference import no_autocast
 
+from ..weighting import Factor, times
 from .attention import check_positions, unit
 from .base import METHODS
 from .pairs import PairedMethod, Pairs, wide
@@ -49,13 +50,13 @@ class NST(PairedMethod):
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
         check_positions("NST", student, teacher)
 
-    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
+    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: Factor) -> Tensor:
         check_positions("NST", student, teacher)
         # Autocast would take the products to 8 bits, and their difference is what is wanted.
         with no_autocast(student):
             s, t = unit(wide(student).flatten(2)), unit(wide(teacher).flatten(2))
             dtype = torch.promote_types(s.dtype, t.dtype)
-            return discrepancy(s.to(dtype), t.to(dtype)) * factor
+            return times(discrepancy(s.to(dtype), t.to(dtype)), factor)
 
 
 def discrepancy(s: Tensor, t: Tensor) -> Tensor:

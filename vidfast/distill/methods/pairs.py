@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vidfast.vid import match_spatial
 
+from ..weighting import fed, fitted, fitted_pair
 from .base import Batch, Method
 
 Pairs = Mapping[str, str] | Sequence[tuple[str, str]]
@@ -40,11 +41,13 @@ class PairedMethod(Method):
     pairs: {student layer: teacher layer}, or a sequence of such pairs when a layer occurs twice.
     pools: average-pool both features of a pair to the smaller size along each axis
         (`vidfast.vid.match_spatial`) where they differ; False: hand them over as they are.
+    channel_dim: where the features' channels are, for masks: 1, or -1 for channels last.
 
     Raises ValueError, naming the pair, for features that do not fit.
     """
 
     per_pair: ClassVar[tuple[str, ...]] = ()
+    channel_dim: int = 1
 
     def __init__(
         self, pairs: Pairs, *, pools: bool = True, weight: float = 1.0, name: str | None = None
@@ -59,8 +62,13 @@ class PairedMethod(Method):
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
         """Check one pair's features, (B, C, *spatial) each, and make what parameters it needs. Called in order."""
 
-    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
-        """`factor` times the loss of pair number `index`, a scalar; `teacher` is detached."""
+    # Any: as in Method.forward.
+    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: Any) -> Tensor:
+        """`factor` times the loss of pair number `index`, a scalar; `teacher` is detached.
+
+        A class with `takes_mask` also takes mask=, of the teacher's number of dimensions with 1 in the place of the
+        channels, sizes of 1 or the teacher's, and is given it where the batch has one.
+        """
         raise NotImplementedError
 
     def build(self, batch: Batch) -> None:
@@ -79,12 +87,18 @@ class PairedMethod(Method):
         for name in self.per_pair:
             setattr(self, name, nn.ModuleList())
 
-    def forward(self, batch: Batch, factor: float) -> Tensor:
+    def forward(self, batch: Batch, factor: Any) -> Tensor:
         losses = []
         for index, (student_layer, teacher_layer) in enumerate(self.pairs):
             try:
-                student, teacher = self.features(batch, student_layer, teacher_layer)
-                losses.append(self.pair_loss(index, student, teacher, factor))
+                if batch.mask is None:
+                    student, teacher = self.features(batch, student_layer, teacher_layer)
+                    loss = self.pair_loss(index, student, teacher, factor)
+                else:
+                    student, teacher, mask = self.masked(batch, batch.mask, student_layer, teacher_layer)
+                    # only methods that take masks have this argument
+                    loss = self.pair_loss(index, student, teacher, factor, mask=mask)  # type: ignore[call-arg]
+                losses.append(loss)
             except ValueError as error:
                 raise ValueError(f"pair {student_layer!r} -> {teacher_layer!r}: {error}") from None
         total: Tensor = sum(losses[1:], losses[0])
@@ -95,6 +109,16 @@ class PairedMethod(Method):
         student = batch.student.taps[student_layer]
         teacher = batch.from_teacher.taps[teacher_layer].detach()
         return match_spatial(student, teacher) if self.pools else (student, teacher)
+
+    def masked(
+        self, batch: Batch, mask: Tensor, student_layer: str, teacher_layer: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`features`, and the mask at the teacher's positions."""
+        student = batch.student.taps[student_layer]
+        teacher = batch.from_teacher.taps[teacher_layer].detach()
+        if self.pools:
+            return fitted_pair(student, teacher, mask)
+        return fed(student, teacher, mask, self.channel_dim), teacher, fitted(mask, teacher, self.channel_dim)
 
     def pair_names(self) -> list[str]:
         """ "student layer -> teacher layer" for each pair."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..weighting import fitted
 from .base import Batch
 
 
@@ -34,3 +35,13 @@ def penultimate(batch: Batch, layer: str) -> tuple[Tensor, Tensor]:
             f"and {tuple(teacher.shape)}"
         )
     return student.flatten(1), teacher
+
+
+def sample_weights(batch: Batch, student: Tensor, layer: str) -> Tensor | None:
+    """(B, 1): the batch's mask for these features (B, D), the mean weight of each sample's positions."""
+    if batch.mask is None:
+        return None
+    try:
+        return fitted(batch.mask, student)
+    except ValueError as error:
+        raise ValueError(f"student layer {layer!r}: {error}") from None

@@ -19,6 +19,7 @@ from vidfast.nll import GaussianNLL
 from vidfast.regressor import regress, regressed_nll
 
 from ..regressors import Regressor, keeps_resolution, make, resolve
+from ..weighting import Factor, times, weighted
 from .base import Method, ParameterGroup
 from .pairs import PairedMethod, Pairs, place
 
@@ -109,9 +110,17 @@ class GaussianMethod(VariationalMethod):
         )
 
     def gaussian_nll(
-        self, regressor: nn.Module, likelihood: nn.Module, student: Tensor, target: Tensor, factor: float
+        self,
+        regressor: nn.Module,
+        likelihood: nn.Module,
+        student: Tensor,
+        target: Tensor,
+        factor: Factor,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """`factor` times -log q(target|student), a scalar in fp32, or in fp64 if the mean or the target is.
+
+        mask: a weight for each of the target's positions, as in `vidfast.gaussian_nll`.
 
         Raises ValueError when the regressor's output is not of the target's shape.
         """
@@ -122,8 +131,9 @@ class GaussianMethod(VariationalMethod):
             target,
             None,
             channel_dim=self.channel_dim,
-            weight=factor,
+            weight=factor.to(target.device) if isinstance(factor, Tensor) else factor,
             likelihood=likelihood,
+            mask=mask,
         )
 
 
@@ -180,11 +190,13 @@ class VariationalPairs(VariationalMethod, PairedMethod):
         """The regressor's output for pair `index`. Raises ValueError unless it fits the teacher's feature."""
         return regress(self.regressors[index], student, self._wanted(teacher))
 
-    def reduce(self, nll: Tensor, factor: float) -> Tensor:
-        """`factor` times the sum or mean of -log q per element."""
+    def reduce(self, nll: Tensor, factor: Factor, mask: Tensor | None = None) -> Tensor:
+        """`factor` times the sum or mean of -log q per element, by the weights of a mask if there is one."""
+        if mask is not None:
+            return times(weighted(nll, mask, self.reduction), factor)
         if self.reduction == "mean":
-            return factor * nll.mean()
-        return (factor if self.reduction == "sum" else factor / nll.shape[0]) * nll.sum()
+            return times(nll.mean(), factor)
+        return times(nll.sum(), factor if self.reduction == "sum" else factor / nll.shape[0])
 
     def _wanted(self, teacher: Tensor) -> list[int]:
         """The shape that the regressor has to give."""

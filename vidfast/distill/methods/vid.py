@@ -20,6 +20,7 @@ from vidfast.arguments import BackendName, ScalarReduction
 from vidfast.nll import GaussianNLL
 
 from ..regressors import Regressor
+from ..weighting import Factor
 from .base import METHODS
 from .pairs import Pairs
 from .variational import GaussianMethod, VariationalPairs
@@ -46,6 +47,7 @@ class VID(GaussianMethod, VariationalPairs):
     """
 
     default_name: ClassVar[str] = "vid"
+    takes_mask: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -74,8 +76,11 @@ class VID(GaussianMethod, VariationalPairs):
             name=name,
         )
 
-    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
-        return self.gaussian_nll(self.regressors[index], self.likelihoods[index], student, teacher, factor)
+    def pair_loss(
+        self, index: int, student: Tensor, teacher: Tensor, factor: Factor, mask: Tensor | None = None
+    ) -> Tensor:
+        regressor, likelihood = self.regressors[index], self.likelihoods[index]
+        return self.gaussian_nll(regressor, likelihood, student, teacher, factor, mask)
 
     def variances(self) -> dict[str, Tensor]:
         """The learned variance per channel, (C,), by "student layer -> teacher layer": large where the student

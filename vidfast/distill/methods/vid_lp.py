@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from vidfast.arguments import BackendName, ScalarReduction
 from vidfast.nll import GaussianNLL
 
+from ..weighting import Factor
 from .base import METHODS, Batch
 from .pairs import place
-from .penultimate import check_layer, penultimate
+from .penultimate import check_layer, penultimate, sample_weights
 from .variational import GaussianMethod
 
 
@@ -41,6 +42,7 @@ class VIDLP(GaussianMethod):
     """
 
     default_name: ClassVar[str] = "vid_lp"
+    takes_mask: ClassVar[bool] = True
     likelihood: GaussianNLL
 
     def __init__(
@@ -73,9 +75,10 @@ class VIDLP(GaussianMethod):
         self.regressor = place(nn.Linear(student.shape[1], teacher.shape[1], bias=self.bias), student)
         self.likelihood = self.make_likelihood(teacher.shape[1]).to(student.device)
 
-    def forward(self, batch: Batch, factor: float) -> Tensor:
+    def forward(self, batch: Batch, factor: Factor) -> Tensor:
         student, teacher = penultimate(batch, self.layer)
-        return self.gaussian_nll(self.regressor, self.likelihood, student, teacher, factor)
+        mask = sample_weights(batch, student, self.layer)
+        return self.gaussian_nll(self.regressor, self.likelihood, student, teacher, factor, mask)
 
     def variance(self) -> Tensor:
         """The learned variance of each logit, (N,): large where the student's features say little of it."""

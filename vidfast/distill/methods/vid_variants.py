@@ -22,6 +22,7 @@ from vidfast.arguments import ScalarReduction, inverse_softplus
 from vidfast.layers import last_layer
 
 from ..regressors import Regressor
+from ..weighting import Factor, selected
 from .base import METHODS
 from .pairs import Pairs, wide
 from .variational import VariationalPairs
@@ -64,6 +65,7 @@ class HeteroscedasticVID(VariationalPairs):
     """
 
     default_name: ClassVar[str] = "vid_heteroscedastic"
+    takes_mask: ClassVar[bool] = True
     outputs = 2
 
     def make_likelihood(self, channels: int) -> ChannelScale:
@@ -81,16 +83,19 @@ class HeteroscedasticVID(VariationalPairs):
             if last.bias is not None:
                 last.bias[channels:] = 0
 
-    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
+    def pair_loss(
+        self, index: int, student: Tensor, teacher: Tensor, factor: Factor, mask: Tensor | None = None
+    ) -> Tensor:
         scale = self.likelihoods[index]
         assert isinstance(scale, ChannelScale)
+        student, teacher = selected(student, teacher, mask, self.channel_dim)
         output = wide(self.predict(index, student, teacher))
         mean, head = output.chunk(2, self.channel_dim)
         logit = _along(scale.alpha, self.channel_dim, mean.dim()) + head
         # softplus without F.softplus's cut-off at 20
         variance = torch.logaddexp(logit, torch.zeros_like(logit)) + scale.eps
         residual = wide(teacher) - mean
-        return self.reduce(0.5 * (variance.log() + residual.square() / variance), factor)
+        return self.reduce(0.5 * (variance.log() + residual.square() / variance), factor, mask)
 
 
 def _gamma_ratio(half: Tensor) -> Tensor:
@@ -152,6 +157,7 @@ class StudentTVID(VariationalPairs):
     """
 
     default_name: ClassVar[str] = "vid_student_t"
+    takes_mask: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -187,9 +193,12 @@ class StudentTVID(VariationalPairs):
     def make_likelihood(self, channels: int) -> StudentTScale:
         return StudentTScale(channels, self.init_var, self.eps, self.nu, self.learn_nu)
 
-    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
+    def pair_loss(
+        self, index: int, student: Tensor, teacher: Tensor, factor: Factor, mask: Tensor | None = None
+    ) -> Tensor:
         scale = self.likelihoods[index]
         assert isinstance(scale, StudentTScale)
+        student, teacher = selected(student, teacher, mask, self.channel_dim)
         mean = wide(self.predict(index, student, teacher))
         residual = wide(teacher) - mean
         nu, ratio = scale.nu()
@@ -198,7 +207,7 @@ class StudentTVID(VariationalPairs):
             _along(x.to(residual.dtype), self.channel_dim, mean.dim()) if isinstance(x, Tensor) else x
             for x in ((nu + 1) / 2, nu * squared, 0.5 * squared.log() + ratio)
         )
-        return self.reduce(constant + half * torch.log1p(residual.square() / nu_squared), factor)
+        return self.reduce(constant + half * torch.log1p(residual.square() / nu_squared), factor, mask)
 
     def variances(self) -> dict[str, Tensor]:
         """The learned variance tau^2 nu / (nu - 2) per channel, (C,), by "student layer -> teacher layer"."""
@@ -236,6 +245,7 @@ class MixtureVID(VariationalPairs):
     """
 
     default_name: ClassVar[str] = "vid_mixture"
+    takes_mask: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -269,10 +279,13 @@ class MixtureVID(VariationalPairs):
     def make_likelihood(self, channels: int) -> MixtureScale:
         return MixtureScale(self.outputs, channels, self.init_var, self.eps)
 
-    def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
+    def pair_loss(
+        self, index: int, student: Tensor, teacher: Tensor, factor: Factor, mask: Tensor | None = None
+    ) -> Tensor:
         scale = self.likelihoods[index]
         assert isinstance(scale, MixtureScale)
         components, channels = scale.alpha.shape
+        student, teacher = selected(student, teacher, mask, self.channel_dim)
         output = wide(self.predict(index, student, teacher))
         across = 1 if self.channel_dim == 1 else output.dim() - 1
         means = output.reshape(*output.shape[:across], components, channels, *output.shape[across + 1 :])
@@ -283,7 +296,7 @@ class MixtureVID(VariationalPairs):
             _along(x.to(residual.dtype), self.channel_dim, teacher.dim()) for x in (constant, 2 * variance)
         )
         log_density = torch.logsumexp(constant - residual.square() / double_variance, dim=across)
-        return self.reduce(-log_density, factor)
+        return self.reduce(-log_density, factor, mask)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, components={self.outputs}"
