@@ -2,6 +2,7 @@
 
 cases.py       what is measured: shapes, dtypes, layouts, incoming gradients
 providers.py   who is measured: eager, torch's own loss, torch.compile, each vidfast back end and strategy
+masks.py       masks, and what a pass with one moves; masked.py the loss with them beside indexing and torch.compile
 kernels.py     the CPU kernels alone, without autograd; device_kernels.py a GPU back end's primitives
 graphs.py      calls in a CUDA graph: the device's own time
 traffic.py     the bytes each of them moves

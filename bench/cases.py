@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from bench.masks import Mask
+
 # fp16 is trained with a loss scaler, whose factor is the incoming gradient: 2**16 is torch.amp.GradScaler's first.
 # At g = 1 every provider's fp16 gradient (about 1/N) is below the smallest subnormal, so that row says nothing.
 SCALER_FACTOR = 65536.0
@@ -39,6 +41,8 @@ class Case:
     note: str = ""
     # Of a whole module: its forward runs under torch.autocast of this dtype; `dtype` is then that of what it is given.
     autocast: torch.dtype | None = None
+    # Which positions count: masks.of_case draws it.
+    mask: Mask | None = None
     extra: dict[str, object] = field(default_factory=dict, hash=False, compare=False)
 
     @property
@@ -67,6 +71,8 @@ class Case:
             parts.append(f"channel_dim={self.channel_dim}")
         if self.threads is not None:
             parts.append(f"threads={self.threads}")
+        if self.mask is not None:
+            parts.append(self.mask.title)
         if self.note:
             parts.append(self.note)
         if self.autocast is not None:

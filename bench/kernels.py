@@ -17,6 +17,8 @@ from bench.clock import Call
 from bench.providers import Provider, eager_formula
 
 # The native interface's numbers for dtypes: csrc/gaussian_nll.h.
+# No weights of positions: absent addresses.
+NO_MASK = (0, False, 0)
 NATIVE_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 FORWARD, INTO_BUFFER, IN_PLACE = "kernel forward", "kernel forward_grad", "kernel forward_grad in place"
@@ -58,7 +60,8 @@ class KernelContender:
         problem = (
             *(slot.mean.data_ptr(), stride, dtype, slot.target.data_ptr(), stride, dtype),
             *(self.pool.alpha.data_ptr(), NATIVE_DTYPES[self.pool.alpha.dtype], outer, channels, inner),
-            *(1.0 / self.case.elements, EPS, False, self.loss.data_ptr(), NATIVE_DTYPES[torch.float32]),
+            *(1.0 / self.case.elements, EPS, False, *NO_MASK),
+            *(self.loss.data_ptr(), NATIVE_DTYPES[torch.float32]),
         )
         threads, loss, per_channel = torch.get_num_threads(), self.loss, self.per_channel
         if self.name == FORWARD:

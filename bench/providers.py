@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import traffic
+from bench import masks, traffic
 from bench.backends import runnable
 from bench.buffers import EPS, Pool, Slot
 from bench.cases import Case
@@ -31,6 +31,8 @@ EAGER, TORCH_LOSS, COMPILE, MAX_AUTOTUNE, REFERENCE, COPY = (
 )
 DEFAULT = "vidfast default"
 STRATEGIES = ("two_pass", "one_pass", "one_pass in place")
+# With a mask the bytes of these are counted, at g = 1.
+MASKED_STRATEGIES = STRATEGIES[1:]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Provider:
     writes_mean: bool = False
     # Whether its loss and gradients can be held against the oracle's.
     compared: bool = True
+    # Of a case with a mask: computes as if it had none.
+    ignores_mask: bool = False
 
     def named(self, name: str) -> Provider:
         return replace(self, name=name)
@@ -76,11 +80,15 @@ def compiled(mode: str | None) -> Callable[[Case], LossFunction]:
     return build
 
 
-def vidfast_loss(backend: str, strategy: str, inplace: bool) -> Callable[[Case], LossFunction]:
+def vidfast_loss(
+    backend: str, strategy: str, inplace: bool, masked: bool = False
+) -> Callable[[Case], LossFunction]:
     def build(case: Case) -> LossFunction:
         from vidfast import gaussian_nll
 
         options: dict[str, Any] = {"strategy": strategy, "backend": backend}
+        if masked:
+            options["mask"] = masks.of_case(case)
 
         def loss(mean: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
             result: torch.Tensor = gaussian_nll(
@@ -265,6 +273,10 @@ def traffic_of(
 ) -> traffic.Traffic:
     if provider.strategy is not None:
         strategy = provider.strategy
+        if case.mask is not None and not provider.ignores_mask:
+            assert strategy in MASKED_STRATEGIES
+            assert incoming == 1.0
+            return traffic.Traffic(masks.nbytes_of_a_pass(case), "algorithm")
         if strategy == "auto":
             strategy = "two_pass" if case.dtype is torch.float16 else "one_pass"
         return traffic.of_strategy(strategy, incoming == 1.0, case.nbytes)

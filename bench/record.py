@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from bench import memory, traffic
+from bench import masks, memory, traffic
 from bench.accuracy import Errors, Oracle
 from bench.buffers import EPS, Pool
 from bench.cases import DTYPE_NAMES, Case
@@ -106,7 +106,11 @@ def measure(case: Case, suite: Opener, names: list[str], budget: Budget) -> dict
         pool = Pool(case)
         clock = clock_for(case.device)
         rows = {name: Row() for name in names}
-        oracle = Oracle(case, pool.pristine, pool.slots[0].target, pool.alpha, EPS)
+        exact = Oracle(case, pool.pristine, pool.slots[0].target, pool.alpha, EPS)
+        masked = exact
+        if case.mask is not None:
+            mask = masks.of_case(case)
+            masked = Oracle(case, pool.pristine, pool.slots[0].target, pool.alpha, EPS, mask)
         ready: list[Measurable] = []
         estimates: list[float] = []
         for name, contender in suite.contenders(case, pool, names):
@@ -117,6 +121,7 @@ def measure(case: Case, suite: Opener, names: list[str], budget: Budget) -> dict
                 # Eager code has nothing to compile: its second call is like its first.
                 eager = contender.replayed or contender.provider.family in {"eager", "torch", "reference"}
                 estimate = warm_up(contender, clock, 1 if eager else budget.warm_ups)
+                oracle = exact if contender.provider.ignores_mask else masked
                 rows[name].info = beside_the_time(case, contender, oracle)
             except Exception as failure:
                 rows[name].failure = failure

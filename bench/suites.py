@@ -68,6 +68,10 @@ class StepSuite:
         floor = [Provider(SAVE_AND_RETURN, "floor", save_and_return, compared=False)] if self.floor else []
         return [*floor, *providers_of(case, self.full)]
 
+    def captured(self, provider: Provider) -> bool:
+        """Whether on a GPU its steps are also rows as CUDA graphs."""
+        return provider.family == "vidfast"
+
     def names(self, case: Case) -> list[str]:
         steps = [
             row_name(provider, incoming) for provider in self.providers(case) for incoming in case.gradients
@@ -76,7 +80,7 @@ class StepSuite:
             steps += [
                 row_name(provider, incoming, GRAPH)
                 for provider in self.providers(case)
-                if provider.family == "vidfast"
+                if self.captured(provider)
                 for incoming in case.gradients
             ]
         return [COPY, *steps] if not self.floor else steps

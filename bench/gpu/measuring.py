@@ -129,6 +129,32 @@ def steps(job: Job) -> int | None:
     return measured(job, [(suite, case) for case in (cases[-1:] if job.small else cases)], seconds=2.0)
 
 
+def masks(job: Job) -> int | None:
+    """Steps with a mask: indexing, the compiled formula, and ours without the mask and with it, ours in graphs too."""
+    from bench.masked import masked_suite, small_masked_cases
+
+    suite = masked_suite(True, DEVICE)
+    cases = small_masked_cases(suite.name, True, DEVICE) if job.small else suite.list_cases()
+    warm_masks(job, suite, cases)
+    return measured(job, [(suite, case) for case in cases], seconds=1.0)
+
+
+def warm_masks(job: Job, suite: Any, cases: Sequence[Any]) -> None:
+    """Compiles what the cases' rows compile: the formula, and Triton's kernels."""
+    from bench.buffers import Pool
+    from bench.providers import COMPILE, StepContender
+    from vidfast.report.results import WITHOUT_MASK
+
+    def one(case: Any, name: str) -> None:
+        for provider in suite.providers(case):  # asks the device which back ends run
+            if provider.name == name:
+                StepContender(provider, case, Pool(case, slots=1), provider.build(case), 1.0).prepare()()
+
+    triton = "vidfast triton one_pass"
+    names = (COMPILE, triton, triton + WITHOUT_MASK)
+    compile_all(job, {f"{c.title} | {name}": partial(one, c, name) for c in cases for name in names})
+
+
 def modules(job: Job) -> int | None:
     """Distillation steps, and what of them the pairs of layers take."""
     from dataclasses import replace

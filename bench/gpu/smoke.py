@@ -1,4 +1,4 @@
-"""Every mapping and primitive of a GPU back end, in ten pairs of dtypes, against fp64 on the device.
+"""Every mapping and primitive of a GPU back end, in ten pairs of dtypes and with masks, against fp64 on the device.
 
     python -m bench.gpu.smoke [--few] [BACKEND ...]       in this process: for compute-sanitizer
 
@@ -62,6 +62,11 @@ PAIRS += ((F64, F32), (F16, BF16))
 # Triton compiles kernels for every pair and shape, most of a second each: fewer of both there.
 TRITON_SHAPES, TRITON_ALL_PAIRS, COMMON_PAIRS = 6, 2, PAIRS[:2]
 LAYOUTS = ("contiguous", "channels_last", "slice")
+# With a mask, for each way through a back end: planes whole, small planes in rows, and tokens; of Triton the last two.
+MASKED_SHAPES: tuple[tuple[int, ...], ...] = ((2, 5, 1030), (5, 24, 7, 7), (2, 3, 40, 40), (300, 24))
+MASKED_PAIRS, TRITON_MASKED_SHAPES = (*COMMON_PAIRS, (F64, F64), (BF16, F32)), 2
+# bool; int64; weights between 0 and 1; NaN and inf where the weight is 0; all 0.
+MASKS = ("booleans", "integers", "fractions", "NaN under zeros", "zeros")
 STRATEGIES = ("one_pass", "one_pass in place", "two_pass", "forward")
 EPS = 1e-5
 # As k is 1/N, a gradient in fp16 needs a factor, as a loss scaler gives it.
@@ -85,11 +90,13 @@ class Problem:
     target_dtype: torch.dtype
     layout: str
     strategy: str
+    mask: str | None = None
 
     @property
     def title(self) -> str:
         dtypes = "/".join(str(d).removeprefix("torch.") for d in (self.mean_dtype, self.target_dtype))
-        return f"{self.backend} {'x'.join(map(str, self.shape))} {dtypes} {self.layout} {self.strategy}"
+        mask = "" if self.mask is None else f" mask of {self.mask}"
+        return f"{self.backend} {'x'.join(map(str, self.shape))} {dtypes} {self.layout} {self.strategy}{mask}"
 
 
 def problems(backends: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[Problem]:
@@ -109,6 +116,52 @@ def problems(backends: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list
         if layout != "channels_last" or len(shape) == 4
         for strategy in STRATEGIES
     ]
+
+
+def masked_problems(backends: Sequence[str], small: bool = False) -> list[Problem]:
+    """Every mask in every strategy; `small`: on a shape of planes and one of rows, for an emulated device."""
+
+    def of(backend: str) -> tuple[Sequence[tuple[int, ...]], Sequence[tuple[torch.dtype, torch.dtype]]]:
+        if small:
+            return ((2, 2, 33, 33), (9, 8)), COMMON_PAIRS
+        if backend == "triton":
+            return MASKED_SHAPES[-TRITON_MASKED_SHAPES:], COMMON_PAIRS
+        return MASKED_SHAPES, MASKED_PAIRS
+
+    return [
+        Problem(backend, shape, *pair, layout, strategy, mask)
+        for backend in backends
+        for shape in of(backend)[0]
+        for pair in of(backend)[1]
+        for layout in LAYOUTS[:2]
+        if layout != "channels_last" or len(shape) == 4
+        for strategy in STRATEGIES
+        for mask in MASKS
+    ]
+
+
+def mask_of(problem: Problem, device: str) -> Tensor:
+    """Some positions count and some do not: all of the first sample do not, nor a run at the end, and single ones."""
+    shape = (problem.shape[0], *problem.shape[2:])
+    if problem.mask == "zeros":
+        return torch.zeros(shape, dtype=torch.bool, device=device)
+    generator = torch.Generator().manual_seed(hash(shape) % 1000)
+    counts = torch.rand(shape, generator=generator) < 0.7
+    counts[: 1 if shape[0] > 1 else 0] = False
+    counts.view(-1)[-counts.numel() // 4 :] = False
+    counts.view(-1)[counts.numel() // 2] = True
+    if problem.mask == "integers":
+        return counts.long().to(device)
+    if problem.mask == "fractions":
+        return (counts * (1 - torch.rand(shape, generator=generator))).to(device)
+    return counts.to(device)
+
+
+def spoil(x: Tensor, mask: Tensor) -> None:
+    """NaN and inf where nothing counts: what uses a value there shows."""
+    values = torch.tensor([torch.nan, torch.inf], dtype=x.dtype, device=x.device)
+    at = torch.arange(mask.numel(), device=x.device).view(mask.shape).unsqueeze(1) % 2
+    x.copy_(torch.where(mask.unsqueeze(1) != 0, x, values[at]))
 
 
 def tensors(problem: Problem, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,13 +191,17 @@ class Exact:
     alpha_scale: Tensor
 
 
-def exact(mean: Tensor, target: Tensor, alpha: Tensor) -> Exact:
+def exact(mean: Tensor, target: Tensor, alpha: Tensor, mask: Tensor | None = None) -> Exact:
     zero = torch.zeros((), dtype=F64, device=alpha.device)
     v = torch.logaddexp(alpha.double(), zero) + EPS
     r = mean.double() - target.double()
+    m, w = float(r.numel() // r.shape[1]), zero + 1
+    if mask is not None:
+        w = mask.double().unsqueeze(1)
+        m, r = float(w.sum()), torch.where(w != 0, r, zero)
     dims = [d for d in range(r.dim()) if d != 1]
-    s = r.square().sum(dims)
-    k, m = WEIGHT / r.numel(), r.numel() / r.shape[1]
+    s = (w * r * r).sum(dims)
+    k = WEIGHT / (m * r.shape[1]) if m else 0.0
     logs, squares = m / 2 * v.log(), s / (2 * v)
     slope = k * alpha.double().sigmoid()
     upper, lower = m / (2 * v), s / (2 * v * v)
@@ -152,7 +209,7 @@ def exact(mean: Tensor, target: Tensor, alpha: Tensor) -> Exact:
     return Exact(
         k * (logs + squares).sum(),
         k * (logs.abs() + squares).sum(),
-        k * r / v.view(per_channel),
+        k * w * r / v.view(per_channel),
         slope * (upper - lower),
         slope * (upper + lower),
     )
@@ -173,9 +230,13 @@ class Lend(torch.autograd.Function):
 def check(problem: Problem, device: str) -> dict[str, Any]:
     """{} if every output is within its bound, else {"error": what is not}."""
     mean, target, alpha = tensors(problem, device)
-    want = exact(mean, target, alpha)
+    mask = None if problem.mask is None else mask_of(problem, device)
+    if mask is not None and problem.mask == "NaN under zeros":
+        spoil(mean, mask)
+        spoil(target, mask)
+    want = exact(mean, target, alpha, mask)
     wide = F64 if F64 in (problem.mean_dtype, problem.target_dtype) else F32
-    options: dict[str, Any] = {"backend": problem.backend, "eps": EPS, "weight": WEIGHT}
+    options: dict[str, Any] = {"backend": problem.backend, "eps": EPS, "weight": WEIGHT, "mask": mask}
     faults: list[str] = []
 
     def compare(what: str, got: Tensor, exact: Tensor, allowed: Tensor) -> None:
@@ -240,8 +301,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     shapes = SMALLEST_SHAPES if arguments.smallest else FEW_SHAPES if arguments.few else SHAPES
     wanted = problems(arguments.backends, shapes)
+    masked = masked_problems(arguments.backends, arguments.smallest)
     if arguments.smallest or arguments.few:
         wanted = wanted[:: 5 if arguments.smallest else 3]  # neither divides the strategies
+        masked = masked[:: 3 if arguments.smallest else 11]  # nor these, nor the masks
+    wanted += masked
     bad = 0
     for problem in wanted:
         error = check(problem, "cuda").get("error")

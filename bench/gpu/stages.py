@@ -25,7 +25,7 @@ KERNELS_OF_OURS = "regex:planes|rows|sweep|finish"
 
 def prepare() -> None:
     """What the stages that run in this process's children import: once, here. The device is not touched."""
-    ours = ("measured", "modules", "module_cases", "training", "suites", "gpu.smoke")
+    ours = ("measured", "masked", "modules", "module_cases", "training", "suites", "gpu.smoke")
     for name in ("torch", "vidfast", *(f"bench.{name}" for name in ours)):
         importlib.import_module(name)
     if importlib.util.find_spec("triton") is not None:
@@ -105,7 +105,7 @@ def machine(job: Job) -> int | None:
 
 
 def smoke(job: Job) -> int | None:
-    """Every mapping and primitive of both back ends, in ten pairs of dtypes, against fp64 on the device."""
+    """Every mapping and primitive of both back ends, in ten pairs of dtypes and with masks, against fp64."""
     from bench.gpu import smoke as checks
 
     shapes = checks.SMALLEST_SHAPES if job.small else checks.SHAPES
@@ -116,9 +116,10 @@ def smoke(job: Job) -> int | None:
     bad = 0
     for name in names:
         begin = time.monotonic()
-        wanted = checks.problems([name], shapes)
+        wanted, masked = checks.problems([name], shapes), checks.masked_problems([name], job.small)
         if job.small:
-            wanted = wanted[:: 7 if name == "cuda" else 47]
+            wanted, masked = wanted[:: 7 if name == "cuda" else 47], masked[:: 3 if name == "cuda" else 17]
+        wanted += masked
         found = share(
             wanted,
             lambda problem: checks.check(problem, DEVICE),
@@ -239,6 +240,7 @@ STAGES = (
     stage("steps", 60, measuring.steps, prepared=True),
     stage("modules", 40, measuring.modules, prepared=True),
     stage("head", 60, measuring.head, prepared=True),
+    stage("masks", 50, measuring.masks, prepared=True),
     stage("tune", 45, measuring.tune, prepared=True),
     stage("tune-triton", 60, measuring.tune_triton, prepared=True),
     stage("core-cuda", 75, core_cuda, prepared=True),

@@ -18,7 +18,7 @@ from waiting import until
 from bench.gpu import __main__ as gpu_main
 from bench.gpu.stages import STAGES
 from vidfast.report import main, readme
-from vidfast.report.results import HEAD, KERNEL, OVERHEAD, STEP, Run, load
+from vidfast.report.results import HEAD, KERNEL, MASKS, OVERHEAD, STEP, Run, load
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = ROOT / "tests" / "stand_in"
@@ -123,6 +123,7 @@ def test_every_row_is_right_and_has_a_rate(finished: Path) -> None:
         OVERHEAD,
         STEP,
         HEAD,
+        MASKS,
         "training step",
         "tuning",
         "tuning triton",
@@ -175,6 +176,20 @@ def test_heads_are_measured_with_autograd_and_as_graphs_in_both_precisions(finis
         assert row.incoming == 1.0
 
 
+def test_masks_are_measured_beside_no_mask_and_as_graphs(finished: Path) -> None:
+    """Of every back end; nothing is captured that waits for the device."""
+    run = run_of(finished)
+    strategies = ("cuda one_pass", "cuda one_pass in place", "triton one_pass")
+    ours = {f"vidfast {strategy}{end}" for strategy in strategies for end in ("", " without a mask")}
+    assert {row.facts["walk"] for row in run.of(MASKS)} == {"rows", "planes"}
+    for case in run.cases(MASKS):
+        rows = {row.provider: row for row in run.of(MASKS) if row.case == case}
+        graphs = {f"{name} graph" for name in (*ours, "torch.compile")}
+        assert set(rows) == {"copy", "indexing", "torch.compile", *ours, *graphs}
+        assert all(row.facts["error"] for name, row in rows.items() if name != "copy")
+        assert all(rows[name].graph for name in graphs)
+
+
 def test_the_pairs_of_a_training_step_are_clocked_by_events(finished: Path) -> None:
     rows = run_of(finished).of("training step")
     assert len(rows) == 2
@@ -201,9 +216,10 @@ def test_the_report_reads_it(finished: Path, tmp_path: Path) -> None:
         "Free numbers of the CUDA back end",
         "Free numbers of the Triton back end",
         "Host overhead",
+        "Masks",
     ):
         assert f"### {heading}" in text
-    assert "cuda: 58 of 58 calls, 0 wrong" in text
+    assert "cuda: 98 of 98 calls, 0 wrong" in text
     assert "bench/gpu.sh, --small: a rehearsal" in text
     assert "driver 1.2.3, power limit 700.00 W, highest clock 1980 MHz" in text
     assert (tmp_path / "results-kernels.svg").exists()

@@ -10,7 +10,21 @@ import torch
 from torch import Tensor
 
 from bench.gpu import smoke
-from bench.gpu.smoke import BF16, F16, F32, F64, LAYOUTS, PAIRS, STRATEGIES, Problem, check, problems
+from bench.gpu.smoke import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    LAYOUTS,
+    MASKS,
+    PAIRS,
+    STRATEGIES,
+    Problem,
+    check,
+    mask_of,
+    masked_problems,
+    problems,
+)
 from vidfast import primitives
 
 SHAPES = ((2, 3, 9, 9), (4, 24, 7, 7), (33, 10), (2, 5, 103))
@@ -31,6 +45,66 @@ def test_every_combination_is_there() -> None:
 def test_a_right_back_end_passes(shape: tuple[int, ...]) -> None:
     for problem in problems(["cpu"], [shape]):
         assert check(problem, "cpu") == {}, problem.title
+
+
+def test_every_mask_is_there_in_planes_and_in_rows() -> None:
+    for small in (False, True):
+        for backend in ("cuda", "triton"):
+            found = masked_problems([backend], small)
+            assert len({p.title for p in found}) == len(found)
+            assert {(p.mask, p.strategy) for p in found} == {(m, s) for m in MASKS for s in STRATEGIES}
+            assert {len(p.shape) == 2 for p in found} == {True, False}
+    assert not {p.title for p in masked_problems(["cuda"])} & {
+        p.title for p in problems(["cuda"], smoke.SHAPES)
+    }
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("shape", [(2, 3, 9, 9), (33, 10), (2, 5, 103)], ids=str)
+def test_a_right_back_end_passes_with_every_mask(shape: tuple[int, ...], mask: str) -> None:
+    for pair in smoke.MASKED_PAIRS:
+        for strategy in STRATEGIES:
+            problem = Problem("cpu", shape, *pair, "contiguous", strategy, mask)
+            assert check(problem, "cpu") == {}, problem.title
+    drawn = mask_of(problem, "cpu")
+    assert drawn.shape == (shape[0], *shape[2:])
+    assert not drawn[0].any(), "a whole sample"
+    assert bool((drawn != 0).any()) == (mask != "zeros")
+    assert drawn.dtype == {"integers": torch.int64, "fractions": torch.float32}.get(mask, torch.bool)
+
+
+def write_where_nothing_counts(results: list[Any], mask: Tensor) -> None:
+    results[1].movedim(1, -1)[mask == 0] = 1e-6
+
+
+@pytest.mark.parametrize("pair", [(F32, F32), (BF16, BF16)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_gradient_where_nothing_counts_is_noticed(
+    mask: str, pair: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem("cpu", SHAPES[0], *pair, "contiguous", "one_pass", mask)
+    weights = mask_of(problem, "cpu")
+    wrong = spoiled("forward_grad", lambda results: write_where_nothing_counts(results, weights))
+    monkeypatch.setattr(primitives, "forward_grad", wrong)
+    assert f"d mean: {3 * int((weights == 0).sum())} of" in check(problem, "cpu").get("error", "nothing")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_back_end_that_forgets_the_mask_is_noticed(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = primitives.forward_grad
+
+    def forgets(*arguments: Any) -> Any:
+        *others, counts = arguments
+        return original(*others, counts._replace(positions=None))
+
+    monkeypatch.setattr(primitives, "forward_grad", forgets)
+    problem = Problem("cpu", SHAPES[0], F32, F32, "contiguous", "one_pass", mask)
+    said = check(problem, "cpu").get("error", "")
+    if mask == "zeros":
+        assert not said, "k is 0 there, which the totals say"
+    else:
+        assert "loss" in said
+        assert "d mean" in said
 
 
 def spoiled(primitive: str, spoil: Callable[[list[Any]], None]) -> Callable[..., Any]:
@@ -119,7 +193,8 @@ def test_a_part_of_the_calls_has_every_strategy_layout_and_pair(
     assert {p.strategy for p in seen} == set(STRATEGIES)
     assert {p.layout for p in seen} == set(LAYOUTS)
     assert {(p.mean_dtype, p.target_dtype) for p in seen} == set(PAIRS)
-    assert 50 < len(seen) < 250
+    assert {(p.mask, p.strategy) for p in seen} >= {(m, s) for m in MASKS for s in STRATEGIES}
+    assert 50 < len(seen) < 280
 
 
 def test_as_a_program_it_counts_and_says_what_is_wrong(

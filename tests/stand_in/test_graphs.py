@@ -28,6 +28,7 @@ if "VIDFAST_EMULATED_CUDA" in os.environ:
     from bench.graphs import GraphContender
     from bench.interleave import SHORTEST_SAMPLE, Budget, interleave
     from bench.machine import last_level_cache
+    from bench.masked import masked_suite, small_masked_cases
     from bench.modules import VID_LOSS, ModuleSuite
     from bench.providers import CopyContender, StepContender, baselines, vidfast_providers
     from bench.record import measure, samples_of
@@ -157,6 +158,18 @@ def test_heads_are_captured_whole_and_compared_after_a_replay(autocast: Any) -> 
     assert ratio["value"] == pytest.approx(
         times_faster(samples_of(ours), Samples(compiled.timings.rounds, seconds)).value
     ), "a graph is held against the baseline's graph"
+
+
+def test_steps_with_a_mask_are_captured_with_its_sum() -> None:
+    """A replay sums the mask anew: the totals of a capture are NaN."""
+    suite = masked_suite(True, "cuda")
+    for case in small_masked_cases(suite.name, True, "cuda"):
+        rows = measured(suite, case)
+        bound = {torch.float32: 1e-6, torch.bfloat16: 8e-3}[case.dtype]
+        assert len([name for name in rows if " graph" in name]) == 1 + 2 * 3
+        for name, row in rows.items():
+            assert row.failure is None, f"{name}: {row.failure}"
+            assert all(error < bound for error in (row.info.get("error") or {}).values()), name
 
 
 def test_a_kernel_that_is_wrong_has_its_error_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vidfast.report import figures, heads, tables
+from vidfast.report import figures, heads, masks, tables
 from vidfast.report.document import Section, Table
 from vidfast.report.noise import times_faster
 from vidfast.report.results import COMPILE, COPY, DEFAULT, EAGER, KERNEL, OVERHEAD, STEP, Row, Run
@@ -281,7 +281,7 @@ def sections(run: Run) -> list[Section]:
 
 
 def summary(run: Run) -> str:
-    """The README's part: heads, device time of one pass, and whole steps."""
+    """The README's part: heads, device time of one pass, whole steps, and masks."""
     names = backends(run)
     header = ["one pass, device time (share of the copy's rate)", "tensor", "copy"]
     header += [f"{name}{' in place' if 'place' in p else ''}" for name in names for p in ONE_PASS]
@@ -299,7 +299,7 @@ def summary(run: Run) -> str:
     whole = whole_steps(run)
     if whole.rows:
         parts.append(whole.markdown())
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *masks.blocks(run)])
 
 
 def whole_steps(run: Run) -> Table:

@@ -6,9 +6,9 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
-from vidfast.report import device, figures, tables
+from vidfast.report import device, figures, masks, tables
 from vidfast.report.document import Figure, Page, Section, Table
-from vidfast.report.results import FORWARD, KERNEL, OVERHEAD, SCALING, STEP, Run, contended_share
+from vidfast.report.results import FORWARD, KERNEL, MASKS, OVERHEAD, SCALING, STEP, Run, contended_share
 
 LEGEND = (
     "Times are medians; the spread is the distance of the quartiles over the median, or that of the median's 95% "
@@ -123,10 +123,16 @@ def of_run(run: Run, drawn: Iterable[Figure]) -> list[Section]:
         )
         parts = [tables.overhead(run, case) for case in run.cases(OVERHEAD)]
         sections.append(Section("Host overhead", 3, [text, *parts]))
+    sections += masks.sections(run)
     for suite in others_of(run):
         sections.append(Section(suite[:1].upper() + suite[1:], 3, [MODULES_TEXT, tables.modules(run, suite)]))
-    sections.append(Section("Where vidfast does not lead", 3, [listing(tables.shortfalls(run))]))
-    details = [suite for suite in (STEP, FORWARD, KERNEL, OVERHEAD, SCALING, device.TUNING) if run.of(suite)]
+    sections.append(
+        Section(
+            "Where vidfast does not lead", 3, [listing([*tables.shortfalls(run), *masks.shortfalls(run)])]
+        )
+    )
+    listed = (STEP, FORWARD, KERNEL, OVERHEAD, SCALING, MASKS, device.TUNING)
+    details = [suite for suite in listed if run.of(suite)]
     sections.append(Section("Every row", 3, [LEGEND]))
     sections += [
         Section(f"{suite}: {case}", 4, [tables.detail(run, suite, case)], folded=True)
@@ -138,7 +144,7 @@ def of_run(run: Run, drawn: Iterable[Figure]) -> list[Section]:
 
 def others_of(run: Run) -> list[str]:
     """The suites without a section of their own: whole modules and training steps."""
-    known = {STEP, FORWARD, KERNEL, SCALING, OVERHEAD, device.TUNING}
+    known = {STEP, FORWARD, KERNEL, SCALING, OVERHEAD, MASKS, device.TUNING}
     return [suite for suite in dict.fromkeys(row.suite for row in run.rows) if suite not in known]
 
 

@@ -1,6 +1,6 @@
 """Parts of documents that stored runs make, between two markers: generated, and checked to be what is stored.
 
-The README's tables, of heads and of the bare loss, and what docs/kernel-notes.md says of GPUs.
+The README's tables, of heads, of the bare loss and of masks, and what docs/kernel-notes.md says of GPUs.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from vidfast.report import device, figures, heads, tables
+from vidfast.report import device, figures, heads, masks, tables
 from vidfast.report.document import Table
-from vidfast.report.results import COMPILE, DEFAULT, EAGER, HEAD, STEP, Run, contended_share
+from vidfast.report.results import COMPILE, DEFAULT, EAGER, HEAD, MASKS, STEP, Run, contended_share
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 NOTES_BEGIN, NOTES_END = "<!-- measured on GPUs: begin -->", "<!-- measured on GPUs: end -->"
@@ -88,24 +88,34 @@ def block(runs: Sequence[Run]) -> str:
         busy, cases = contended_share(run.rows)
         load = f"; {busy} of {cases} cases beside other work" if busy else ""
         parts.append(f"**{run.device}**, torch {torch}, {run.date[:10]}{load}:")
-        whole, bare = [] if measured_again(run, spinning) else heads.blocks(run), table(run)
+        whole = [] if measured_again(run, spinning, HEAD) else heads.blocks(run)
+        masked = [] if measured_again(run, spinning, MASKS) else masks.blocks(run)
+        bare = table(run)
         parts += whole
-        if bare.rows or not whole:
+        if bare.rows or not (whole or masked):
             parts += ["The loss alone, without a regressor:"] if whole else []
             parts.append(bare.markdown())
+        parts += masked
     if not any(run.gpu for run in runs):
         parts.append("GPU figures are pending: no stored run was made on a GPU.")
     return "\n\n".join(parts)
 
 
-def measured_again(run: Run, runs: Sequence[Run]) -> bool:
-    """Whether a later run on the same processor measured heads."""
-    return any(other.device == run.device and other.date > run.date and other.of(HEAD) for other in runs)
+def measured_again(run: Run, runs: Sequence[Run], suite: str) -> bool:
+    """Whether a later run on the same processor measured the suite."""
+    return any(other.device == run.device and other.date > run.date and other.of(suite) for other in runs)
 
 
 def superseded(run: Run, runs: Sequence[Run]) -> bool:
-    """Whether a later run on the same GPU measured steps too; or heads, where this one has no steps."""
-    later = (other for other in runs if other.gpu and other.device == run.device and other.date > run.date)
+    """Whether a later run on the same GPU measured steps too; or heads or masks, where this one has no more than that.
+
+    The only run with masks stands until another has some.
+    """
+    later = [other for other in runs if other.gpu and other.device == run.device and other.date > run.date]
+    if run.of(MASKS) and not any(other.of(MASKS) for other in later):
+        return False
+    if {row.suite for row in run.rows} == {MASKS}:
+        return True
     return any(other.of(STEP) or (other.of(HEAD) and not run.of(STEP)) for other in later)
 
 

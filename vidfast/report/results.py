@@ -14,8 +14,10 @@ from vidfast.report.noise import Interval, Ratio, Samples, spread, times_faster
 
 EAGER, COMPILE, COPY, TORCH_LOSS = "eager", "torch.compile", "copy", "torch.nn.GaussianNLLLoss"
 STEP, FORWARD, KERNEL, OVERHEAD, SCALING = "loss step", "forward", "kernel alone", "overhead", "scaling"
-HEAD, TRAINING = "VIDLoss", "training step"
+HEAD, TRAINING, MASKS = "VIDLoss", "training step", "masks"
 DEFAULT, COMPILED_DEFAULT = "vidfast default", "vidfast compiled"
+# Among masks: the selected rows copied out, and what ends the name of a row of ours that has no mask.
+INDEXING, WITHOUT_MASK = "indexing", " without a mask"
 # Ends the name of a row that was captured in a CUDA graph.
 GRAPH = " graph"
 # A forward and its gradient cannot move less than two reads and one write.

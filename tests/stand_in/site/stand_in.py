@@ -13,6 +13,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,8 +168,10 @@ class Captured:
             self._inner._native.cuda_set_free_number(name, value)
         self._inner._workspace_length.cache_clear()
 
-    def _run(self, primitive: str, inputs: tuple[Any, ...], **outputs: Any) -> None:
+    def _run(self, primitive: str, inputs: tuple[Any, ...], counts: Any = None, **outputs: Any) -> None:
         run = getattr(self._inner, primitive)
+        if counts is not None:
+            run = partial(run, counts=counts)
         if Graph.capturing is None:
             run(*inputs, **outputs)
             return
@@ -182,7 +185,7 @@ class Captured:
             finally:
                 self._set(others)
 
-        Graph.capturing.record(launch, inputs, list(outputs.values()))
+        Graph.capturing.record(launch, [*inputs, counts], list(outputs.values()))
 
     def forward(self, *inputs: Any, **outputs: Any) -> None:
         self._run("forward", inputs, **outputs)
@@ -195,6 +198,9 @@ class Captured:
 
     def scale(self, *inputs: Any, **outputs: Any) -> None:
         self._run("scale", inputs, **outputs)
+
+    def total(self, *inputs: Any, **outputs: Any) -> None:
+        self._run("total", inputs, **outputs)
 
 
 def as_one_launch(prepare: Callable[[Any], Callable[[], Any]]) -> Callable[[Any], Callable[[], Any]]:
