@@ -18,17 +18,33 @@ struct Ones {};
 template <class P>
 constexpr bool kWeighted = !std::is_same_v<P, Ones>;
 
-// Whether these bytes are all 0. A number that is -0 is taken for more: it is computed with, and gives 0 as well.
+constexpr uint64_t kOneInEachByte = 0x0101010101010101;
+
+// The bits that any word of some bytes has, and those that all have.
+struct Words {
+  uint64_t any = 0, all = ~uint64_t{0};
+
+  bool are_one() const { return any == kOneInEachByte && all == kOneInEachByte; }
+  bool are_zero_or_one() const { return (any & ~kOneInEachByte) == 0; }
+};
+
 template <int64_t Bytes>
-inline bool all_zero(const void* p) {
+inline Words words_of(const void* p) {
   static_assert(Bytes % 8 == 0, "whole words");
-  uint64_t any = 0;
+  Words found;
   for (int64_t i = 0; i < Bytes; i += 8) {
     uint64_t word;
     std::memcpy(&word, static_cast<const char*>(p) + i, 8);
-    any |= word;
+    found.any |= word;
+    found.all &= word;
   }
-  return any == 0;
+  return found;
+}
+
+// Whether these bytes are all 0. A number that is -0 is taken for more: it is computed with, and gives 0 as well.
+template <int64_t Bytes>
+inline bool all_zero(const void* p) {
+  return words_of<Bytes>(p).any == 0;
 }
 
 inline bool all_zero(const void* p, int64_t bytes) {

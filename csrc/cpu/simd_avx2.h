@@ -54,6 +54,11 @@ struct VF {
   static reg where_not_zero(reg a, reg x) {
     return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ), a);
   }
+  // a where the byte is not 0
+  static reg where_byte(reg a, const uint8_t* p) {
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(bytes, _mm256_setzero_si256())), a);
+  }
   static wide wide_zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
   static wide wide_add(const wide& w, reg a) {
     return {_mm256_add_pd(w.lo, _mm256_cvtps_pd(_mm256_castps256_ps128(a))),
@@ -89,11 +94,12 @@ struct VD {
   static reg load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
   static reg load(const bf16* p) { return _mm256_cvtps_pd(_mm256_castps256_ps128(widen_bf16(load4(p)))); }
   static reg load(const f16* p) { return _mm256_cvtps_pd(_mm_cvtph_ps(load4(p))); }
-  static reg load(const uint8_t* p) {
+  static __m128i load_bytes(const uint8_t* p) {
     int32_t bytes;
     std::memcpy(&bytes, p, 4);
-    return _mm256_cvtepi32_pd(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes)));
+    return _mm_cvtsi32_si128(bytes);
   }
+  static reg load(const uint8_t* p) { return _mm256_cvtepi32_pd(_mm_cvtepu8_epi32(load_bytes(p))); }
   static void store(double* p, reg a) { _mm256_storeu_pd(p, a); }
   static void store(float* p, reg a) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a)); }
   static void store(bf16* p, reg a) {
@@ -118,6 +124,11 @@ struct VD {
   static reg multiply_add(reg a, reg b, reg c) { return _mm256_fmadd_pd(a, b, c); }
   static reg where_not_zero(reg a, reg x) {
     return _mm256_and_pd(_mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_NEQ_UQ), a);
+  }
+  // a where the byte is not 0
+  static reg where_byte(reg a, const uint8_t* p) {
+    const __m256i bytes = _mm256_cvtepu8_epi64(load_bytes(p));
+    return _mm256_and_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(bytes, _mm256_setzero_si256())), a);
   }
   static wide wide_zero() { return {_mm256_setzero_pd()}; }
   static wide wide_add(const wide& w, reg a) { return {_mm256_add_pd(w.v, a)}; }

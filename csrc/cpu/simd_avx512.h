@@ -67,6 +67,11 @@ struct VF {
   static reg where_not_zero(reg a, reg x) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), a);
   }
+  // a where the byte is not 0
+  static reg where_byte(reg a, const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_maskz_mov_ps(_mm_test_epi8_mask(bytes, bytes), a);
+  }
   static wide wide_zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
   static wide wide_add(const wide& w, reg a) {
     return {_mm512_add_pd(w.lo, _mm512_cvtps_pd(_mm512_castps512_ps256(a))),
@@ -126,6 +131,11 @@ struct VD {
   static reg multiply_add(reg a, reg b, reg c) { return _mm512_fmadd_pd(a, b, c); }
   static reg where_not_zero(reg a, reg x) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_NEQ_UQ), a);
+  }
+  // a where the byte is not 0
+  static reg where_byte(reg a, const uint8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm512_maskz_mov_pd(static_cast<__mmask8>(_mm_test_epi8_mask(bytes, bytes)), a);
   }
   static wide wide_zero() { return {_mm512_setzero_pd()}; }
   static wide wide_add(const wide& w, reg a) { return {_mm512_add_pd(w.v, a)}; }

@@ -79,6 +79,12 @@ struct Vector {
     for (int i = 0; i < W; ++i) r.v[i] = x.v[i] != 0 ? a.v[i] : S(0);
     return r;
   }
+  // a where the byte is not 0
+  static reg where_byte(const reg& a, const uint8_t* p) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = p[i] != 0 ? a.v[i] : S(0);
+    return r;
+  }
   static wide wide_zero() {
     wide w;
     for (int i = 0; i < W; ++i) w.v[i] = 0;
