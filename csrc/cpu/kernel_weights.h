@@ -93,6 +93,30 @@ inline S row_weight(const Tile& job, int64_t row) {
   return job.weights_are_bytes ? S(*row_of<uint8_t>(job, row)) : *row_of<S>(job, row);
 }
 
+// Of a run, what is read some steps later. Weights take so many instructions that fewer loads are under way at once.
+template <int64_t Step, class P>
+inline void prefetch_ahead(const P* p) {
+  constexpr int64_t kAhead = 1024, kBytes = Step * static_cast<int64_t>(sizeof(P));
+  for (int64_t at = 0; at < kBytes; at += kLine) __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + at);
+}
+
+// Behind rows that are left out the processor does not foresee the next one: it is asked for while this one is
+// computed.
+template <class S, class M, class T>
+inline void prefetch_next(const Tile& job, int64_t row, const M* m, const T* t, bool gaps) {
+  constexpr int64_t kMostBytes = 2048;
+  int64_t next = row + 1;
+  while (next < job.rows && row_weight<S>(job, next) == 0) ++next;
+  if (next >= job.rows || (next == row + 1 && !gaps)) return;
+  const auto fetch = [&](const auto* from) {
+    const char* begin = reinterpret_cast<const char*>(from);
+    const int64_t bytes = std::min<int64_t>(job.columns * static_cast<int64_t>(sizeof(*from)), kMostBytes);
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
+  };
+  fetch(m + (next - row) * job.mean_stride);
+  fetch(t + (next - row) * job.target_stride);
+}
+
 // to[j] = the weight of column j; up to a vector more is written over.
 template <class V, class P>
 inline void spread(const Tile& job, const P* weights, typename V::Scalar* to) {

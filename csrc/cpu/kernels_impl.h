@@ -128,6 +128,8 @@ inline double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_t n, t
           a3 = of_ones(i + 3 * W, a3);
           continue;
         }
+        prefetch_ahead<4 * W>(m + i);
+        prefetch_ahead<4 * W>(t + i);
         if (std::is_same_v<P, uint8_t> && words.are_zero_or_one()) {
           a0 = of_flags(i, a0);
           a1 = of_flags(i + W, a1);
@@ -197,6 +199,7 @@ inline void tile(const Tile& job, bool stream) {
   if (Sum)
     for (int64_t j = 0; j < columns; ++j) job.sum_sq[j] = 0;
 
+  bool gaps = false;  // whether a row was left out
   for (int64_t row = 0; row < job.rows;) {
     const int64_t stop = job.rows - row < kRun ? job.rows : row + kRun;
     if (Sum)
@@ -213,10 +216,12 @@ inline void tile(const Tile& job, bool stream) {
       bool nothing = weight == 0;
       if constexpr (Kind == kTileByColumn) nothing = !spread_row<V>(job, row, weights);
       if (nothing) {
+        gaps = true;
         clear<V>(gm, columns, stream);
         clear<V>(gt, columns, false);
         continue;
       }
+      if constexpr (Kind == kTileByRow) prefetch_next<S>(job, row, m, t, gaps);
       const reg row_weights = V::set1(weight);
       int64_t j = 0;
       for (; columns - j >= W; j += W) {
