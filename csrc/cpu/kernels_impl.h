@@ -121,6 +121,8 @@ inline double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_t n, t
           if (Grad && !Sum && gt != nullptr) clear_vectors<V, 4>(gt + i, false);
           continue;
         }
+        prefetch_ahead<4 * W>(m + i);
+        prefetch_ahead<4 * W>(t + i);
         if (std::is_same_v<P, uint8_t> && words.are_one()) {
           a0 = of_ones(i, a0);
           a1 = of_ones(i + W, a1);
@@ -128,8 +130,6 @@ inline double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_t n, t
           a3 = of_ones(i + 3 * W, a3);
           continue;
         }
-        prefetch_ahead<4 * W>(m + i);
-        prefetch_ahead<4 * W>(t + i);
         if (std::is_same_v<P, uint8_t> && words.are_zero_or_one()) {
           a0 = of_flags(i, a0);
           a1 = of_flags(i + W, a1);
