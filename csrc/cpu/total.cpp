@@ -57,7 +57,7 @@ void total(const Total& t, double* totals, int threads) {
   double k = t.k;
   if (t.factor != nullptr) k *= load_scalar(t.factor, t.factor_dtype, 0);
   if (t.channels != 0) k /= m * static_cast<double>(t.channels);
-  if (t.positions != nullptr && m == 0) k = 0;  // whatever the factor is: one over nothing, say
+  if (m == 0) k = 0;  // whatever the factor is: one over nothing, say
   totals[0] = m;
   totals[1] = k;
 }

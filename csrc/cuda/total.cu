@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) total_of(const __grid_constant__ Tot
   }
   double k = a.factor == nullptr ? a.k : a.k * factor.value();
   if (a.channels != 0) k /= m * static_cast<double>(a.channels);
-  if (a.positions != nullptr && m == 0) k = 0;  // whatever the factor is: one over nothing, say
+  if (m == 0) k = 0;  // whatever the factor is: one over nothing, say
   a.totals[0] = m;
   a.totals[1] = k;
 }

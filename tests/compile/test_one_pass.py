@@ -178,8 +178,8 @@ class Scalings:
         self.scaled: list[tuple[int, float, bool]] = []
         forward_grad, scale = primitives.forward_grad, primitives.scale
 
-        def seen_forward(*args: Any) -> Any:
-            found = forward_grad(*args)
+        def seen_forward(*args: Any, **counts: Any) -> Any:
+            found = forward_grad(*args, **counts)
             self.made.append(found[1].data_ptr())
             return found
 

@@ -195,7 +195,7 @@ def test_totals(count: int, kind: torch.dtype) -> None:
     for channels in (0, 1, 12):
         got_m, got_k = total(positions, None, count, 0.75, channels)
         assert got_m == pytest.approx(m, rel=1e-14)
-        assert got_k == ((0.75 / (got_m * channels) if got_m else 0.0) if channels else 0.75)
+        assert got_k == (0.75 / (got_m * channels or 1) if channels else 0.75) * (got_m != 0)
     found = set()
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)

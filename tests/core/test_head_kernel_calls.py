@@ -24,7 +24,9 @@ def workspace(problem: Problem, threads: int) -> int:
     """Bytes that the kernel asks for."""
     layers = [(1, 0, 0, 0, w.shape[1], w.shape[0], 1, 0) for w in problem.weights]
     feature, (batch, channels, positions) = (1, 0, 1, 1, 1), problem.target.shape
-    head = _C.CpuHead(batch, channels, positions, feature, feature, layers, 1, 0, 1e-5, 1.0, 0, feature, 1)
+    head = _C.CpuHead(
+        batch, channels, positions, feature, feature, layers, 1, 0, 1e-5, 1.0, 0, feature, 1, 0, False, 0.0
+    )
     bytes_: int = head.workspace_bytes(threads)
     return bytes_
 
@@ -94,14 +96,16 @@ def test_more_layers_than_a_kernel_has_are_refused(head_isa: str) -> None:
     for count in (0, 4):
         assert count == 0 or not BACKEND.has_head(FP32, count)
         with pytest.raises(ValueError, match=f"a head must have 1 to 3 layers, got {count}"):
-            _C.CpuHead(1, 4, 4, feature, feature, [layer] * count, 1, 0, 1e-5, 1.0, 0, feature, 0)
+            _C.CpuHead(
+                1, 4, 4, feature, feature, [layer] * count, 1, 0, 1e-5, 1.0, 0, feature, 0, 0, False, 0.0
+            )
 
 
 def test_without_a_kernel_no_head_is_made(head_isa: str) -> None:
     del head_isa
     feature, layer = (1, 0, 1, 1, 1), (1, 0, 0, 0, 4, 4, 0, 0)
     with pytest.raises(RuntimeError, match="no kernel for such a head"):
-        _C.CpuHead(1, 4, 4, feature, feature, [layer], 1, 0, 1e-5, 1.0, 1, feature, 0)
+        _C.CpuHead(1, 4, 4, feature, feature, [layer], 1, 0, 1e-5, 1.0, 1, feature, 0, 0, False, 0.0)
 
 
 def test_another_instruction_set_meanwhile_changes_nothing(head_isa: str) -> None:
