@@ -18,6 +18,9 @@ namespace {
 #define VIDFAST_NO_CARRY
 #endif
 
+// Of a lambda that is called so often that a compiler would keep it apart, with all that it captures in memory.
+#define VIDFAST_INLINE __attribute__((always_inline))
+
 // A run of fewer elements adds at most kRun values in each place of a vector.
 template <class V>
 constexpr int64_t kShortRun = kRun / 2 * V::W;
@@ -40,39 +43,51 @@ inline typename V::Scalar element(const M* m, const T* t, typename V::Scalar w, 
   return x * r;
 }
 
+// Which gradients are written; kAsked: those that are not nullptr. With weights loops are too long for a compiler to
+// make one for each case by itself.
+enum class Writes { kNothing, kMean, kAsked };
+template <Writes writes, class M>
+inline bool writes_mean(const M* gm) {
+  return writes == Writes::kMean || (writes == Writes::kAsked && gm != nullptr);
+}
+template <Writes writes, class T>
+inline bool writes_target(const T* gt) {
+  return writes == Writes::kAsked && gt != nullptr;
+}
+
 // A vector of elements, and `sum` with what they add to it.
-template <class V, Weight kind, bool Sum, bool Grad, class M, class T>
+template <class V, Weight kind, bool Sum, Writes writes, class M, class T>
 inline typename V::reg elements(const M* m, const T* t, typename V::reg w, M* gm, T* gt, int64_t i,
                                 typename V::reg scale, typename V::reg sum, bool stream) {
   using reg = typename V::reg;
   reg r = V::sub(V::load(m + i), V::load(t + i)), x = r;
   if (kind == Weight::kAny) r = V::where_not_zero(r, w);
   if (kind != Weight::kOne) x = V::mul(w, r);
-  if (Grad) {
+  if (writes != Writes::kNothing) {
     reg g = V::mul(x, scale);
     if (kind == Weight::kAny) g = V::where_not_zero(g, w);
-    if (Sum || gm != nullptr) put<V>(gm + i, g, stream);
-    if (!Sum && gt != nullptr) V::store(gt + i, kind == Weight::kAny ? V::sub(V::set1(0), g) : V::neg(g));
+    if (writes_mean<writes>(gm)) put<V>(gm + i, g, stream);
+    if (writes_target<writes>(gt)) V::store(gt + i, kind == Weight::kAny ? V::sub(V::set1(0), g) : V::neg(g));
   }
   return Sum ? V::multiply_add(x, r, sum) : sum;
 }
 
 // The same, with weights of 0 and 1 as bytes from `w` on.
-template <class V, bool Sum, bool Grad, class M, class T>
+template <class V, bool Sum, Writes writes, class M, class T>
 inline typename V::reg flagged(const M* m, const T* t, const uint8_t* w, M* gm, T* gt, int64_t i, typename V::reg scale,
                                typename V::reg sum, bool stream) {
   using reg = typename V::reg;
   const reg r = V::where_byte(V::sub(V::load(m + i), V::load(t + i)), w);
-  if (Grad) {
+  if (writes != Writes::kNothing) {
     const reg g = V::where_byte(V::mul(r, scale), w);
-    if (Sum || gm != nullptr) put<V>(gm + i, g, stream);
-    if (!Sum && gt != nullptr) V::store(gt + i, V::sub(V::set1(0), g));
+    if (writes_mean<writes>(gm)) put<V>(gm + i, g, stream);
+    if (writes_target<writes>(gt)) V::store(gt + i, V::sub(V::set1(0), g));
   }
   return Sum ? V::multiply_add(r, r, sum) : sum;
 }
 
 // One run, with a weight an element in P; returns sum w r^2.
-template <class V, class M, class T, class P, bool Sum, bool Grad>
+template <class V, class M, class T, class P, bool Sum, Writes writes>
 inline double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_t n, typename V::Scalar scale, bool stream) {
   using S = typename V::Scalar;
   using reg = typename V::reg;
@@ -88,21 +103,22 @@ inline double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_t n, t
     const S square = element<V, kind>(m, t, weight, gm, gt, at, scale);
     if (Sum) edge += square;
   };
-  if (Grad && stream)  // whole lines only: a partial line written past the cache costs more than it saves
+  if (writes != Writes::kNothing &&
+      stream)  // whole lines only: a partial line written past the cache costs more than it saves
     for (; i < n && reinterpret_cast<uintptr_t>(gm + i) % kLine != 0; ++i) one(i);
 
-  const auto vector = [&](int64_t at, reg sum, bool past) {
+  const auto vector = [&](int64_t at, reg sum, bool past) VIDFAST_INLINE {
     reg weight = V::set1(1);
     if constexpr (kWeighted<P>) weight = V::load(w + at);
-    return elements<V, kind, Sum, Grad>(m, t, weight, gm, gt, at, vscale, sum, past);
+    return elements<V, kind, Sum, writes>(m, t, weight, gm, gt, at, vscale, sum, past);
   };
   // The same where all weights are 1, and where they are 0 or 1: most of what a mask has, for fewer instructions.
-  const auto of_ones = [&](int64_t at, reg sum) {
-    return elements<V, Weight::kOne, Sum, Grad>(m, t, vscale, gm, gt, at, vscale, sum, stream);
+  const auto of_ones = [&](int64_t at, reg sum) VIDFAST_INLINE {
+    return elements<V, Weight::kOne, Sum, writes>(m, t, vscale, gm, gt, at, vscale, sum, stream);
   };
-  const auto of_flags = [&](int64_t at, reg sum) {
+  const auto of_flags = [&](int64_t at, reg sum) VIDFAST_INLINE {
     if constexpr (std::is_same_v<P, uint8_t>)
-      return flagged<V, Sum, Grad>(m, t, w + at, gm, gt, at, vscale, sum, stream);
+      return flagged<V, Sum, writes>(m, t, w + at, gm, gt, at, vscale, sum, stream);
     else
       return sum;
   };
@@ -117,8 +133,8 @@ inline double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_t n, t
       if constexpr (kWeighted<P>) {
         const Words words = words_of<4 * W * sizeof(P)>(w + i);
         if (words.any == 0) {
-          if (Grad && gm != nullptr) clear_vectors<V, 4>(gm + i, stream);
-          if (Grad && !Sum && gt != nullptr) clear_vectors<V, 4>(gt + i, false);
+          if (writes_mean<writes>(gm)) clear_vectors<V, 4>(gm + i, stream);
+          if (writes_target<writes>(gt)) clear_vectors<V, 4>(gt + i, false);
           continue;
         }
         prefetch_ahead<4 * W>(m + i);
@@ -159,6 +175,9 @@ inline double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_t n, t
   return V::wide_sum(V::wide_add(total, rest)) + static_cast<double>(edge);
 }
 
+template <Writes writes>
+using Constant = std::integral_constant<Writes, writes>;
+
 template <class V, class M, class T, class P, bool Sum, bool Grad>
 inline void runs(const Runs& job, bool stream) {
   const M* m = static_cast<const M*>(job.mean);
@@ -175,7 +194,19 @@ inline void runs(const Runs& job, bool stream) {
       clear<V>(gm, job.n, stream);
       clear<V>(gt, job.n, false);
     } else {
-      sum = run<V, M, T, P, Sum, Grad>(m, t, w, gm, gt, job.n, scale, stream);
+      const auto with = [&](auto writes) {
+        sum = run<V, M, T, P, Sum, decltype(writes)::value>(m, t, w, gm, gt, job.n, scale, stream);
+      };
+      if constexpr (!Grad)
+        with(Constant<Writes::kNothing>());
+      else if constexpr (Sum)
+        with(Constant<Writes::kMean>());
+      else if constexpr (!kWeighted<P>)
+        with(Constant<Writes::kAsked>());
+      else if (gt == nullptr)
+        with(Constant<Writes::kMean>());
+      else
+        with(Constant<Writes::kAsked>());
     }
     if (Sum) job.sum_sq[c] = job.add ? job.sum_sq[c] + sum : sum;
     m += job.n;
@@ -192,6 +223,7 @@ inline void tile(const Tile& job, bool stream) {
   using reg = typename V::reg;
   constexpr int64_t W = V::W;
   constexpr Weight kind = Kind == kTileOnes ? Weight::kOne : Kind == kTileByRow ? Weight::kNotZero : Weight::kAny;
+  constexpr Writes writes = !Grad ? Writes::kNothing : Sum ? Writes::kMean : Writes::kAsked;
   const S* scale = static_cast<const S*>(job.scale);
   const int64_t columns = job.columns;
   alignas(64) S sums[kTileColumns];
@@ -229,7 +261,7 @@ inline void tile(const Tile& job, bool stream) {
         if constexpr (Kind == kTileByColumn) w = V::load(weights + j);
         if (Grad) scales = V::load(scale + j);
         if (Sum) sum = V::load(sums + j);
-        sum = elements<V, kind, Sum, Grad>(m, t, w, gm, gt, j, scales, sum, stream);
+        sum = elements<V, kind, Sum, writes>(m, t, w, gm, gt, j, scales, sum, stream);
         if (Sum) V::store(sums + j, sum);
       }
       for (; j < columns; ++j) {

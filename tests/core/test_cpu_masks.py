@@ -187,7 +187,7 @@ def total(
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, FP32, FP64], ids=str)
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 63, 16_384, 16_391, 400_003])
+@pytest.mark.parametrize("count", [1, 7, 8, 63, 16_384, 16_391, 400_003])
 def test_totals(count: int, kind: torch.dtype) -> None:
     positions = torch.randint(0, 256, (count,)).to(kind) / (1 if kind is torch.uint8 else 7)
     positions = positions.to(kind)
