@@ -423,7 +423,8 @@ def test_two_terms_of_one_method_with_names_of_their_own(
     assert list(Distiller(student, teacher, terms, example=images)(images).terms) == ["low", "high"]
 
 
-def test_methods_of_users_register_like_ours() -> None:
+def test_methods_of_users_register_like_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS, "_things", METHODS._things.copy())
     assert METHODS["vid"] is VID
     METHODS.register("test-only-hint")(Hint)
     assert METHODS["test-only-hint"] is Hint

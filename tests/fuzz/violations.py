@@ -46,6 +46,8 @@ VIOLATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "on meta": lambda x: x.to("meta"),
     "sparse": lambda x: x.to_sparse(),
 }
+# These leave a single number without dimensions as it is, or cannot be done to it.
+_OF_DIMENSIONS = ("shorter", "longer", "only one", "another shape")
 PATHS = ("grad", "grad", "retained", "create_graph")
 
 
@@ -103,7 +105,8 @@ class Violation:
         call, count = self.call, itertools.count()
 
         def pack(x: Tensor) -> tuple[bool, Tensor]:
-            hit = x.numel() > 0 and next(count) == self.victim
+            breakable = x.numel() > 0 and (x.dim() > 0 or self.kind not in _OF_DIMENSIONS)
+            hit = breakable and next(count) == self.victim
             return hit, x.detach().clone()
 
         def unpack(saved: tuple[bool, Tensor]) -> Tensor:

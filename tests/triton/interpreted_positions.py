@@ -340,7 +340,7 @@ def test_the_factor(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("count", COUNTS)
 def test_nothing_selected(count: int) -> None:
     assert total(torch.zeros(count), torch.tensor(2.0), count, 0.3, 5) == [0.0, 0.0]
-    assert total(torch.zeros(count, dtype=torch.uint8), None, count, 0.3, 0) == [0.0, 0.3]
+    assert total(torch.zeros(count, dtype=torch.uint8), None, count, 0.3, 0) == [0.0, 0.0]
 
 
 def test_what_is_no_number_stays_so() -> None:
