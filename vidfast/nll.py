@@ -44,7 +44,8 @@ def gaussian_nll(
     """-log q(t|s) of equation 5 (Ahn et al., CVPR 2019), fused: `sum log sigma_c + (t - mean)^2 / (2 sigma_c^2)`.
 
     sigma_c^2 = softplus(alpha_c) + eps is one variance for each channel. The loss may be negative. Where there is
-    nothing to score (no element), "sum" is 0, "mean" is NaN and every gradient is 0, as in torch's own losses.
+    nothing to score (no element), "sum" is 0, "mean" is NaN (0 with a mask) and every gradient is 0, as in torch's own
+    losses.
 
     Args:
         mean: mu(s), any shape with the C channels in `channel_dim`; fp16, bf16, fp32 or fp64.

@@ -63,6 +63,17 @@ def _any_requires_grad(args: Sequence[Any]) -> bool:
     )
 
 
+def check_constants(target: Tensor, mask: Tensor | None, factor: Tensor | None) -> None:
+    """Checks that what one pass has no gradient for wants none.
+
+    Raises:
+        ValueError: One of them requires grad.
+    """
+    for name, x in (("target", target), ("mask", mask), ("factor", factor)):
+        if x is not None and x.requires_grad:
+            raise ValueError(f"{name} must not require grad in one pass, got a tensor that does")
+
+
 class _OnePass(torch.autograd.Function):
     """(loss, d/d mean, d/d alpha) for g = 1; backward multiplies by g."""
 
@@ -78,9 +89,7 @@ class _OnePass(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of `primitive_ops.forward_grad`."""
         *options, backend, mask = (*rest, None)[:6]
-        for name, x in (("target", target), ("mask", mask), ("factor", factor)):
-            if x is not None and x.requires_grad:
-                raise ValueError(f"{name} must not require grad in one pass, got a tensor that does")
+        check_constants(target, mask, factor)
         loss, grad_mean, grad_alpha = primitive_ops.forward_grad(
             mean, target, alpha, factor, channel, *options, backend, mask
         )

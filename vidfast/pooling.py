@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vidfast.positions import check_mask_kind
+from vidfast.positions import averageable, check_mask_kind
 from vidfast.reference import no_autocast
 
 _POOL: dict[int, Callable[..., Tensor]] = {
@@ -71,8 +71,7 @@ def averaged(mask: Tensor, size: Sequence[int]) -> Tensor:
     wanted = [min(m, n) for m, n in zip(mask.shape[2:], size, strict=True)]
     if list(mask.shape[2:]) == wanted:
         return mask
-    wide = mask if mask.dtype is torch.float64 else mask.float()
-    return _pooled(wide, wanted)
+    return _pooled(averageable(mask), wanted)
 
 
 def without_unselected(student: Tensor, mask: Tensor, channel: int = 1) -> Tensor:

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from vidfast._torch import is_functorch_wrapped
 from vidfast.layout import Layout, position_strides
-from vidfast.raw import DTYPES, describe, not_raw, savable
+from vidfast.raw import DTYPES, address, describe, not_raw, savable
 
 _FLOATS = frozenset(DTYPES)
 _INTEGERS = frozenset(
@@ -38,6 +38,17 @@ class Counts(NamedTuple):
 
     positions: Tensor | None
     totals: Tensor
+
+
+def native_counts(counts: Counts | None) -> tuple[int, bool, int]:
+    """(address of the positions' weights, whether they are bytes, address of the totals); 0 for what is not there.
+
+    Without counts M and k are those that the host knows.
+    """
+    if counts is None:
+        return 0, False, 0
+    positions, totals = counts
+    return address(positions), positions is not None and positions.dtype is torch.uint8, totals.data_ptr()
 
 
 class Weights(NamedTuple):
@@ -174,6 +185,11 @@ def check_factor(weight: Tensor, device: torch.device | None = None) -> Tensor:
         )
     weight = weight if weight.dtype in _FLOATS else weight.double()
     return weight if is_compiling() else savable(weight)
+
+
+def averageable(mask: Tensor) -> Tensor:
+    """A mask in a dtype in which it can be averaged: fp64 stays, the rest is fp32."""
+    return mask.to(torch.promote_types(mask.dtype, torch.float32))
 
 
 def expanded(mask: Tensor, shape: Sequence[int], channel: int) -> Tensor:

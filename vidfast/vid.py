@@ -131,7 +131,8 @@ class VIDLoss(Weighted):
     def forward(self, input: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss, a scalar (fp64 if the teacher's feature or the regressor is, else fp32), detached from the teacher.
 
-        Over an empty batch "sum" is 0 and "mean" is NaN, as torch's own losses are; the gradients are 0.
+        Over an empty batch "sum" is 0 and "mean" is NaN (0 with a mask), as torch's own losses are; the gradients are
+        0.
 
         Args:
             input: The student's feature, (B, num_input_channels, *spatial), 0 to 3 spatial axes, any floating dtype.

@@ -135,7 +135,7 @@ struct HeadTasks {
     return any;
   }
 
-  // What a tile gives of which no position counts. Its rows are read by no one.
+  // What a tile gives of which no position counts. Its rows are not read.
   static void leave_out(const HeadPart& part, const Rows& tile, int64_t index) {
     const HeadProblem& p = *part.problem;
     std::fill_n(part.sum_sq + index * padded(p.channels), padded(p.channels), 0.0);

@@ -65,7 +65,7 @@ inline Real rounding(DType t, Real x) {
 struct Shape {
   const char* why;
   int64_t outer, channels, inner;
-  int64_t gap = 0;       // elements between rows that belong to somebody else
+  int64_t gap = 0;       // elements between rows that are not the problem's
   int64_t offset = 0;    // elements before the first
   int64_t blocks = 256;  // of rows wanted (kBlocks): of few a thread has many rows
 };

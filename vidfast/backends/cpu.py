@@ -11,7 +11,7 @@ from torch import Tensor
 from vidfast.arguments import Call
 from vidfast.layout import Layout, RowLayout
 from vidfast.memory import empty_scratch
-from vidfast.positions import Counts
+from vidfast.positions import Counts, native_counts
 from vidfast.raw import NATIVE_DTYPE, NO_ROWS, address, native_dtype
 
 try:
@@ -30,7 +30,6 @@ except ImportError as error:  # a source checkout that was never built
     _missing = reason(error)
 
 _num_threads = torch.get_num_threads
-_NO_COUNTS = 0, False, 0
 
 
 class CpuBackend:
@@ -97,7 +96,7 @@ class CpuBackend:
             target.data_ptr(), layout.target_stride, NATIVE_DTYPE[target.dtype],
             alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
             layout.outer, layout.channels, layout.inner, call.k, call.eps, call.full,
-            *(_NO_COUNTS if counts is None else _counts(counts)),
+            *native_counts(counts),
             loss.data_ptr(), NATIVE_DTYPE[loss.dtype], sum_sq.data_ptr(), _num_threads(),
         )  # fmt: skip
 
@@ -121,7 +120,7 @@ class CpuBackend:
             target.data_ptr(), target_stride, NATIVE_DTYPE[target.dtype],
             alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
             outer, channels, inner, call.k, call.eps, call.full,
-            *(_NO_COUNTS if counts is None else _counts(counts)),
+            *native_counts(counts),
             loss.data_ptr(), NATIVE_DTYPE[loss.dtype],
             grad_mean.data_ptr(), mean_stride if call.inplace else channels * inner,
             grad_alpha.data_ptr(), _num_threads(),
@@ -150,7 +149,7 @@ class CpuBackend:
             address(target), target_stride, native_dtype(target),
             alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
             outer, channels, inner, call.k, call.eps, False,
-            *(_NO_COUNTS if counts is None else _counts(counts)),
+            *native_counts(counts),
             g.data_ptr(), NATIVE_DTYPE[g.dtype], sum_sq.data_ptr(),
             address(grad_mean), row, address(grad_target), row, address(grad_alpha), _num_threads(),
         )  # fmt: skip
@@ -233,14 +232,6 @@ class CpuBackend:
             gradient.data_ptr(), activation.data_ptr(), out.data_ptr(),
             NATIVE_DTYPE[out.dtype], NATIVE_DTYPE[rounded], out.numel(), _num_threads(),
         )  # fmt: skip
-
-
-def _counts(counts: Counts) -> tuple[int, bool, int]:
-    """(address of the positions' weights, whether they are bytes, address of the totals)."""
-    positions, totals = counts
-    if positions is None:
-        return 0, False, totals.data_ptr()
-    return positions.data_ptr(), positions.dtype is torch.uint8, totals.data_ptr()
 
 
 def _feature(x: Tensor | None) -> tuple[int, int, int, int, int]:

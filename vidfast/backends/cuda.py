@@ -14,12 +14,10 @@ from vidfast._torch import current_stream
 from vidfast.arguments import Call
 from vidfast.layout import Layout, RowLayout
 from vidfast.memory import workspace
-from vidfast.positions import Counts
+from vidfast.positions import Counts, native_counts
 from vidfast.raw import NATIVE_DTYPE, NO_ROWS, address, native_dtype
 
 _NO_GUARD = contextlib.nullcontext()
-# Of a call without a mask, whose M and k are the host's.
-_NO_COUNTS = (0, False, 0)
 
 
 class CudaBackend:
@@ -150,7 +148,7 @@ class CudaBackend:
             self._native.cuda_forward(
                 mean.data_ptr(), mean_stride, mean_dtype, target.data_ptr(), target_stride, target_dtype,
                 alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], outer, channels, inner, call.k, call.eps, call.full,
-                *(_NO_COUNTS if counts is None else _addresses(counts)),
+                *native_counts(counts),
                 loss.data_ptr(), NATIVE_DTYPE[loss.dtype], sum_sq.data_ptr(),
                 space.data_ptr(), self._stream(index),
             )  # fmt: skip
@@ -177,7 +175,7 @@ class CudaBackend:
             self._native.cuda_forward_grad(
                 mean.data_ptr(), mean_stride, mean_dtype, target.data_ptr(), target_stride, target_dtype,
                 alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype], outer, channels, inner, call.k, call.eps, call.full,
-                *(_NO_COUNTS if counts is None else _addresses(counts)),
+                *native_counts(counts),
                 loss.data_ptr(), NATIVE_DTYPE[loss.dtype],
                 grad_mean.data_ptr(), mean_stride if call.inplace else channels * inner,
                 grad_alpha.data_ptr(), space.data_ptr(), self._stream(index),
@@ -208,7 +206,7 @@ class CudaBackend:
                 address(target), target_stride, native_dtype(target),
                 alpha.data_ptr(), NATIVE_DTYPE[alpha.dtype],
                 outer, channels, inner, call.k, call.eps, False,
-                *(_NO_COUNTS if counts is None else _addresses(counts)),
+                *native_counts(counts),
                 g.data_ptr(), NATIVE_DTYPE[g.dtype], sum_sq.data_ptr(),
                 address(grad_mean), row, address(grad_target), row, address(grad_alpha), self._stream(index),
             )  # fmt: skip
@@ -243,14 +241,6 @@ class CudaBackend:
         """How many fp64 numbers have room for partial sums and a counter; the kernels set what they read."""
         size: int = self._native.cuda_workspace_bytes(*extents, mean_dtype, target_dtype)
         return -(-size // 8)
-
-
-def _addresses(counts: Counts) -> tuple[int, bool, int]:
-    """The weights of the positions, whether they are bytes, and the totals."""
-    positions, totals = counts
-    if positions is None:
-        return 0, False, totals.data_ptr()
-    return positions.data_ptr(), positions.dtype is torch.uint8, totals.data_ptr()
 
 
 def _version(number: int) -> str:

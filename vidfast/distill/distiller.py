@@ -165,8 +165,8 @@ class Distiller(nn.Module):
         labels: what task_loss takes, (B,) class numbers by default; None leaves the task's term out.
         scale: multiplies the whole loss, a part's share of the batch's images for instance. It is folded into every
             term's weight, so that `loss.backward()` reaches the kernels with a gradient of exactly 1. A tensor of one
-            number, such as a part's share of all positions that count in all processes, stays on the device: no one
-            waits for it.
+            number, such as a part's share of all positions that count in all processes, stays on the device, and
+            is not waited for.
         task_scale: multiplies the labels' term in place of scale, a number or a scalar tensor: the part's share of
             what task_loss divides by, where labels are ignored or classes weighted.
         teacher: what `teacher_activations` gave for these inputs, to use instead of running the teacher.

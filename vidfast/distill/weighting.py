@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vidfast.arguments import ScalarReduction
 from vidfast.pooling import averaged, match_masked, without_unselected
-from vidfast.positions import check_mask_kind
+from vidfast.positions import averageable, check_mask_kind
 
 # What a loss is multiplied by: a number, or a tensor of no dimensions on the device, which the host does not read.
 Factor: TypeAlias = float | Tensor
@@ -165,8 +165,7 @@ def samples(mask: Tensor) -> Tensor:
     """(B, 1): the mean weight of each sample's positions."""
     if mask.dim() == 1:
         return mask[:, None]
-    wide = mask if mask.dtype is torch.float64 else mask.float()
-    return wide.flatten(1).mean(1, keepdim=True)
+    return averageable(mask).flatten(1).mean(1, keepdim=True)
 
 
 def _size(feature: Tensor, channel_dim: int) -> Sequence[int]:

@@ -22,7 +22,7 @@ from vidfast.backends.plain import reference_nll
 from vidfast.head import compute
 from vidfast.head.gradients import HeadCall, Wanted
 from vidfast.head.stack import Stack
-from vidfast.ops import differentiable
+from vidfast.ops import check_constants, differentiable
 from vidfast.positions import Weights, as_weights
 from vidfast.primitive_ops import define, empty_like, laid_out, with_weights
 from vidfast.raw import DTYPES, NO_FORWARD_MODE, not_raw
@@ -224,9 +224,7 @@ class _Head(torch.autograd.Function):
         *layers: Tensor | None,
     ) -> Tensor:
         """Of `vidfast::vid_head_forward_grad`; layers: the weights, then as many biases or None."""
-        for name, x in (("target", target), ("mask", mask), ("factor", factor)):
-            if x is not None and x.requires_grad:
-                raise ValueError(f"{name} must not require grad in one pass, got a tensor that does")
+        check_constants(target, mask, factor)
         n, needs = len(layers) // 2, ctx.needs_input_grad
         wanted = [needs[0], *needs[6:]]
         loss, rest, of_student, of_alpha, of_layers = forward_grad(
