@@ -10,11 +10,19 @@ namespace {
 
 inline __m256 widen_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
 
+// A constant that compilers do not see into: short of registers they would make it anew at every use, by several
+// instructions, where this one is read from memory.
+inline __m256i constant(int32_t x) {
+  __m256i v = _mm256_set1_epi32(x);
+  __asm__("" : "+x"(v));
+  return v;
+}
+
 inline __m128i narrow_bf16(__m256 f) {  // round to nearest even; NaN stays NaN
   const __m256i u = _mm256_castps_si256(f);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const __m256i up = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), constant(1));
+  const __m256i up = _mm256_add_epi32(u, _mm256_add_epi32(odd, constant(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(u, constant(0x400000));
   const __m256 nan = _mm256_cmp_ps(f, f, _CMP_UNORD_Q);
   const __m256i h = _mm256_srli_epi32(
       _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(up), _mm256_castsi256_ps(quiet), nan)), 16);

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "weight_blocks.h"
 
 namespace vidfast::cpu {
 namespace {
@@ -18,39 +19,10 @@ struct Ones {};
 template <class P>
 constexpr bool kWeighted = !std::is_same_v<P, Ones>;
 
-constexpr uint64_t kOneInEachByte = 0x0101010101010101;
-
-// The bits that any word of some bytes has, and those that all have.
-struct Words {
-  uint64_t any = 0, all = ~uint64_t{0};
-
-  bool are_one() const { return any == kOneInEachByte && all == kOneInEachByte; }
-  bool are_zero_or_one() const { return (any & ~kOneInEachByte) == 0; }
-};
-
-template <int64_t Bytes>
-inline Words words_of(const void* p) {
-  static_assert(Bytes % 8 == 0, "whole words");
-  Words found;
-  for (int64_t i = 0; i < Bytes; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, static_cast<const char*>(p) + i, 8);
-    found.any |= word;
-    found.all &= word;
-  }
-  return found;
-}
-
-// Whether these bytes are all 0. A number that is -0 is taken for more: it is computed with, and gives 0 as well.
-template <int64_t Bytes>
-inline bool all_zero(const void* p) {
-  return words_of<Bytes>(p).any == 0;
-}
-
 inline bool all_zero(const void* p, int64_t bytes) {
   const char* at = static_cast<const char*>(p);
   for (; bytes >= 32; at += 32, bytes -= 32)
-    if (!all_zero<32>(at)) return false;
+    if (bits_of<32>(at) != 0) return false;
   for (; bytes > 0; ++at, --bytes)
     if (*at != 0) return false;
   return true;
@@ -98,23 +70,6 @@ template <int64_t Step, class P>
 inline void prefetch_ahead(const P* p) {
   constexpr int64_t kAhead = 1024, kBytes = Step * static_cast<int64_t>(sizeof(P));
   for (int64_t at = 0; at < kBytes; at += kLine) __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + at);
-}
-
-// Behind rows that are left out the processor does not foresee the next one: it is asked for while this one is
-// computed.
-template <class S, class M, class T>
-inline void prefetch_next(const Tile& job, int64_t row, const M* m, const T* t, bool gaps) {
-  constexpr int64_t kMostBytes = 2048;
-  int64_t next = row + 1;
-  while (next < job.rows && row_weight<S>(job, next) == 0) ++next;
-  if (next >= job.rows || (next == row + 1 && !gaps)) return;
-  const auto fetch = [&](const auto* from) {
-    const char* begin = reinterpret_cast<const char*>(from);
-    const int64_t bytes = std::min<int64_t>(job.columns * static_cast<int64_t>(sizeof(*from)), kMostBytes);
-    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(begin + at);
-  };
-  fetch(m + (next - row) * job.mean_stride);
-  fetch(t + (next - row) * job.target_stride);
 }
 
 // to[j] = the weight of column j; up to a vector more is written over.

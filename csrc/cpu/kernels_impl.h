@@ -5,6 +5,8 @@
 // then fp64.
 #pragma once
 
+#include <cmath>
+
 #include "kernel_weights.h"
 
 namespace vidfast::cpu {
@@ -18,8 +20,9 @@ namespace {
 #define VIDFAST_NO_CARRY
 #endif
 
-// Of a lambda that is called so often that a compiler would keep it apart, with all that it captures in memory.
-#define VIDFAST_INLINE __attribute__((always_inline))
+// Of a loop over elements: all that it calls becomes part of it, lambdas too. There are so many of these loops that a
+// compiler would keep what they share apart, with what is captured in memory and constants made anew at each call.
+#define VIDFAST_FLAT __attribute__((flatten))
 
 // A run of fewer elements adds at most kRun values in each place of a vector.
 template <class V>
@@ -72,14 +75,14 @@ inline typename V::reg elements(const M* m, const T* t, typename V::reg w, M* gm
   return Sum ? V::multiply_add(x, r, sum) : sum;
 }
 
-// The same, with weights of 0 and 1 as bytes from `w` on.
+// The same, with weights of 0 and 1 as bytes from `w` on, and a scale that is finite.
 template <class V, bool Sum, Writes writes, class M, class T>
 inline typename V::reg flagged(const M* m, const T* t, const uint8_t* w, M* gm, T* gt, int64_t i, typename V::reg scale,
                                typename V::reg sum, bool stream) {
   using reg = typename V::reg;
   const reg r = V::where_byte(V::sub(V::load(m + i), V::load(t + i)), w);
   if (writes != Writes::kNothing) {
-    const reg g = V::where_byte(V::mul(r, scale), w);
+    const reg g = V::mul(r, scale);
     if (writes_mean<writes>(gm)) put<V>(gm + i, g, stream);
     if (writes_target<writes>(gt)) V::store(gt + i, V::sub(V::set1(0), g));
   }
@@ -88,7 +91,8 @@ inline typename V::reg flagged(const M* m, const T* t, const uint8_t* w, M* gm, 
 
 // One run, with a weight an element in P; returns sum w r^2.
 template <class V, class M, class T, class P, bool Sum, Writes writes>
-inline double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_t n, typename V::Scalar scale, bool stream) {
+VIDFAST_FLAT double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_t n, typename V::Scalar scale,
+                        bool stream) {
   using S = typename V::Scalar;
   using reg = typename V::reg;
   constexpr int64_t W = V::W;
@@ -107,16 +111,14 @@ inline double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_t n, t
       stream)  // whole lines only: a partial line written past the cache costs more than it saves
     for (; i < n && reinterpret_cast<uintptr_t>(gm + i) % kLine != 0; ++i) one(i);
 
-  const auto vector = [&](int64_t at, reg sum, bool past) VIDFAST_INLINE {
+  const auto vector = [&](int64_t at, reg sum, bool past) {
     reg weight = V::set1(1);
     if constexpr (kWeighted<P>) weight = V::load(w + at);
     return elements<V, kind, Sum, writes>(m, t, weight, gm, gt, at, vscale, sum, past);
   };
-  // The same where all weights are 1, and where they are 0 or 1: most of what a mask has, for fewer instructions.
-  const auto of_ones = [&](int64_t at, reg sum) VIDFAST_INLINE {
-    return elements<V, Weight::kOne, Sum, writes>(m, t, vscale, gm, gt, at, vscale, sum, stream);
-  };
-  const auto of_flags = [&](int64_t at, reg sum) VIDFAST_INLINE {
+  // The same where weights are 0 or 1, which most of a mask's are, for fewer instructions.
+  const bool finite = writes == Writes::kNothing || std::isfinite(scale);  // 0 times it is 0
+  const auto of_flags = [&](int64_t at, reg sum) {
     if constexpr (std::is_same_v<P, uint8_t>)
       return flagged<V, Sum, writes>(m, t, w + at, gm, gt, at, vscale, sum, stream);
     else
@@ -131,22 +133,15 @@ inline double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_t n, t
     reg a0 = zero, a1 = zero, a2 = zero, a3 = zero;
     for (int64_t b = 0; b < blocks; ++b, i += 4 * W) {
       if constexpr (kWeighted<P>) {
-        const Words words = words_of<4 * W * sizeof(P)>(w + i);
-        if (words.any == 0) {
+        const Content content = V::content_of(w + i);
+        if (content == Content::kNothing) {
           if (writes_mean<writes>(gm)) clear_vectors<V, 4>(gm + i, stream);
           if (writes_target<writes>(gt)) clear_vectors<V, 4>(gt + i, false);
           continue;
         }
         prefetch_ahead<4 * W>(m + i);
         prefetch_ahead<4 * W>(t + i);
-        if (std::is_same_v<P, uint8_t> && words.are_one()) {
-          a0 = of_ones(i, a0);
-          a1 = of_ones(i + W, a1);
-          a2 = of_ones(i + 2 * W, a2);
-          a3 = of_ones(i + 3 * W, a3);
-          continue;
-        }
-        if (std::is_same_v<P, uint8_t> && words.are_zero_or_one()) {
+        if (content == Content::kFlags && finite) {
           a0 = of_flags(i, a0);
           a1 = of_flags(i + W, a1);
           a2 = of_flags(i + 2 * W, a2);
@@ -218,7 +213,7 @@ inline void runs(const Runs& job, bool stream) {
 }
 
 template <class V, class M, class T, TileWeights Kind, bool Sum, bool Grad>
-inline void tile(const Tile& job, bool stream) {
+VIDFAST_FLAT void tile(const Tile& job, bool stream) {
   using S = typename V::Scalar;
   using reg = typename V::reg;
   constexpr int64_t W = V::W;
@@ -231,7 +226,6 @@ inline void tile(const Tile& job, bool stream) {
   if (Sum)
     for (int64_t j = 0; j < columns; ++j) job.sum_sq[j] = 0;
 
-  bool gaps = false;  // whether a row was left out
   for (int64_t row = 0; row < job.rows;) {
     const int64_t stop = job.rows - row < kRun ? job.rows : row + kRun;
     if (Sum)
@@ -248,12 +242,10 @@ inline void tile(const Tile& job, bool stream) {
       bool nothing = weight == 0;
       if constexpr (Kind == kTileByColumn) nothing = !spread_row<V>(job, row, weights);
       if (nothing) {
-        gaps = true;
         clear<V>(gm, columns, stream);
         clear<V>(gt, columns, false);
         continue;
       }
-      if constexpr (Kind == kTileByRow) prefetch_next<S>(job, row, m, t, gaps);
       const reg row_weights = V::set1(weight);
       int64_t j = 0;
       for (; columns - j >= W; j += W) {

@@ -2,9 +2,18 @@
 #pragma once
 
 #include "half_avx2.h"
+#include "weight_blocks.h"
 
 namespace vidfast::cpu {
 namespace {
+
+// What four vectors of numbers are, as weights.
+inline Content content_of_numbers(const void* p) {
+  const __m256i* v = static_cast<const __m256i*>(p);
+  const __m256i any = _mm256_or_si256(_mm256_or_si256(_mm256_loadu_si256(v), _mm256_loadu_si256(v + 1)),
+                                      _mm256_or_si256(_mm256_loadu_si256(v + 2), _mm256_loadu_si256(v + 3)));
+  return _mm256_testz_si256(any, any) ? Content::kNothing : Content::kNumbers;
+}
 
 struct VF {
   using Scalar = float;
@@ -57,8 +66,15 @@ struct VF {
   // a where the byte is not 0
   static reg where_byte(reg a, const uint8_t* p) {
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(bytes, _mm256_setzero_si256())), a);
+    return _mm256_castsi256_ps(_mm256_sign_epi32(_mm256_castps_si256(a), bytes));  // a, or 0 where the other is 0
   }
+  // What four vectors of weights are.
+  static Content content_of(const uint8_t* p) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if (_mm256_testz_si256(bytes, bytes)) return Content::kNothing;
+    return _mm256_testz_si256(bytes, _mm256_set1_epi8(~1)) ? Content::kFlags : Content::kNumbers;
+  }
+  static Content content_of(const float* p) { return content_of_numbers(p); }
   static wide wide_zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
   static wide wide_add(const wide& w, reg a) {
     return {_mm256_add_pd(w.lo, _mm256_cvtps_pd(_mm256_castps256_ps128(a))),
@@ -130,6 +146,12 @@ struct VD {
     const __m256i bytes = _mm256_cvtepu8_epi64(load_bytes(p));
     return _mm256_and_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(bytes, _mm256_setzero_si256())), a);
   }
+  static Content content_of(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if (_mm_testz_si128(bytes, bytes)) return Content::kNothing;
+    return _mm_testz_si128(bytes, _mm_set1_epi8(~1)) ? Content::kFlags : Content::kNumbers;
+  }
+  static Content content_of(const double* p) { return content_of_numbers(p); }
   static wide wide_zero() { return {_mm256_setzero_pd()}; }
   static wide wide_add(const wide& w, reg a) { return {_mm256_add_pd(w.v, a)}; }
   static double wide_sum(const wide& w) {

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "half.h"
+#include "weight_blocks.h"
 
 namespace vidfast::cpu {
 namespace {
@@ -17,6 +18,14 @@ inline __m256i narrow_bf16(__m512 f) {  // round to nearest even; NaN stays NaN
   const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
   const __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(up, nan, quiet), 16));
+}
+
+// What four vectors of numbers are, as weights.
+inline Content content_of_numbers(const void* p) {
+  const __m512i* v = static_cast<const __m512i*>(p);
+  const __m512i any = _mm512_or_si512(_mm512_or_si512(_mm512_loadu_si512(v), _mm512_loadu_si512(v + 1)),
+                                      _mm512_or_si512(_mm512_loadu_si512(v + 2), _mm512_loadu_si512(v + 3)));
+  return _mm512_test_epi64_mask(any, any) == 0 ? Content::kNothing : Content::kNumbers;
 }
 
 struct VF {
@@ -72,6 +81,13 @@ struct VF {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm512_maskz_mov_ps(_mm_test_epi8_mask(bytes, bytes), a);
   }
+  // What four vectors of weights are.
+  static Content content_of(const uint8_t* p) {
+    const __m512i bytes = _mm512_loadu_si512(p);
+    if (_mm512_test_epi8_mask(bytes, bytes) == 0) return Content::kNothing;
+    return _mm512_test_epi8_mask(bytes, _mm512_set1_epi8(~1)) == 0 ? Content::kFlags : Content::kNumbers;
+  }
+  static Content content_of(const float* p) { return content_of_numbers(p); }
   static wide wide_zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
   static wide wide_add(const wide& w, reg a) {
     return {_mm512_add_pd(w.lo, _mm512_cvtps_pd(_mm512_castps512_ps256(a))),
@@ -137,6 +153,12 @@ struct VD {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm512_maskz_mov_pd(static_cast<__mmask8>(_mm_test_epi8_mask(bytes, bytes)), a);
   }
+  static Content content_of(const uint8_t* p) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if (_mm256_test_epi8_mask(bytes, bytes) == 0) return Content::kNothing;
+    return _mm256_test_epi8_mask(bytes, _mm256_set1_epi8(~1)) == 0 ? Content::kFlags : Content::kNumbers;
+  }
+  static Content content_of(const double* p) { return content_of_numbers(p); }
   static wide wide_zero() { return {_mm512_setzero_pd()}; }
   static wide wide_add(const wide& w, reg a) { return {_mm512_add_pd(w.v, a)}; }
   static double wide_sum(const wide& w) { return _mm512_reduce_add_pd(w.v); }

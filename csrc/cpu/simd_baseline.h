@@ -2,6 +2,7 @@
 #pragma once
 
 #include "half.h"
+#include "weight_blocks.h"
 
 namespace vidfast::cpu {
 namespace {
@@ -84,6 +85,15 @@ struct Vector {
     reg r;
     for (int i = 0; i < W; ++i) r.v[i] = p[i] != 0 ? a.v[i] : S(0);
     return r;
+  }
+  // What four vectors of weights are.
+  static Content content_of(const uint8_t* p) {
+    constexpr uint64_t kOneInEach = 0x0101010101010101;
+    const uint64_t bits = bits_of<4 * W>(p);
+    return bits == 0 ? Content::kNothing : (bits & ~kOneInEach) == 0 ? Content::kFlags : Content::kNumbers;
+  }
+  static Content content_of(const S* p) {
+    return bits_of<4 * W * sizeof(S)>(p) == 0 ? Content::kNothing : Content::kNumbers;
   }
   static wide wide_zero() {
     wide w;

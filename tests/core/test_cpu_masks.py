@@ -105,6 +105,21 @@ def test_weights_at_any_address(isa: str, kind: torch.dtype) -> None:
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_bytes_are_the_numbers_that_they_are(isa: str, dtype: torch.dtype) -> None:
+    """Blocks of zeros, of ones, of both and of other weights take different instructions, and no other rounding."""
+    del isa
+    kinds = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0], [3, 1, 0, 255], [2, 2, 2, 2], [0, 0, 0, 1]])
+    for length in (8, 32, 64, 96):
+        each = kinds.repeat(1, length // 4)[:, :length]
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(length)) % len(kinds)
+        of_bytes = torch.cat([each[order].flatten(), kinds.flatten()]).to(torch.uint8)
+        case = Case("contents", "blocks of all contents", (1, 3, of_bytes.numel()))
+        found = [_outputs(case, mask.view(1, -1), dtype) for mask in (of_bytes, of_bytes.double())]
+        for by_bytes, by_numbers in zip(*found, strict=True):
+            assert torch.equal(by_bytes, by_numbers)
+
+
 def test_a_variance_that_is_nan_stays_where_positions_count(isa: str) -> None:
     """0 times NaN would come to the others."""
     del isa
