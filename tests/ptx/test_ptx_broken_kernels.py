@@ -68,6 +68,7 @@ FMA = r"fma\.rn\.f32\s+(%[fr]\d+), %[fr]\d+, %[fr]\d+, (%[fr]\d+);"
 VECTOR, ELEMENT, SUM = (rf"(st\.global\.{kind}\s+){PLACE}" for kind in (r"v4\.(?:f32|b32)", "f32", "f64"))
 VECTOR_LOAD = r"(ld\.global\.v4\.b32\s+\{[^}]*\}, )" + PLACE
 WEIGHT = r"(ld\.global\.u8\s+%\w+, )" + PLACE
+BYTE = r"(ld\.global\.b8\s+\{[^}]*\}, )" + PLACE
 SELECTED = r"selp\.f32\s+(%f\d+), (%f\d+), 0f00000000, %p\d+;"
 LAST = r"(atom\.[^;]*;.*?add\.s32\s+%r\d+, %r\d+, )-1;"
 NOT_WRITTEN, RACE = "that was not written", "races"
@@ -115,6 +116,13 @@ TRITON = (
     Change("no wait for the sweep", "finish", WAIT, "", SHORT, NOT_WRITTEN),
     Change("a load before the wait", "finish", WAIT + r"(.*?ld\.global\.[^;]*;)", r"\1 griddepcontrol.wait;", SHORT,
            NOT_WRITTEN),
+    Change("the weight of the next position", "sweep_planes", BYTE, further(1), MASKED_PLANES),
+    Change("the weight of the next token", "sweep_rows", BYTE, further(1), MASKED_ROWS),
+    Change("what does not count is used", "sweep_rows", r"selp\.[fb]32\s+(%r\d+), 0f?0*, (%r\d+), %p\d+;",
+           r"mov.b32 \1, \2;", MASKED_JOINED),
+    Change("a weight that is left out", "total", r"@%p\d+ ld\.global\.b8[^;]*;", "", MASKED_ROWS, count=1),
+    Change("M for k", "finish", r"(ld\.global\.b64 [^[]*)(\[[^;]*;)(.*?ld\.global\.b64 [^[]*)\[[^;]*;", r"\1\2\3\2",
+           MASKED_PLANES),
     Change("masks take one more", "sweep_planes", r"setp\.lt\.([su])(32|64)", r"setp.le.\1\2", PLANES),
 )  # fmt: skip
 
