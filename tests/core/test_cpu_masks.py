@@ -109,7 +109,9 @@ def test_weights_at_any_address(isa: str, kind: torch.dtype) -> None:
 def test_bytes_are_the_numbers_that_they_are(isa: str, dtype: torch.dtype) -> None:
     """Blocks of zeros, of ones, of both and of other weights take different instructions, and no other rounding."""
     del isa
-    kinds = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0], [3, 1, 0, 255], [2, 2, 2, 2], [0, 0, 0, 1]])
+    kinds = torch.tensor(
+        [[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0], [3, 1, 0, 255], [2, 2, 2, 2], [0, 0, 0, 1]]
+    )
     for length in (8, 32, 64, 96):
         each = kinds.repeat(1, length // 4)[:, :length]
         order = torch.randperm(40, generator=torch.Generator().manual_seed(length)) % len(kinds)
