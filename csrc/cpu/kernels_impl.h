@@ -107,8 +107,8 @@ VIDFAST_FLAT double run(const M* m, const T* t, const P* w, M* gm, T* gt, int64_
     const S square = element<V, kind>(m, t, weight, gm, gt, at, scale);
     if (Sum) edge += square;
   };
-  if (writes != Writes::kNothing &&
-      stream)  // whole lines only: a partial line written past the cache costs more than it saves
+  // Whole lines only: a partial line written past the cache costs more than it saves.
+  if (writes != Writes::kNothing && stream)
     for (; i < n && reinterpret_cast<uintptr_t>(gm + i) % kLine != 0; ++i) one(i);
 
   const auto vector = [&](int64_t at, reg sum, bool past) {
