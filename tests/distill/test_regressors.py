@@ -6,9 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from vidfast.distill import REGRESSORS, PointwiseStack, TransposedStack, UnknownNameError, UpsampledStack
+from vidfast.distill import (
+    REGRESSORS,
+    ConvBNReLU,
+    FitNet,
+    PointwiseStack,
+    TransposedStack,
+    UnknownNameError,
+    UpsampledStack,
+)
 from vidfast.distill.registry import Registry
-from vidfast.distill.regressors import make, resolve
+from vidfast.distill.regressors import keeps_resolution, make, resolve
 from vidfast.regressor import owns_its_output
 
 
@@ -177,6 +185,83 @@ def test_shapes_that_an_upsampled_stack_cannot_reach_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         UpsampledStack()(student, teacher)
+
+
+def described(layer: nn.Module) -> tuple[type[nn.Module], object, object, object]:
+    return type(layer), layer.kernel_size, layer.stride, layer.padding
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "layer"),
+    [
+        ((16, 16), (8, 8), (nn.Conv2d, (3, 3), (2, 2), (1, 1))),
+        ((8, 8), (16, 16), (nn.ConvTranspose2d, (4, 4), (2, 2), (1, 1))),
+        ((8, 8), (8, 8), (nn.Conv2d, (1, 1), (1, 1), (0, 0))),
+        ((12, 9), (8, 8), (nn.Conv2d, (5, 2), (1, 1), (0, 0))),
+        ((2, 2), (1, 1), (nn.Conv2d, (3, 3), (2, 2), (1, 1))),
+        ((1, 1), (1, 1), (nn.Conv2d, (1, 1), (1, 1), (0, 0))),
+        # by both axes, where public code looks at the height
+        ((16, 9), (8, 9), (nn.Conv2d, (3, 1), (2, 1), (1, 0))),
+        ((16, 10), (8, 7), (nn.Conv2d, (3, 4), (2, 1), (1, 0))),
+        ((4, 5), (8, 5), (nn.ConvTranspose2d, (4, 1), (2, 1), (1, 0))),
+        # odd sizes
+        ((7, 7), (4, 4), (nn.Conv2d, (3, 3), (2, 2), (1, 1))),
+        ((15, 16), (8, 8), (nn.Conv2d, (3, 3), (2, 2), (1, 1))),
+        ((7, 7), (3, 3), (nn.Conv2d, (5, 5), (1, 1), (0, 0))),
+        ((8,), (4,), (nn.Conv1d, (3,), (2,), (1,))),
+        ((4,), (8,), (nn.ConvTranspose1d, (4,), (2,), (1,))),
+        ((4, 6, 5), (2, 3, 5), (nn.Conv3d, (3, 3, 1), (2, 2, 1), (1, 1, 0))),
+        ((2, 3, 5), (4, 6, 5), (nn.ConvTranspose3d, (4, 4, 1), (2, 2, 1), (1, 1, 0))),
+    ],
+)
+@pytest.mark.parametrize("relu", [True, False])
+def test_conv_bn_relu_reaches_the_size(
+    student: tuple[int, ...], teacher: tuple[int, ...], layer: tuple[object, ...], relu: bool
+) -> None:
+    made = ConvBNReLU(relu)((2, 3, *student), (2, 5, *teacher))
+    assert described(made.conv) == layer
+    assert made.conv.bias is not None
+    assert type(made.bn) is {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[len(student)]
+    assert [name for name, _ in made.named_children()] == ["conv", "bn", "relu"][: 2 + relu]
+    x = torch.randn(4, 3, *student)
+    y = made(x)
+    assert y.shape == (4, 5, *teacher)
+    assert bool((y < 0).any()) is not relu
+    assert not owns_its_output(made)
+    normalised = nn.functional.batch_norm(made.conv(x), None, None, training=True)
+    torch.testing.assert_close(y, normalised.relu() if relu else normalised)
+
+
+def test_conv_bn_relu_of_vectors_is_linear() -> None:
+    made = REGRESSORS["conv_bn_relu"]((2, 3), (2, 5))
+    assert [type(layer) for layer in made.children()] == [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    assert made(torch.randn(4, 3)).shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ((2, 3, 4, 4), (2, 5, 7, 7), "no larger than the student's .* or twice its size"),
+        ((2, 3, 4, 4), (2, 5, 12, 12), "twice its size"),
+        ((2, 3, 4, 8), (2, 5, 8, 4), "twice its size"),
+        ((2, 3, 4), (2, 5, 4, 4), "as many on both sides"),
+        ((2, 3), (2, 5, 1, 1), "as many on both sides"),
+        ((2, 3, 1, 1, 1, 1), (2, 5, 1, 1, 1, 1), "0 to 3 spatial axes"),
+        ((2,), (2,), "0 to 3 spatial axes"),
+    ],
+)
+def test_sizes_that_one_convolution_does_not_reach_are_refused(
+    student: tuple[int, ...], teacher: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConvBNReLU()(student, teacher)
+
+
+def test_conv_bn_relu_gets_maps_as_they_are() -> None:
+    assert not keeps_resolution(REGRESSORS["conv_bn_relu"])
+    assert not FitNet({"a": "b"}, regressor="conv_bn_relu").pools
+    with pytest.raises(TypeError, match="relu as True or False, got 1"):
+        ConvBNReLU(relu=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

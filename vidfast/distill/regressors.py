@@ -13,12 +13,17 @@ and one that is not the paper's, for targets of a higher resolution than the stu
     upsampled   two 1x1 convolutions, then linear interpolation              (ours; Infomax's default)
 
 ReLU stands between the 1x1 convolutions and nothing between the transposed ones. There is no bias.
+
+FitNet's, as distillation repositories share it, is
+
+    conv_bn_relu  one convolution that changes the size, with bias, then BatchNorm and ReLU
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -35,6 +40,17 @@ _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = 
     1: nn.Conv1d,
     2: nn.Conv2d,
     3: nn.Conv3d,
+}
+_TRANSPOSED: dict[int, type[nn.ConvTranspose1d] | type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {
+    1: nn.ConvTranspose1d,
+    2: nn.ConvTranspose2d,
+    3: nn.ConvTranspose3d,
+}
+_BATCH_NORMS: dict[int, type[nn.BatchNorm1d] | type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {
+    0: nn.BatchNorm1d,
+    1: nn.BatchNorm1d,
+    2: nn.BatchNorm2d,
+    3: nn.BatchNorm3d,
 }
 
 
@@ -192,11 +208,80 @@ class UpsampledStack:
         return nn.Sequential(*layers)
 
 
+@dataclass(frozen=True)
+class ConvBNReLU:
+    """One convolution with bias that changes the size, then BatchNorm and ReLU: FitNet's regressor in public code.
+
+    Each axis of size s becomes the teacher's t by what fits first:
+
+        s = t           kernel 1
+        t = ceil(s / 2) kernel 3, stride 2, padding 1
+        s > t           kernel 1 + s - t, no padding
+        t = 2 s         transposed: kernel 4, stride 2, padding 1; the other axes are then doubled or kept
+
+    so that square maps get the layer that public code gives them, but for an odd s with t = (s + 1) / 2, where that
+    has a kernel of 1 + s - t; it decides by the height alone. Vectors get a linear layer.
+
+    BatchNorm takes its statistics from the batch in training: of two values a channel or more, masked ones included.
+
+    relu: whether ReLU follows. Without it negative targets, such as activations before a ReLU, can be reached.
+    """
+
+    relu: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.relu, bool):
+            raise TypeError(f"wanted relu as True or False, got {self.relu!r}")
+
+    def __call__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Sequential:
+        """Build the layers, `conv`, `bn` and `relu`, for features (B, C, *spatial) of 0 to 3 spatial axes.
+
+        Raises ValueError for another number of axes, and for sizes that no such convolution makes of the student's.
+        """
+        student_shape, teacher_shape = tuple(student_shape), tuple(teacher_shape)
+        axes = len(student_shape) - 2
+        if axes not in _BATCH_NORMS or len(student_shape) != len(teacher_shape):
+            raise ValueError(
+                "wanted features (batch, channels, ...) of 0 to 3 spatial axes, as many on both sides, got "
+                f"{student_shape} and {teacher_shape}"
+            )
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            conv=self._convolution(student_shape, teacher_shape)
+        )
+        layers["bn"] = _BATCH_NORMS[axes](teacher_shape[1])
+        if self.relu:
+            layers["relu"] = nn.ReLU()
+        return nn.Sequential(layers)
+
+    @staticmethod
+    def _convolution(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> nn.Module:
+        channels, axes = (student_shape[1], teacher_shape[1]), len(student_shape) - 2
+        sizes = list(zip(student_shape[2:], teacher_shape[2:], strict=True))
+        if axes == 0:
+            return nn.Linear(*channels)
+        kinds: Mapping[int, Callable[..., nn.Module]]
+        if all(s >= t for s, t in sizes):
+            kinds = _CONVOLUTIONS
+            fitted = [(3, 2, 1) if s > t == (s + 1) // 2 else (1 + s - t, 1, 0) for s, t in sizes]
+        elif all(t in (s, 2 * s) for s, t in sizes):
+            kinds = _TRANSPOSED
+            fitted = [(4, 2, 1) if t > s else (1, 1, 0) for s, t in sizes]
+        else:
+            raise ValueError(
+                "one convolution makes maps no larger than the student's along every axis, or twice its size along "
+                f"some and its own along the others, got a student's map {student_shape} and a teacher's "
+                f"{teacher_shape}; pair layers nearer in resolution, or take regressor='upsampled'"
+            )
+        kernel, stride, padding = zip(*fitted, strict=True)
+        return kinds[axes](*channels, kernel, stride, padding)
+
+
 REGRESSORS.register("linear")(PointwiseStack(depth=1))
 REGRESSORS.register("conv2")(PointwiseStack(depth=2, width=0.5))
 REGRESSORS.register("conv3")(PointwiseStack(depth=3, width=2.0))
 REGRESSORS.register("transposed")(TransposedStack())
 REGRESSORS.register("upsampled")(UpsampledStack())
+REGRESSORS.register("conv_bn_relu")(ConvBNReLU())
 
 
 def resolve(regressor: str | Regressor, channel_dim: int = 1) -> Regressor:
@@ -219,9 +304,21 @@ def resolve(regressor: str | Regressor, channel_dim: int = 1) -> Regressor:
     return found
 
 
+def laid_out(regressor: Regressor, channel_dim: int) -> Regressor:
+    """The regressor for features with channels in this dimension, 1 or -1: of linear layers or of convolutions."""
+    if isinstance(regressor, PointwiseStack) and regressor.channel_dim != channel_dim:
+        return replace(regressor, channel_dim=channel_dim)
+    return regressor
+
+
 def keeps_resolution(regressor: Regressor) -> bool:
     """Whether the maps of a pair must be of one size before it: a stack of 1x1 convolutions cannot change that."""
-    return isinstance(regressor, PointwiseStack) and regressor.channel_dim == 1
+    return isinstance(regressor, PointwiseStack)
+
+
+def takes_last(regressor: Regressor) -> bool:
+    """Whether it takes two features with channels last: a stack of 1x1 convolutions, and a function of the caller's."""
+    return not isinstance(regressor, (TransposedStack, UpsampledStack, ConvBNReLU))
 
 
 def make(regressor: Regressor, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> nn.Module:

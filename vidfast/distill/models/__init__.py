@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from ..registry import discover
 from .base import FAMILIES, TappedNetwork, build
+from .foreign import renamed_wrn
 
 discover(__name__, __path__)
 
-__all__ = ["FAMILIES", "TappedNetwork", "build"]
+__all__ = ["FAMILIES", "TappedNetwork", "build", "renamed_wrn"]
