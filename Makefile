@@ -58,4 +58,5 @@ $(VENV)/.train: $(VENV)/.torch $(NATIVE)
 
 $(VENV)/.dev: $(VENV)/.torch $(NATIVE)
 	$(BIN)/pip install -q -e '.[train,test,bench,dev]'
+	$(BIN)/pip install -q --no-deps timm torchdistill torchvision
 	touch $@ $(VENV)/.train
