@@ -413,6 +413,12 @@ def last_forward_hook(module: nn.Module) -> object:
     return next(reversed(hooks.values())) if hooks else None
 
 
+def last_forward_pre_hook(module: nn.Module) -> object:
+    """As :func:`last_forward_hook`, of the hooks that run before the module."""
+    hooks = _private(module, "_forward_pre_hooks", None)
+    return next(reversed(hooks.values())) if hooks else None
+
+
 def has_hook(module: nn.Module) -> bool:
     """Whether any hook is registered on the module itself. A torch without these lists: True."""
     return not _HAS_HOOK_LISTS or bool(

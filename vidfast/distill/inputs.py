@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+
+from .places import NoSuchElementError, describe, element_of, parse
 
 
 def call(network: nn.Module, inputs: Any) -> Any:
@@ -45,12 +48,69 @@ def cast(inputs: Any, dtype: torch.dtype) -> Any:
     return inputs.to(dtype) if isinstance(inputs, Tensor) and inputs.is_floating_point() else inputs
 
 
+Picker = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Element:
+    """Picks one element of what a network returns, such as "[0]" or "[1][logits]"."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        place = parse(self.name, ())
+        if place.layer or place.is_input or not place.keys:
+            raise ValueError(
+                "wanted logits as a function, or the name of an element of what the network returns, such as '[0]' or "
+                f"'[logits]', got {self.name!r}"
+            )
+
+    def __call__(self, output: Any) -> Any:
+        try:
+            return element_of(output, parse(self.name, ()).keys)
+        except NoSuchElementError as error:
+            raise TypeError(f"logits={self.name!r}: what the network returned {error}") from None
+
+
+def pickers(logits: object) -> tuple[Picker, Picker]:
+    """How the student's and the teacher's logits are found, from one function or name, or from a pair of them.
+
+    Raises TypeError for anything else, ValueError for a name that is none of an element's.
+    """
+    pair = logits if isinstance(logits, (tuple, list)) else (logits, logits)
+    if len(pair) != 2:
+        raise TypeError(
+            f"wanted logits as one function, or a pair (student's, teacher's), got {len(pair)} of them"
+        )
+    student, teacher = (
+        logits_of if pick is None else Element(pick) if isinstance(pick, str) else pick for pick in pair
+    )
+    for pick in (student, teacher):
+        if not callable(pick):
+            raise TypeError(
+                "wanted logits as a function of what a network returns, the name of an element such as '[0]', or a "
+                f"pair of these for student and teacher, got {type(pick).__name__}"
+            )
+    return student, teacher
+
+
+def picked(pick: Picker, output: Any, role: str) -> Tensor:
+    """The logits in what a network returned. Raises TypeError where that is no Tensor."""
+    found = pick(output)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"wanted logits= to find one Tensor in what the {role} returns, {describe(output)}, got {describe(found)}"
+        )
+    return found
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits in what a network returned: the tensor itself, or an attribute or key called "logits"."""
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(found, Tensor):
         raise TypeError(
             f"wanted a network that returns its logits as a Tensor or under the name 'logits', got "
-            f"{type(output).__name__}; give Distiller(..., logits=function) to pick them"
+            f"{describe(output)}; give Distiller(..., logits=function) to pick them, or the name of an element, such "
+            "as logits='[0]', or a pair (student's, teacher's)"
         )
     return found

@@ -1,0 +1,86 @@
+"""Networks whose features come out of forward(x, is_feat=True), as networks whose features are layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modes import eval_mode
+from .places import describe
+from .stream import kept_random_state
+
+
+class FeatureNetwork(nn.Module):
+    """A network that returns its features when it is asked to, with a layer for each of them, "feat.0", "feat.1", ...
+
+        student = FeatureNetwork(resnet8x4(num_classes=100), example=images)
+        distiller = Distiller(student, FeatureNetwork(resnet32x4(), example=images), [VID({"feat.1": "feat.1"})], ...)
+
+    The networks of RepDistiller and of what came after it are so: `forward(x, is_feat=True)` returns a list of features
+    and the logits, of which some are no module's output. Here forward returns the logits alone, and the features pass
+    through layers that change nothing.
+
+    network: what is wrapped; the attribute `network` is it, with the keys of its checkpoints as they were.
+    example: one batch of inputs, a tensor, a tuple or a mapping: the network runs once on it, in eval mode and without
+        gradients, to count its features. count: their number, in place of example.
+    options: what the network is called with besides `is_feat=True`, such as `preact=True`.
+
+    Raises TypeError for what is no network or returns something else, ValueError for neither example nor count.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, example: Any = None, count: int | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"wanted an nn.Module, got {type(network).__name__}")
+        if (example is None) == (count is None):
+            raise ValueError(
+                "wanted example=, one batch of inputs, or count=, the number of features, one of the two"
+            )
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"wanted count as a whole number of 1 or more, got {count!r}")
+        self.network, self.options = network, options
+        if count is None:
+            with eval_mode(network), torch.no_grad(), kept_random_state([]):
+                args, named = _arguments(example)
+                count = len(self._split(network(*args, is_feat=True, **options, **named))[0])
+        self.feat = nn.ModuleList(nn.Identity() for _ in range(count))
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """The logits; every feature passes through its layer.
+
+        Raises ValueError for another number of features than there are layers, TypeError where the network returns
+        something else than features and logits.
+        """
+        features, logits = self._split(self.network(*inputs, is_feat=True, **self.options, **named))
+        if len(features) != len(self.feat):
+            raise ValueError(
+                f"wanted {len(self.feat)} features from {type(self.network).__name__}, as there are layers, got "
+                f"{len(features)}; give count="
+            )
+        for layer, feature in zip(self.feat, features, strict=True):
+            layer(feature)
+        return logits
+
+    def _split(self, output: Any) -> tuple[Sequence[Tensor], Tensor]:
+        """Features and logits, in either order; features by name are in the order of the mapping."""
+        if isinstance(output, (tuple, list)) and len(output) == 2:
+            parts = [list(part.values()) if isinstance(part, Mapping) else part for part in output]
+            for features, logits in (parts, parts[::-1]):
+                listed = isinstance(features, (tuple, list)) and bool(features)
+                if isinstance(logits, Tensor) and listed and all(isinstance(x, Tensor) for x in features):
+                    return features, logits
+        raise TypeError(
+            f"wanted a list of features and the logits from {type(self.network).__name__}(..., is_feat=True), got "
+            f"{describe(output)}; elements of what a network returns can be tapped by name, such as '[1][feats][0]'"
+        )
+
+
+def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    return (inputs, {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})

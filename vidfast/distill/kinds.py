@@ -1,0 +1,131 @@
+"""What the class of a layer tells of its features: where their channels are, and which tokens are no patches.
+
+Known are torch's convolutions, poolings, transformer and recurrent layers, torchvision's and timm's vision
+transformers, and the layers of transformers. Of everything else nothing is told, and the caller says it. Other
+libraries are known by the names of their modules, and never imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import batchnorm, conv, instancenorm, pooling
+
+from .places import Place
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is told of a layer's features; None where it is not.
+
+    tokens: the channels' dimension, 1 or -1, of features of three dimensions.
+    maps: that of features of four or more.
+    batch_dim: the samples' dimension, 0 or 1.
+    prefix: how many tokens come before those of the patches, such as a class token and registers.
+    grid: (height, width) in patches.
+    """
+
+    tokens: int | None = None
+    maps: int | None = None
+    batch_dim: int = 0
+    prefix: int | None = None
+    grid: tuple[int, int] | None = None
+
+
+UNKNOWN = Kind()
+
+# Their channels are in dimension 1, whatever the number of dimensions.
+_CHANNELS_FIRST = (
+    conv._ConvNd,
+    batchnorm._BatchNorm,
+    instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    pooling._MaxPoolNd,
+    pooling._AvgPoolNd,
+    pooling._AdaptiveAvgPoolNd,
+    pooling._AdaptiveMaxPoolNd,
+)
+# Exactly these: subclasses, such as timm's LayerNorm2d, may turn their inputs. Of three dimensions they tell nothing:
+# what is in the last one may be tokens, as in an MLP-Mixer.
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding)
+_TRANSFORMER = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.MultiheadAttention,
+)
+# What the outputs of transformers call (B, L, D) features.
+_HIDDEN = ("last_hidden_state", "hidden_states", "encoder_last_hidden_state", "logits")
+
+
+def kind_of(path: Sequence[nn.Module], place: Place) -> Kind:
+    """What the classes on the way from the network to a layer tell.
+
+    path: the modules, the network first and the layer last. place: which element is meant; of most kinds the first
+        element alone is a feature.
+    """
+    layer = path[-1]
+    if isinstance(layer, _CHANNELS_FIRST):
+        return Kind(tokens=1, maps=1)
+    first = place.is_input or place.keys in ((), (0,))
+    if isinstance(layer, nn.RNNBase):
+        return Kind(tokens=-1, batch_dim=0 if layer.batch_first else 1) if first else UNKNOWN
+    for module in reversed(path):
+        if isinstance(module, _TRANSFORMER):
+            return _of_transformer(module) if first else UNKNOWN
+        if _is_of(module, "torchvision.models.vision_transformer"):
+            return Kind(tokens=-1, prefix=1) if first else UNKNOWN
+        if _is_of(module, "timm") and isinstance(getattr(module, "num_prefix_tokens", None), int):
+            return _of_timm(module) if first else UNKNOWN
+    if any(_is_of(module, "transformers") for module in path):
+        named = bool(place.keys) and place.keys[0] in _HIDDEN
+        # In the layers around a 1-D convolution, such as those of speech networks, channels may be in dimension 1.
+        around = any(isinstance(part, nn.Conv1d) for module in path[-2:] for part in module.modules())
+        if (first or named) and not around:
+            return Kind(tokens=-1, maps=-1 if type(layer) in _CHANNELS_LAST else None)
+        return UNKNOWN
+    return Kind(maps=-1) if _maps_are_last(path) else UNKNOWN
+
+
+def _of_transformer(module: nn.Module) -> Kind:
+    attention: Any = next((m for m in module.modules() if isinstance(m, nn.MultiheadAttention)), None)
+    if attention is None:
+        return UNKNOWN
+    return Kind(tokens=-1, batch_dim=0 if attention.batch_first else 1)
+
+
+def _of_timm(network: nn.Module) -> Kind:
+    grid: Any = getattr(getattr(network, "patch_embed", None), "grid_size", None)
+    prefix: Any = getattr(network, "num_prefix_tokens", None)
+    fits = isinstance(grid, (tuple, list)) and len(grid) == 2
+    return Kind(tokens=-1, prefix=prefix, grid=(int(grid[0]), int(grid[1])) if fits else None)
+
+
+def _maps_are_last(path: Sequence[nn.Module]) -> bool:
+    """Whether maps are (B, H, W, C): of a linear layer or LayerNorm, and in networks such as Swin."""
+    layer = path[-1]
+    while isinstance(layer, nn.Sequential) and len(layer):
+        layer = layer[-1]
+    if type(layer) in _CHANNELS_LAST:
+        return True
+    if isinstance(layer, (*_CHANNELS_FIRST, nn.LayerNorm)):
+        return False
+    if _is_of(layer, "torchvision.models.swin_transformer"):
+        return True
+    return any(
+        _is_of(module, "timm.models") and str(getattr(module, "output_fmt", "")).endswith("NHWC")
+        for module in path
+    )
+
+
+def _is_of(module: nn.Module, package: str) -> bool:
+    """Whether the module's class, or one that it is derived from, is of this package."""
+    return any(f"{kind.__module__}.".startswith(f"{package}.") for kind in type(module).__mro__)
