@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..weighting import Factor, fitted, times, weighted
+from ..divergence import divergence
+from ..weighting import Factor, counted, fitted, times
 from .base import METHODS, Batch, Method
-from .pairs import wide
 
 
 @METHODS.register("kd")
@@ -26,10 +25,14 @@ class KD(Method):
     temperature: T.
     class_dim: the logits' dimension of the classes; None for dimension 1, which logits of three dimensions must be
         told, since they may be (B, classes, positions) or, as a language model's, (B, positions, classes).
+    ignore_index: the label whose positions are left out, such as 255 of a segmentation's border or -100 of padded
+        tokens. Labels are then class numbers, one for each position of the logits: a language model's shifted as the
+        logits are. None: labels are not looked at. A batch without labels counts whole.
     weight: what the term is multiplied by. With the default 0.9 goes `Distiller(..., task_weight=0.1)`.
 
     Logits are (B, classes) or (B, classes, ...), as of a segmentation network, averaged over all but the
-    classes; any floating dtype, computed in fp32 or wider.
+    classes; any floating dtype, computed in fp32 or wider. Large ones, as of a language model, are computed in parts
+    (`divergence.py`), so that there is no second copy of all in fp32.
 
     Raises ValueError for a temperature that is not positive and finite, and, when built, for networks whose
     logits differ in shape, for three dimensions without class_dim, and for a class_dim that they do not have.
@@ -43,14 +46,16 @@ class KD(Method):
         temperature: float = 4.0,
         *,
         class_dim: int | None = None,
+        ignore_index: int | None = None,
         weight: float = 0.9,
         name: str | None = None,
     ) -> None:
         super().__init__(weight=weight, name=name)
         self.temperature = check_temperature(temperature)
-        if class_dim is not None and (isinstance(class_dim, bool) or not isinstance(class_dim, int)):
-            raise TypeError(f"wanted class_dim as a whole number, or None, got {class_dim!r}")
-        self.class_dim = class_dim
+        for option, value in (("class_dim", class_dim), ("ignore_index", ignore_index)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"wanted {option} as a whole number, or None, got {value!r}")
+        self.class_dim, self.ignore_index = class_dim, ignore_index
 
     def build(self, batch: Batch) -> None:
         self._check(batch.student.logits, batch.from_teacher.logits)
@@ -58,21 +63,32 @@ class KD(Method):
     def forward(self, batch: Batch, factor: Factor) -> Tensor:
         student, teacher = batch.student.logits, batch.from_teacher.logits.detach()
         dim = self._check(student, teacher)
-        mask = None if batch.mask is None else self._fitted(batch.mask, student, dim)
-        softened = [wide(logits) / self.temperature for logits in (student, teacher)]
-        if mask is not None:
-            # in place, as logits are large; what is not used may be NaN
-            softened = [z.masked_fill_(mask == 0, 0) for z in softened]
-        log_s, log_t = (torch.log_softmax(z, dim=dim) for z in softened)
-        divergence = (log_t.exp() * (log_t - log_s)).sum(dim)
-        mean = divergence.mean() if mask is None else weighted(divergence, mask.squeeze(dim))
-        return times(mean, factor * self.temperature**2)
+        weights = self._weights(batch, student, dim)
+        total = divergence(student, teacher, dim, self.temperature, weights)
+        factor = factor * self.temperature**2
+        if weights is None:
+            return times(total / (student.numel() // student.shape[dim]), factor)
+        return times(total / counted(weights, student.numel() // student.shape[dim], total.dtype), factor)
 
-    def _fitted(self, mask: Tensor, logits: Tensor, dim: int) -> Tensor:
-        try:
-            return fitted(mask, logits, dim)
-        except ValueError as error:
-            raise ValueError(f"logits of {self.name!r}: {error}") from None
+    def _weights(self, batch: Batch, logits: Tensor, dim: int) -> Tensor | None:
+        """How much each position counts, of the logits' shape with 1 in the place of the classes; None: all alike."""
+        weights = None
+        if batch.mask is not None:
+            try:
+                weights = fitted(batch.mask, logits, dim)
+            except ValueError as error:
+                raise ValueError(f"logits of {self.name!r}: {error}") from None
+        if self.ignore_index is None or batch.labels is None:
+            return weights
+        wanted = tuple(n for d, n in enumerate(logits.shape) if d != dim)
+        if tuple(batch.labels.shape) != wanted or batch.labels.is_floating_point():
+            raise ValueError(
+                f"wanted labels {wanted} of classes, one for each position of logits {tuple(logits.shape)}, for "
+                f"ignore_index={self.ignore_index}, got {batch.labels.dtype} {tuple(batch.labels.shape)}; give a mask "
+                "in its place: distiller(..., mask=)"
+            )
+        kept = (batch.labels.to(logits.device).long() != self.ignore_index).unsqueeze(dim)
+        return kept if weights is None else weights * kept
 
     def _check(self, student: Tensor, teacher: Tensor) -> int:
         """The dimension of the classes, from 1 on."""
@@ -111,7 +127,8 @@ class KD(Method):
 
     def extra_repr(self) -> str:
         classes = "" if self.class_dim is None else f", class_dim={self.class_dim}"
-        return f"temperature={self.temperature:g}{classes}, {super().extra_repr()}"
+        ignored = "" if self.ignore_index is None else f", ignore_index={self.ignore_index}"
+        return f"temperature={self.temperature:g}{classes}{ignored}, {super().extra_repr()}"
 
 
 def check_temperature(temperature: float) -> float:
