@@ -37,7 +37,7 @@ def formula(student: Tensor, teacher: Tensor) -> Tensor:
 @pytest.mark.parametrize("spatial", [(5,), (3, 2), (2, 3, 2)], ids=["1-D", "2-D", "3-D"])
 def test_value_and_gradient_are_the_formulas(spatial: tuple[int, ...]) -> None:
     student, teacher = fp64(3, 2, *spatial, grad=True), fp64(3, 4, *spatial)
-    method = built(AT({"a": "x"}), pair(student, teacher))
+    method = built(AT({"a": "x"}, channel_dim=1), pair(student, teacher))
     ours = method(pair(student, teacher), 0.7)
     assert_equal_with_gradients(ours, 0.7 * formula(student, teacher), [student])
     assert torch.autograd.gradcheck(lambda s: method(pair(s, teacher), 100.0), student)
@@ -46,7 +46,7 @@ def test_value_and_gradient_are_the_formulas(spatial: tuple[int, ...]) -> None:
 def test_pairs_add_up() -> None:
     student = {"a": fp64(2, 3, 4), "b": fp64(2, 5, 2, 2)}
     teacher = {"x": fp64(2, 4, 4), "y": fp64(2, 2, 2, 2)}
-    method = built(AT({"a": "x", "b": "y"}), batch_of(student, teacher))
+    method = built(AT({"a": "x", "b": "y"}, channel_dim=1), batch_of(student, teacher))
     expected = formula(student["a"], teacher["x"]) + formula(student["b"], teacher["y"])
     torch.testing.assert_close(method(batch_of(student, teacher), 1.0), expected, rtol=1e-10, atol=0)
 

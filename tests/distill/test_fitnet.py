@@ -28,7 +28,7 @@ def equation_7(student: Tensor, teacher: Tensor, weight: Tensor, reduction: str)
 @pytest.mark.parametrize("spatial", [(), (3,), (2, 3), (2, 1, 2)], ids=["vector", "1-D", "2-D", "3-D"])
 def test_value_and_gradient_are_equation_7(reduction: str, spatial: tuple[int, ...]) -> None:
     student, teacher = fp64(2, 3, *spatial, grad=True), fp64(2, 4, *spatial)
-    method = built(FitNet({"a": "x"}, reduction=reduction), pair(student, teacher))
+    method = built(FitNet({"a": "x"}, channel_dim=1, reduction=reduction), pair(student, teacher))
     ours = method(pair(student, teacher), 0.7)
     (weight,) = method.parameters()
     formula = 0.7 * equation_7(student, teacher, weight.reshape(4, 3), reduction)
@@ -120,7 +120,7 @@ def test_autocast_trains_an_fp32_regressor() -> None:
 
 def test_a_teacher_of_another_precision() -> None:
     student, teacher = torch.randn(2, 3, 2, requires_grad=True), fp64(2, 4, 2)
-    method = built(FitNet({"a": "x"}), pair(student, teacher))
+    method = built(FitNet({"a": "x"}, channel_dim=1), pair(student, teacher))
     loss = method(pair(student, teacher), 1.0)
     loss.backward()
     assert loss.dtype == torch.float64
@@ -163,7 +163,9 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 def test_features_that_do_not_fit_are_refused_with_the_pair_named() -> None:
     student, teacher = torch.randn(2, 3, 4), torch.randn(2, 3, 4, 4)
     with pytest.raises(ValueError, match="pair 'a' -> 'x': "):
-        built(FitNet({"a": "x"}), pair(student, teacher))
-    method = built(FitNet({"a": "x"}, regressor=lambda s, t: nn.Identity()), pair(student, student))
+        built(FitNet({"a": "x"}, channel_dim=1), pair(student, teacher))
+    method = built(
+        FitNet({"a": "x"}, channel_dim=1, regressor=lambda s, t: nn.Identity()), pair(student, student)
+    )
     with pytest.raises(ValueError, match=r"'a' -> 'x': the regressor gives \(2, 3, 4\), wanted \(2, 5, 4\)"):
         method(pair(student, torch.randn(2, 5, 4)), 1.0)

@@ -53,7 +53,7 @@ def test_gradcheck() -> None:
 def test_signals_images_and_volumes(spatial: tuple[int, ...]) -> None:
     s = torch.randn(2, 4, *[n // 2 for n in spatial], requires_grad=True)
     batch = batch_of({"a": s}, inputs=torch.randn(2, 3, *spatial))
-    method = Infomax("a")
+    method = Infomax("a", channel_dim=1)
     method.build(batch)
     assert_finite_gradients(method, method(batch, 1.0), s)
 

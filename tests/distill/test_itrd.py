@@ -16,8 +16,8 @@ from vidfast.distill import ITRD, METHODS, Distiller
 EPS = 1e-6
 
 
-def features(batch: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    return torch.randn(batch, 3, dtype=dtype).requires_grad_(), torch.randn(batch, 5, dtype=dtype)
+def features(batch: int = 6, dtype: torch.dtype = torch.float64, width: int = 3) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, width, dtype=dtype).requires_grad_(), torch.randn(batch, 5, dtype=dtype)
 
 
 def correlation(z: Tensor, t: Tensor, alpha: float) -> Tensor:
@@ -54,14 +54,63 @@ def mutual_information(z: Tensor, t: Tensor) -> Tensor:
 @pytest.mark.parametrize("weights", [(2.0, 1.0), (0.0, 0.7), (1.5, 0.0)])
 @pytest.mark.parametrize("alpha", [0.8, 1.01, 1.5])
 @pytest.mark.parametrize("bias", [True, False])
-def test_equals_the_formula(weights: tuple[float, float], alpha: float, bias: bool) -> None:
-    s, t = features()
+@pytest.mark.parametrize("width", [3, 5])
+def test_equals_the_formula(weights: tuple[float, float], alpha: float, bias: bool, width: int) -> None:
+    """As the authors' code: the student's own features inform where the widths are equal, the embedded ones else."""
+    s, t = features(width=width)
     batch = batch_of({"pool": s}, {"fc": t})
     method = built(ITRD({"pool": "fc"}, l_corr=weights[0], l_mi=weights[1], alpha=alpha, bias=bias), batch)
-    linear = method.embeddings[0]
-    z = s @ linear.weight.T + (linear.bias if bias else 0.0)
-    formula = weights[0] * correlation(z, t, alpha) + weights[1] * mutual_information(z, t)
+    z = s
+    if weights[0] or width != 5:
+        linear = method.embeddings[0]
+        z = s @ linear.weight.T + (linear.bias if bias else 0.0)
+    information = mutual_information(s if width == 5 else z, t)
+    formula = weights[0] * correlation(z, t, alpha) + weights[1] * information
+    if weights[0] and width == 5 and bias:
+        formula = formula + 0.0 * linear.bias.sum()  # standardising takes it away
     assert_equals_formula(method, batch, 1.7, 1.7 * formula)
+
+
+@pytest.mark.parametrize("weights", [(2.0, 1.0), (0.0, 0.7), (1.5, 0.0)])
+@pytest.mark.parametrize("width", [3, 5])
+@pytest.mark.parametrize("embed", [True, False])
+def test_information_is_of_the_embedded_student_or_of_its_own_features(
+    weights: tuple[float, float], width: int, embed: bool
+) -> None:
+    s, t = features(width=width)
+    batch = batch_of({"pool": s}, {"fc": t})
+    method = built(
+        ITRD({"pool": "fc"}, l_corr=weights[0], l_mi=weights[1], embed_information=embed, bias=False), batch
+    )
+    learns = weights[0] > 0 or embed
+    z = s @ method.embeddings[0].weight.T if learns else s
+    formula = weights[0] * correlation(z, t, 1.01) + weights[1] * mutual_information(z if embed else s, t)
+    assert_equals_formula(method, batch, 1.7, 1.7 * formula)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("embed", [None, True, False])
+@pytest.mark.parametrize("width", [3, 5])
+def test_every_parameter_gets_a_gradient(
+    weights: tuple[float, float], embed: bool | None, width: int
+) -> None:
+    """DistributedDataParallel waits for the gradient of every parameter that it was given."""
+    s, t = features(width=width)
+    batch = batch_of({"pool": s}, {"fc": t})
+    method = built(ITRD({"pool": "fc"}, l_corr=weights[0], l_mi=weights[1], embed_information=embed), batch)
+    method(batch, 1.0).backward()
+    assert all(p.grad is not None for p in method.parameters())
+    embedded = weights[0] > 0 or embed is True or (embed is None and width != 5)
+    assert bool(list(method.parameters())) is embedded
+    assert s.grad is not None
+
+
+def test_what_a_run_was_tells_the_options_apart() -> None:
+    """Resuming compares them."""
+    seen = {repr(ITRD({"pool": "fc"}, embed_information=embed)) for embed in (None, True, False)}
+    seen |= {repr(ITRD({"pool": "fc"}, **{name: 0.75})) for name in ("l_corr", "l_mi", "alpha", "eps")}
+    seen |= {repr(ITRD({"pool": "fc"}, bias=False))}
+    assert len(seen) == 8
 
 
 def test_the_defaults_are_the_published_example() -> None:
@@ -71,8 +120,9 @@ def test_the_defaults_are_the_published_example() -> None:
 
 
 @pytest.mark.parametrize("weights", [(2.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
-def test_gradcheck(weights: tuple[float, float]) -> None:
-    s, t = features()
+@pytest.mark.parametrize("width", [3, 5])
+def test_gradcheck(weights: tuple[float, float], width: int) -> None:
+    s, t = features(width=width)
     batch = batch_of({"pool": s}, {"fc": t})
     assert gradcheck(built(ITRD({"pool": "fc"}, l_corr=weights[0], l_mi=weights[1]), batch), batch)
 
@@ -81,7 +131,7 @@ def test_maps_are_averaged_over_positions_and_pairs_are_summed() -> None:
     s, t = features()
     maps = {"a": s[:, :, None, None] + torch.tensor([-1.0, 0.5, 0.5]).double(), "b": s}
     batch = batch_of(maps, {"x": t[:, :, None] + torch.tensor([-2.0, 2.0]).double(), "y": t})
-    method = built(ITRD({"a": "x", "b": "y"}), batch)
+    method = built(ITRD({"a": "x", "b": "y"}, channel_dim=1), batch)
     expected = torch.zeros((), dtype=torch.float64)
     for linear in method.embeddings:
         expected = expected + 2 * correlation(linear(s), t, 1.01) + mutual_information(linear(s), t)
@@ -170,7 +220,8 @@ def test_under_autocast_only_the_embedding_is_in_bf16() -> None:
         z = method.embeddings[0](s)
     assert z.dtype is torch.bfloat16
     assert loss.dtype is torch.float32
-    exact = 2 * correlation(z.double(), t.double(), 1.01) + mutual_information(z.double(), t.double())
+    # Of one width, the student's own features inform, in fp32.
+    exact = 2 * correlation(z.double(), t.double(), 1.01) + mutual_information(s.double(), t.double())
     assert float(loss.detach()) == pytest.approx(float(exact.detach()), abs=1e-5)
 
 
@@ -220,3 +271,9 @@ def test_a_batch_of_one_is_refused() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ITRD(**{"pairs": {"pool": "fc"}, **options})
+
+
+@pytest.mark.parametrize("value", [1, 0.0, "auto"])
+def test_embed_information_is_a_flag_or_none(value: Any) -> None:
+    with pytest.raises(TypeError, match="wanted embed_information as True, False or None, got"):
+        ITRD({"pool": "fc"}, embed_information=value)

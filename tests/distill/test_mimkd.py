@@ -101,7 +101,7 @@ def test_gradcheck(critic: str) -> None:
 def test_other_numbers_of_axes(spatial: tuple[int, ...], critic: str) -> None:
     s = torch.randn(3, 4, *spatial, requires_grad=True)
     batch = batch_of({"a": s}, {"x": torch.randn(3, 5, *spatial)})
-    method = MIMKD({"a": "x"}, critic=critic, hidden=8)
+    method = MIMKD({"a": "x"}, channel_dim=1, critic=critic, hidden=8)
     method.build(batch)
     assert_finite_gradients(method, method(batch, 1.0), s)
 
@@ -136,7 +136,7 @@ def test_critics_tell_dependent_features_from_independent_ones(
             batch = batch_of({"a": t + 0.1 * noise if dependent else noise}, {"x": t})
             if method is None:
                 weights = dict(zip(("global_weight", "local_weight", "feature_weight"), levels, strict=True))
-                method = MIMKD({"a": "x"}, critic=critic, hidden=16, **weights)
+                method = MIMKD({"a": "x"}, channel_dim=1, critic=critic, hidden=16, **weights)
                 method.build(batch)
                 optimizer = torch.optim.Adam(method.parameters(), lr=0.02)
             loss = method(batch, 1.0)
@@ -219,7 +219,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 def test_a_vector_and_a_map_have_no_feature_level() -> None:
     batch = batch_of({"a": torch.randn(3, 4)}, {"x": torch.randn(3, 5, 2, 2)})
-    with pytest.raises(ValueError, match="pair 'a' -> 'x': student and teacher features must be"):
+    with pytest.raises(ValueError, match="pair 'a' -> 'x': wanted features with as many axes"):
         MIMKD({"a": "x"}).build(batch)
     method = MIMKD({"a": "x"}, feature_weight=0.0)
     method.build(batch)

@@ -50,7 +50,7 @@ SHAPES = {
 @pytest.mark.parametrize(("c_s", "c_t", "spatial"), SHAPES.values(), ids=SHAPES)
 def test_value_and_gradient_are_the_formulas(c_s: int, c_t: int, spatial: tuple[int, ...]) -> None:
     student, teacher = fp64(2, c_s, *spatial, grad=True), fp64(2, c_t, *spatial)
-    method = built(NST({"a": "x"}), pair(student, teacher))
+    method = built(NST({"a": "x"}, channel_dim=1), pair(student, teacher))
     ours = method(pair(student, teacher), 0.7)
     assert_equal_with_gradients(ours, 0.7 * formula(student, teacher), [student])
     assert torch.autograd.gradcheck(lambda s: method(pair(s, teacher), 0.7), student)
@@ -72,14 +72,14 @@ def test_the_smaller_gram_matrices_are_formed(
     other = {"position": "by_channel_grams", "channel": "by_position_grams"}[form]
     monkeypatch.delattr(nst, other)
     student, teacher = torch.randn(2, c_s, positions), torch.randn(2, c_t, positions)
-    assert torch.isfinite(NST({"a": "x"})(pair(student, teacher), 1.0))
+    assert torch.isfinite(NST({"a": "x"}, channel_dim=1)(pair(student, teacher), 1.0))
 
 
 def test_pairs_add_up() -> None:
     student = {"a": fp64(2, 3, 4), "b": fp64(2, 5, 2, 2)}
     teacher = {"x": fp64(2, 4, 4), "y": fp64(2, 2, 2, 2)}
     expected = formula(student["a"], teacher["x"]) + formula(student["b"], teacher["y"])
-    ours = NST({"a": "x", "b": "y"})(batch_of(student, teacher), 1.0)
+    ours = NST({"a": "x", "b": "y"}, channel_dim=1)(batch_of(student, teacher), 1.0)
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=0)
 
 

@@ -31,7 +31,7 @@ def test_the_loss_is_the_sum_over_pairs_times_the_factor() -> None:
     student = {"a": torch.randn(2, 3, 4), "b": torch.randn(2, 5)}
     teacher = {"x": torch.randn(2, 3, 4), "y": torch.randn(2, 5)}
     batch = batch_of(student, teacher)
-    method = built(Difference([("a", "x"), ("b", "y"), ("a", "x")]), batch)
+    method = built(Difference([("a", "x"), ("b", "y"), ("a", "x")], channel_dim=1), batch)
     expected = 2 * (student["a"] - teacher["x"]).sum() + (student["b"] - teacher["y"]).sum()
     torch.testing.assert_close(method(batch, 0.5), 0.5 * expected)
     assert [index for index, _, _ in method.seen] == [0, 1, 2]

@@ -39,7 +39,14 @@ def test_value_is_equation_5_summed_over_pairs(reduction: str, spatial: tuple[in
     student = {"a": torch.randn(3, 2, *spatial), "b": torch.randn(3, 5, *spatial)}
     teacher = {"x": torch.randn(3, 4, *spatial), "y": torch.randn(3, 6, *spatial)}
     vid, batch = built(
-        VID({"a": "x", "b": "y"}, regressor="conv2", init_var=0.7, eps=1e-3, reduction=reduction),
+        VID(
+            {"a": "x", "b": "y"},
+            channel_dim=1,
+            regressor="conv2",
+            init_var=0.7,
+            eps=1e-3,
+            reduction=reduction,
+        ),
         student,
         teacher,
     )

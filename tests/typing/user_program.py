@@ -21,7 +21,9 @@ from vidfast.distill import (
     VIDLP,
     Activations,
     Batch,
+    ConvBNReLU,
     Distiller,
+    FeatureNetwork,
     FitNet,
     HeteroscedasticVID,
     Infomax,
@@ -35,6 +37,8 @@ from vidfast.distill import (
     StudentTVID,
     TapError,
     Taps,
+    TokenGrid,
+    TokenSequence,
     TransposedStack,
     UnknownNameError,
     UpsampledStack,
@@ -143,6 +147,37 @@ def distil() -> Losses:
     return result
 
 
+class Tagger(nn.Module):
+    """Tokens (B, L, 4) -> logits (B, L, 3); with is_feat=True its features too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, width), nn.Linear(width, 3)
+
+    def forward(self, tokens: Tensor, is_feat: bool = False) -> Tensor | tuple[list[Tensor], Tensor]:
+        hidden = self.embed(tokens)
+        logits: Tensor = self.head(hidden)
+        return ([hidden], logits) if is_feat else logits
+
+
+def tokens() -> Losses:
+    """Tokens, the element of a tuple, a layer's input, features that a network returns."""
+    batch, labels = torch.randn(2, 17, 4), torch.ones(2, 17, dtype=torch.long)
+    student = FeatureNetwork(Tagger(6), example=batch)
+    teacher = FeatureNetwork(Tagger(8), count=1)
+    terms: list[Method] = [
+        VID({"feat.0": "feat.0"}, channel_dim=-1, tokens="grid"),
+        AT({"network.head.input": "feat.0"}, channel_dim=(-1, -1), tokens=TokenGrid(prefix=1)),
+        NST({"feat.0": "feat.0"}, channel_dim=-1, tokens=TokenSequence(prefix=1)),
+        KD(class_dim=-1, ignore_index=0),
+    ]
+    distiller = Distiller(
+        student, teacher, terms, example=batch, logits=(None, lambda output: output), task_weight=0.0
+    )
+    distiller.task_loss = lambda z, y: nn.functional.cross_entropy(z.mT, y)
+    return assert_type(distiller(batch, labels), Losses)
+
+
 def taps() -> dict[str, Tensor]:
     """Layers by name, and what goes wrong."""
     network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True))
@@ -160,6 +195,7 @@ def taps() -> dict[str, Tensor]:
     except UnknownNameError as error:
         print(error)
     print(TransposedStack(width=0.5)((2, 4), (2, 8, 4, 4)))
+    print(assert_type(ConvBNReLU(relu=False)((2, 4, 8, 8), (2, 8, 4, 4)), nn.Sequential))
     return found
 
 
@@ -167,6 +203,7 @@ def main() -> None:
     torch.manual_seed(0)
     losses().backward()
     assert distil().loss.isfinite()
+    assert tokens().loss.isfinite()
     assert not taps(), "the ReLU wrote over what was tapped"
 
 

@@ -5,6 +5,8 @@ of `pip install 'vidfast[train]'`.
 """
 
 from .distiller import Distiller, Losses
+from .feature_network import FeatureNetwork
+from .hooks import TapError
 from .methods import METHODS, Activations, Batch, Method, ParameterGroup
 from .methods.attention import AT
 from .methods.fitnet import FitNet
@@ -19,8 +21,9 @@ from .methods.vid import VID
 from .methods.vid_lp import VIDLP
 from .methods.vid_variants import HeteroscedasticVID, MixtureVID, StudentTVID
 from .registry import UnknownNameError
-from .regressors import REGRESSORS, PointwiseStack, TransposedStack, UpsampledStack
-from .taps import TapError, Taps
+from .regressors import REGRESSORS, ConvBNReLU, PointwiseStack, TransposedStack, UpsampledStack
+from .taps import Taps
+from .tokens import TokenGrid, TokenSequence
 
 __all__ = [
     "AT",
@@ -34,7 +37,9 @@ __all__ = [
     "VIDLP",
     "Activations",
     "Batch",
+    "ConvBNReLU",
     "Distiller",
+    "FeatureNetwork",
     "FitNet",
     "HeteroscedasticVID",
     "Infomax",
@@ -48,6 +53,8 @@ __all__ = [
     "StudentTVID",
     "TapError",
     "Taps",
+    "TokenGrid",
+    "TokenSequence",
     "TransposedStack",
     "UnknownNameError",
     "UpsampledStack",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from vidfast._torch import is_compiled, version_of
 
-from .inputs import call, cast, devices_of, logits_of, tensors_of
+from .inputs import Picker, call, cast, devices_of, picked, pickers, tensors_of
 from .methods.base import Activations, Batch, Method
 from .modes import eval_mode
+from .probing import check_training_logits
 from .processes import wrapper_in
 from .sharing import Shared
 from .stream import kept_random_state
@@ -61,7 +63,9 @@ class Distiller(nn.Module):
         its inputs are cast, and its activations reach the terms in this type. A teacher of another type is copied,
         and `distiller.teacher` is the copy, which follows what is loaded into the teacher or trained in it.
     clone_taps: copy every tapped activation, for layers whose output is modified in place afterwards.
-    logits: picks the logits out of what a network returns.
+    logits: finds the logits in what a network returns: a function, the name of an element such as "[0]" or
+        "[logits]", or a pair (student's, teacher's) of these. None: the Tensor itself, or what is called "logits" in
+        it. What the student returns in training mode must suit it too.
 
     Inputs are a tensor, a tuple (positional arguments) or a mapping (keyword arguments) of what the networks
     take.
@@ -93,7 +97,7 @@ class Distiller(nn.Module):
         task_count: Count | None = None,
         teacher_dtype: torch.dtype | None = None,
         clone_taps: bool = False,
-        logits: Callable[[Any], Tensor] = logits_of,
+        logits: Picker | str | tuple[Picker | str | None, Picker | str | None] | None = None,
     ) -> None:
         super().__init__()
         self._removed = False
@@ -111,7 +115,8 @@ class Distiller(nn.Module):
             raise ValueError(f"wanted a floating-point teacher_dtype, got {teacher_dtype}")
         if task_count is not None and not callable(task_count):
             raise TypeError(f"wanted task_count as a function of the labels, got {type(task_count).__name__}")
-        self.task_weight, self.task_loss, self.pick_logits = float(task_weight), task_loss, logits
+        self.task_weight, self.task_loss = float(task_weight), task_loss
+        self.pick_logits, self.pick_teacher_logits = pickers(logits)
         self.given_count = task_count
         self.teacher_dtype = teacher_dtype
         self._shared = Shared()
@@ -365,7 +370,8 @@ class Distiller(nn.Module):
                     "its start does), and the other network and the terms need them: give it a network that "
                     "copies its inputs first"
                 )
-            return Activations(activations(), self.pick_logits(output))
+            pick = self.pick_logits if role == "student" else self.pick_teacher_logits
+            return Activations(activations(), picked(pick, output, role))
 
     def _probe(self, example: Any) -> Batch:
         """Both networks' activations on `example`, leaving no trace in them or in the random state."""
@@ -375,7 +381,14 @@ class Distiller(nn.Module):
         compiled = any(is_compiled(module) for network in self._networks for module in network.modules())
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         with eval_mode(self.student), torch.no_grad(), kept_random_state(sorted(devices)), eager:
-            return self._run(example, None)
+            batch = self._run(example, None)
+            check_training_logits(self.student, example, self.pick_logits, batch.student.logits)
+        student = replace(batch.student, kinds=self._student_taps.kinds())
+        if batch.teacher is None or self._teacher_taps is None:
+            return replace(batch, student=student)
+        return replace(
+            batch, student=student, teacher=replace(batch.teacher, kinds=self._teacher_taps.kinds())
+        )
 
     def _check_student(self) -> None:
         """It shares nothing with the teacher that is trained, and has no wrapper that leaves the terms out."""

@@ -157,8 +157,13 @@ def weighted(values: Tensor, mask: Tensor, reduction: ScalarReduction = "mean") 
         return total
     if reduction == "batchmean":
         return total / values.shape[0]
-    count = weights.sum() * (values.numel() // weights.numel())
-    return total / torch.where(count == 0, torch.ones_like(count), count)
+    return total / counted(mask, values.numel(), values.dtype)
+
+
+def counted(mask: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    """sum w over `numel` values, whose number is the mask's or a multiple of it: a scalar; 1 where it is 0."""
+    count = mask.to(dtype).sum() * (numel // mask.numel())
+    return torch.where(count == 0, torch.ones_like(count), count)
 
 
 def samples(mask: Tensor) -> Tensor:
@@ -166,6 +171,13 @@ def samples(mask: Tensor) -> Tensor:
     if mask.dim() == 1:
         return mask[:, None]
     return averageable(mask).flatten(1).mean(1, keepdim=True)
+
+
+def tokens_of(mask: Tensor, length: int) -> Tensor | None:
+    """(B, L): a mask that has a weight for each of this many tokens; None for any other mask."""
+    if mask.dim() == 3 and 1 in mask.shape[1:]:
+        mask = mask.flatten(1)
+    return mask if mask.dim() == 2 and mask.shape[1] == length else None
 
 
 def _size(feature: Tensor, channel_dim: int) -> Sequence[int]:

@@ -83,12 +83,12 @@ class VIDMaps:
                 logits = self.distiller.pick_logits(self.distiller.student(inputs))
                 student = Activations(of_student(), logits)
             with self._teacher.recording() as of_teacher:
-                logits = self.distiller.pick_logits(self.network(inputs))
+                logits = self.distiller.pick_teacher_logits(self.network(inputs))
                 teacher = Activations(of_teacher(), logits)
             batch = Batch(inputs, None, student, teacher)
             found = []
-            for index, pair in enumerate(self.vid.pairs):
-                s, t = self.vid.features(batch, *pair)
+            for index in range(len(self.vid.pairs)):
+                s, t = self.vid.features(batch, index)
                 nll = self.vid.likelihoods[index]
                 assert isinstance(nll, GaussianNLL)
                 mean = self.vid.predict(index, s, t)

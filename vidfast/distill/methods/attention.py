@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..layouts import ChannelDim
+from ..tokens import Tokens
 from ..weighting import Factor, times
 from .base import METHODS
 from .pairs import PairedMethod, Pairs, wide
@@ -25,6 +27,7 @@ class AT(PairedMethod):
     """The sum over pairs of layers of the mean squared difference of their normalised attention maps.
 
     pairs: {student layer: teacher layer}, or a sequence of such pairs when a layer occurs twice.
+    channel_dim, tokens: where the channels are, and what tokens become, as for every `PairedMethod`.
     weight: beta.
 
     Features are (B, C, *spatial) with 1 to 3 spatial axes and any floating dtype; where the sizes differ both
@@ -36,8 +39,16 @@ class AT(PairedMethod):
 
     default_name: ClassVar[str] = "at"
 
-    def __init__(self, pairs: Pairs, *, weight: float = 1e3, name: str | None = None) -> None:
-        super().__init__(pairs, weight=weight, name=name)
+    def __init__(
+        self,
+        pairs: Pairs,
+        *,
+        channel_dim: ChannelDim = None,
+        tokens: Tokens = None,
+        weight: float = 1e3,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(pairs, channel_dim=channel_dim, tokens=tokens, weight=weight, name=name)
 
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
         check_positions("AT", student, teacher)

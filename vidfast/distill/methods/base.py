@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..kinds import Kind
 from ..registry import Registry
 from ..weighting import Factor
 
@@ -19,10 +20,15 @@ _TAKEN = frozenset(dir(nn.ModuleDict()))
 
 @dataclass(frozen=True)
 class Activations:
-    """What one network gave in one forward pass: the tapped layers by name, and the logits (B, classes)."""
+    """What one network gave in one forward pass: the tapped layers by name, and the logits (B, classes).
+
+    kinds: what the layers' classes tell of their features, by name; a Distiller's probe has it, and nothing else needs
+        to.
+    """
 
     taps: Mapping[str, Tensor]
     logits: Tensor
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,8 @@ class Method(nn.Module):
                 ...
                 return factor * loss
 
-    student_layers, teacher_layers: names of the layers whose activations `forward` will find in `batch`.
+    student_layers, teacher_layers: names of the layers whose activations `forward` will find in `batch`, as `Taps`
+        takes them.
     needs_teacher: False for a method that works without one.
     takes_mask: True for a method whose loss is a mean that batch.mask weighs; a Distiller with another one refuses
         masks. A subclass with a `forward` (or `pair_loss`) of its own says it anew.

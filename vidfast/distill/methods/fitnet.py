@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from vidfast.arguments import ScalarReduction
 from vidfast.regressor import regress
 
-from ..regressors import Regressor, keeps_resolution, make, resolve
+from ..layouts import ChannelDim
+from ..regressors import Regressor, keeps_resolution, laid_out, make, resolve, takes_last
+from ..tokens import Tokens
 from ..weighting import Factor, selected, times, weighted
 from .base import METHODS
 from .pairs import PairedMethod, Pairs, place, wide
@@ -30,11 +32,12 @@ class FitNet(PairedMethod):
     """The sum over pairs of layers of half the squared error of equation 7.
 
     pairs: {student layer: teacher layer}, or a sequence of such pairs when a layer occurs twice.
-    regressor: mu, as for `VID`; the default "linear" is one 1x1 convolution without bias. Where maps differ in
+    regressor: mu, as for `VID`; the default "linear" is one 1x1 convolution without bias; "conv_bn_relu" is public
+        code's, a convolution that changes the size, BatchNorm and ReLU. Where maps differ in
         size, for a stack of 1x1 convolutions both are average-pooled to the smaller size along each axis
         (`vidfast.vid.match_spatial`); other regressors get them as they are.
     reduction: "mean" (over all elements), "batchmean" (the equation, averaged over the batch) or "sum".
-    channel_dim: where the channels are: 1, or -1 for channels last.
+    channel_dim, tokens: where the channels are, and what tokens become, as for every `PairedMethod`.
     weight: what the sum is multiplied by. Public code takes 100 times the mean squared error without the half:
         the default.
 
@@ -53,23 +56,33 @@ class FitNet(PairedMethod):
         pairs: Pairs,
         regressor: str | Regressor = "linear",
         reduction: ScalarReduction = "mean",
-        channel_dim: int = 1,
+        channel_dim: ChannelDim = None,
         *,
+        tokens: Tokens = None,
         weight: float = 200.0,
         name: str | None = None,
     ) -> None:
-        resolved = resolve(regressor, channel_dim)
-        super().__init__(pairs, pools=keeps_resolution(resolved), weight=weight, name=name)
-        self.regressor, self.channel_dim = resolved, channel_dim
+        resolved = resolve(regressor)
+        super().__init__(
+            pairs,
+            channel_dim=channel_dim,
+            tokens=tokens,
+            pools=keeps_resolution(resolved),
+            takes_last=takes_last(resolved),
+            weight=weight,
+            name=name,
+        )
+        self.regressor = resolved
         self.reduction = check_reduction(reduction)
 
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
-        self.regressors.append(place(make(self.regressor, student.shape, teacher.shape), student))
+        regressor = laid_out(self.regressor, self.dim(len(self.regressors)))
+        self.regressors.append(place(make(regressor, student.shape, teacher.shape), student))
 
     def pair_loss(
         self, index: int, student: Tensor, teacher: Tensor, factor: Factor, mask: Tensor | None = None
     ) -> Tensor:
-        student, teacher = selected(student, teacher, mask, self.channel_dim)
+        student, teacher = selected(student, teacher, mask, self.dim(index))
         mean = regress(self.regressors[index], student, teacher.shape)
         return half_squared_error(mean, teacher, self.reduction, factor, mask)
 

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from vidfast.arguments import BackendName, ScalarReduction
 from vidfast.nll import GaussianNLL
 
+from ..kinds import UNKNOWN
+from ..layouts import Side, check_channel_dim, side_of
 from ..regressors import Regressor, make, resolve
+from ..tokens import Tokens, resolve_tokens
 from ..weighting import Factor, fed, fitted
 from .base import METHODS, Batch
 from .pairs import place
@@ -61,6 +64,8 @@ class Infomax(GaussianMethod):
     regressor: a registered name or a function (layer_shape, input_shape) -> nn.Module that reaches the input's
         resolution: "upsampled" (two 1x1 convolutions, then linear interpolation; the default, ours),
         "transposed" for vectors, or a decoder of your own, which will predict more of the input.
+    channel_dim, tokens: where the layers' channels are, and what tokens become, as for every `PairedMethod`: a vision
+        transformer's tokens are a map with tokens="grid". The regressor gets (B, C, *positions).
     init_var: the variance of every channel at the start, above eps. eps: the variance's floor.
     reduction: "mean" (over all elements), "batchmean" (the paper's) or "sum".
     alpha_lr: alpha's learning rate as a multiple of the others'. alpha takes no weight decay.
@@ -82,6 +87,8 @@ class Infomax(GaussianMethod):
         *,
         which: int | str | None = None,
         regressor: str | Regressor = "upsampled",
+        channel_dim: int | None = None,
+        tokens: Tokens = None,
         init_var: float = 5.0,
         eps: float = 1e-5,
         reduction: ScalarReduction = "mean",
@@ -107,7 +114,14 @@ class Infomax(GaussianMethod):
             raise ValueError("wanted at least one layer of the student, got none")
         self.student_layers = tuple(layers)
         self.which = which
+        self.channel_dim = check_channel_dim(channel_dim)
+        self.tokens = resolve_tokens(tokens)
+        if isinstance(self.channel_dim, tuple):
+            raise ValueError(
+                f"wanted channel_dim 1, -1 or None, of the student's layers, got {channel_dim!r}"
+            )
         self.regressor = resolve(regressor)
+        self._sides: list[Side] = []
         self.regressors = nn.ModuleList()
         self.likelihoods = nn.ModuleList()
 
@@ -115,23 +129,36 @@ class Infomax(GaussianMethod):
         x = pick_input(batch.inputs, self.which)
         if x.dim() < 2:
             raise ValueError(f"wanted an input (batch, channels, ...), got {tuple(x.shape)}")
+        assert not isinstance(self.channel_dim, tuple)
         regressors: list[nn.Module] = []
         likelihoods: list[nn.Module] = []
+        sides: list[Side] = []
         for layer in self.student_layers:
-            student = batch.student.taps[layer]
+            student, kind = batch.student.taps[layer], batch.student.kinds.get(layer, UNKNOWN)
             try:
+                sides.append(side_of("student", layer, student, kind, self.channel_dim, self.tokens))
+                sides[-1].shape = tuple(x.shape[2:]) if x.dim() == 4 else None
+                if student.dim() == 3 and self.tokens is None and x.dim() == 4:
+                    raise ValueError(
+                        f"wanted a map for an input {tuple(x.shape)}, got tokens {tuple(student.shape)}: give "
+                        "tokens='grid', which makes a map of them"
+                    )
+                student = sides[-1].channels_first(student)
                 regressors.append(place(make(self.regressor, student.shape, x.shape), student))
             except ValueError as error:
                 raise ValueError(f"student layer {layer!r} -> input: {error}") from None
             likelihoods.append(self.make_likelihood(x.shape[1]).to(student.device))
+        self._sides = sides
         self.regressors, self.likelihoods = nn.ModuleList(regressors), nn.ModuleList(likelihoods)
 
     def forward(self, batch: Batch, factor: Factor) -> Tensor:
         x = pick_input(batch.inputs, self.which).detach()
         losses = []
-        for layer, regressor, nll in zip(self.student_layers, self.regressors, self.likelihoods, strict=True):
-            student, mask = batch.student.taps[layer], batch.mask
+        layers = zip(self.student_layers, self._sides, self.regressors, self.likelihoods, strict=True)
+        for layer, side, regressor, nll in layers:
+            mask = batch.mask
             try:
+                student = side.channels_first(batch.student.taps[layer])
                 if mask is not None:
                     student, mask = fed(student, x, mask), fitted(mask, x)
                 losses.append(self.gaussian_nll(regressor, nll, student, x, factor, mask))
@@ -148,4 +175,6 @@ class Infomax(GaussianMethod):
         }
 
     def extra_repr(self) -> str:
-        return f"{', '.join(self.student_layers)} -> input; {super().extra_repr()}"
+        said = "" if self.channel_dim is None else f", channel_dim={self.channel_dim}"
+        said += "" if self.tokens is None else f", tokens={self.tokens}"
+        return f"{', '.join(self.student_layers)} -> input; {super().extra_repr()}{said}"

@@ -1,17 +1,20 @@
 """ITRD: information theoretic representation distillation (Miles, Lopez Rodriguez and Mikolajczyk, 2021,
 arXiv 2112.00459).
 
-For penultimate features: teacher t (B, D) and student s, embedded by one linear layer into z (B, D).
+For penultimate features: teacher t (B, D) and student s (B, S), embedded by one linear layer into z (B, D).
 
 Correlation. With every dimension standardised over the batch (unbiased variance), and C_d the student's
 correlation with the teacher in dimension d,
 
     C_d = 1/B sum_b z_bd t_bd,      L_corr = log2 sum_d |C_d - 1|^(2 a).
 
-Mutual information, of Renyi's order 2. With rows normalised to length 1, Gram matrices G_s = z z^T and
+Mutual information, of Renyi's order 2. With rows normalised to length 1, Gram matrices G_s = x x^T and
 G_t = t t^T (B, B), and G_st their elementwise product, each divided by its trace,
 
     L_mi = ||G_s||_F^2 - ||G_st||_F^2         (the logarithms dropped, as in the authors' code).
+
+There x is s itself where S = D, else z, as in the authors' code; it could be s always, as Gram matrices of any
+two widths compare.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from torch import Tensor, nn
 
 from vidfast.reference import no_autocast
 
+from ..layouts import ChannelDim
+from ..tokens import Tokens
 from ..weighting import Factor, times
 from .base import METHODS
 from .pairs import PairedMethod, Pairs, place, wide
@@ -75,8 +80,12 @@ class ITRD(PairedMethod):
     l_corr, l_mi: the two terms' weights; a term of weight 0 is not computed.
     alpha: the exponent a of the correlation term, above 1/2 (below it the gradient grows without bound as the
         correlation nears 1).
-    bias: whether the embedding has one. It matters to L_mi alone.
+    embed_information: whether L_mi sees the embedded student or its features as they are. None: embedded where the
+        widths differ alone, as in the authors' code; True: always; False: never.
+    bias: whether the embedding has one. It matters to L_mi alone, where that embeds.
     eps: added to variances, squared lengths and traces; ours, 1e-6.
+    channel_dim, tokens: where the channels are, and what tokens become, as for every `PairedMethod`. Tokens are
+        averaged as they are unless said otherwise, a class token among them.
 
     The defaults l_corr=2, l_mi=1, alpha=1.01 are the authors' published example; their code's own defaults
     (2, 0.05, 1.5) disagree with it.
@@ -95,12 +104,15 @@ class ITRD(PairedMethod):
         l_corr: float = 2.0,
         l_mi: float = 1.0,
         alpha: float = 1.01,
+        embed_information: bool | None = None,
         bias: bool = True,
         eps: float = 1e-6,
+        channel_dim: ChannelDim = None,
+        tokens: Tokens = None,
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(pairs, pools=False, weight=weight, name=name)
+        super().__init__(pairs, channel_dim=channel_dim, tokens=tokens, pools=False, weight=weight, name=name)
         for option, value in (("l_corr", l_corr), ("l_mi", l_mi)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"wanted a finite {option} of 0 or more, got {value}")
@@ -110,13 +122,24 @@ class ITRD(PairedMethod):
             raise ValueError(f"wanted a finite alpha above 0.5, got {alpha}")
         if not 0 < eps < math.inf:
             raise ValueError(f"wanted a finite eps above 0, got {eps}")
+        if not isinstance(embed_information, (bool, type(None))):
+            raise TypeError(f"wanted embed_information as True, False or None, got {embed_information!r}")
         self.l_corr, self.l_mi, self.alpha = float(l_corr), float(l_mi), float(alpha)
+        self.embed_information = embed_information
         self.bias, self.eps = bool(bias), float(eps)
 
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
         student, teacher = pooled(student), pooled(teacher)
-        linear = nn.Linear(student.shape[1], teacher.shape[1], bias=self.bias)
-        self.embeddings.append(place(linear, student))
+        if self.l_corr or self._embeds_information(student, teacher):
+            linear = nn.Linear(student.shape[1], teacher.shape[1], bias=self.bias)
+            self.embeddings.append(place(linear, student))
+        else:  # parameters without a gradient would stop DistributedDataParallel
+            self.embeddings.append(nn.Identity())
+
+    def _embeds_information(self, student: Tensor, teacher: Tensor) -> bool:
+        if self.embed_information is None:
+            return student.shape[1] != teacher.shape[1]
+        return self.embed_information
 
     def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: Factor) -> Tensor:
         student, teacher = pooled(student), wide(pooled(teacher))
@@ -132,9 +155,13 @@ class ITRD(PairedMethod):
                 loss = correlation_loss(z, teacher, self.alpha, self.eps)
                 terms.append(times(loss, factor * self.l_corr))
             if self.l_mi:
-                terms.append(times(mutual_information_loss(z, teacher, self.eps), factor * self.l_mi))
+                x = z if self._embeds_information(student, teacher) else wide(student)
+                terms.append(times(mutual_information_loss(x, teacher, self.eps), factor * self.l_mi))
         total: Tensor = sum(terms[1:], terms[0])
         return total
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, l_corr={self.l_corr:g}, l_mi={self.l_mi:g}, alpha={self.alpha:g}"
+        return (
+            f"{super().extra_repr()}, l_corr={self.l_corr:g}, l_mi={self.l_mi:g}, alpha={self.alpha:g}, "
+            f"embed_information={self.embed_information}, bias={self.bias}, eps={self.eps:g}"
+        )

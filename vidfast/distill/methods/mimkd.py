@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from vidfast.vid import match_spatial
 
 from ..choices import Critic
+from ..layouts import ChannelDim
+from ..tokens import Tokens
 from ..weighting import Factor, times
 from .base import METHODS
 from .itrd import pooled
@@ -92,6 +94,7 @@ class MIMKD(PairedMethod):
     global_weight, local_weight, feature_weight: the levels' weights; 0 leaves a level out. All 1 is ours.
     critic: "separable", a scaled dot product of two embeddings, or "concat", a perceptron on both. Ours.
     hidden: the critics' width. Ours.
+    channel_dim, tokens: where the channels are, and what tokens become, as for every `PairedMethod`.
 
     The critics are learned along with the student and take no part afterwards; every level and pair has its
     own. Vectors (B, C) count as maps of one position.
@@ -113,10 +116,13 @@ class MIMKD(PairedMethod):
         feature_weight: float = 1.0,
         critic: Critic = "separable",
         hidden: int = 256,
+        channel_dim: ChannelDim = None,
+        tokens: Tokens = None,
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(pairs, pools=False, weight=weight, name=name)
+        super().__init__(pairs, channel_dim=channel_dim, tokens=tokens, pools=False, weight=weight, name=name)
+        self.compares_positions = bool(feature_weight)
         self.level_weights = dict(
             zip(LEVELS, (float(global_weight), float(local_weight), float(feature_weight)), strict=True)
         )

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from vidfast.reference import no_autocast
 
+from ..layouts import ChannelDim
+from ..tokens import Tokens
 from ..weighting import Factor, times
 from .attention import check_positions, unit
 from .base import METHODS
@@ -33,6 +35,7 @@ class NST(PairedMethod):
     """The sum over pairs of layers of the squared maximum mean discrepancy of their channels' maps.
 
     pairs: {student layer: teacher layer}, or a sequence of such pairs when a layer occurs twice.
+    channel_dim, tokens: where the channels are, and what tokens become, as for every `PairedMethod`.
     weight: what the sum is multiplied by; half the paper's lambda.
 
     Features are (B, C, *spatial) with 1 to 3 spatial axes and any floating dtype; the numbers of channels may
@@ -44,8 +47,16 @@ class NST(PairedMethod):
 
     default_name: ClassVar[str] = "nst"
 
-    def __init__(self, pairs: Pairs, *, weight: float = 50.0, name: str | None = None) -> None:
-        super().__init__(pairs, weight=weight, name=name)
+    def __init__(
+        self,
+        pairs: Pairs,
+        *,
+        channel_dim: ChannelDim = None,
+        tokens: Tokens = None,
+        weight: float = 50.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(pairs, channel_dim=channel_dim, tokens=tokens, weight=weight, name=name)
 
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
         check_positions("NST", student, teacher)

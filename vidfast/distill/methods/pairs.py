@@ -1,4 +1,8 @@
-"""What methods that compare pairs of layers share: naming the pairs, and bringing their features together."""
+"""What methods that compare pairs of layers share: naming the pairs, and bringing their features together.
+
+Where channels are, and what tokens become, is said to a term once, and is dealt with here (`layouts.py`): a method's
+`pair_loss` gets features of one form.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from torch import Tensor, nn
 
 from vidfast.vid import match_spatial
 
+from ..layouts import ChannelDim, Layout, check_channel_dim, layout_of
+from ..tokens import Tokens, resolve_tokens
 from ..weighting import fed, fitted, fitted_pair
 from .base import Batch, Method
 
@@ -38,29 +44,50 @@ class PairedMethod(Method):
 
     per_pair: the names of the attributes that hold them, an nn.ModuleList each, to which `build_pair` appends one
         module. They are there, empty, from the start, and empty again after a `build` that failed.
+    compares_positions: whether both features of a pair must have as many axes of positions. Set it in `__init__` where
+        that depends on options.
     pairs: {student layer: teacher layer}, or a sequence of such pairs when a layer occurs twice.
+    channel_dim: where the features' channels are: 1, or -1 for channels last, as a transformer's (B, L, D); or a pair
+        (student's, teacher's). None: as the layers' classes tell (`kinds.py`), else 1, but features of three dimensions
+        of which nothing is told are an error. For tokens on one side and a map on the other, one number is the
+        tokens'.
+    tokens: what tokens become: "grid" a map, without the class token and registers, to be compared with maps; or
+        "sequence", or an adaptor with options of its own (`tokens.py`). None: they stay tokens.
     pools: average-pool both features of a pair to the smaller size along each axis
         (`vidfast.vid.match_spatial`) where they differ; False: hand them over as they are.
-    channel_dim: where the features' channels are, for masks: 1, or -1 for channels last.
+    takes_last: whether `pair_loss` takes two features with their channels last as they are; it finds in
+        `dim(index)`, 1 or -1, where they are. False: it always gets (B, C, *positions).
 
     Raises ValueError, naming the pair, for features that do not fit.
     """
 
     per_pair: ClassVar[tuple[str, ...]] = ()
-    channel_dim: int = 1
+    compares_positions: bool = True
 
     def __init__(
-        self, pairs: Pairs, *, pools: bool = True, weight: float = 1.0, name: str | None = None
+        self,
+        pairs: Pairs,
+        *,
+        channel_dim: ChannelDim = None,
+        tokens: Tokens = None,
+        pools: bool = True,
+        takes_last: bool = False,
+        weight: float = 1.0,
+        name: str | None = None,
     ) -> None:
         super().__init__(weight=weight, name=name)
         self.pairs = parse_pairs(pairs)
-        self.pools = pools
+        self.channel_dim = check_channel_dim(channel_dim)
+        self.tokens = resolve_tokens(tokens)
+        self.pools, self.takes_last = pools, takes_last
+        self.compares_positions = pools
         self.student_layers = tuple(student for student, _ in self.pairs)
         self.teacher_layers = tuple(teacher for _, teacher in self.pairs)
+        self._layouts: list[Layout] = []
         self._clear()
 
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
-        """Check one pair's features, (B, C, *spatial) each, and make what parameters it needs. Called in order."""
+        """Check one pair's features, as `pair_loss` gets them, and make what parameters it needs. Called in order."""
 
     # Any: as in Method.forward.
     def pair_loss(self, index: int, student: Tensor, teacher: Tensor, factor: Any) -> Tensor:
@@ -74,58 +101,98 @@ class PairedMethod(Method):
     def build(self, batch: Batch) -> None:
         self._clear()
         try:
-            for student_layer, teacher_layer in self.pairs:
+            self._find_layouts(batch)
+            for index, pair in enumerate(self.pairs):
                 try:
-                    self.build_pair(*self.features(batch, student_layer, teacher_layer))
+                    self.build_pair(*self.features(batch, index))
                 except ValueError as error:
-                    raise ValueError(f"pair {student_layer!r} -> {teacher_layer!r}: {error}") from None
+                    raise _of_pair(pair, error) from None
         except BaseException:
             self._clear()
             raise
 
     def _clear(self) -> None:
+        self._layouts = []
         for name in self.per_pair:
             setattr(self, name, nn.ModuleList())
 
     def forward(self, batch: Batch, factor: Any) -> Tensor:
+        if not self._layouts:  # not built, as where there is nothing to learn
+            self._find_layouts(batch)
         losses = []
-        for index, (student_layer, teacher_layer) in enumerate(self.pairs):
+        for index, pair in enumerate(self.pairs):
             try:
                 if batch.mask is None:
-                    student, teacher = self.features(batch, student_layer, teacher_layer)
+                    student, teacher = self.features(batch, index)
                     loss = self.pair_loss(index, student, teacher, factor)
                 else:
-                    student, teacher, mask = self.masked(batch, batch.mask, student_layer, teacher_layer)
+                    student, teacher, mask = self.masked(batch, batch.mask, index)
                     # only methods that take masks have this argument
                     loss = self.pair_loss(index, student, teacher, factor, mask=mask)  # type: ignore[call-arg]
                 losses.append(loss)
             except ValueError as error:
-                raise ValueError(f"pair {student_layer!r} -> {teacher_layer!r}: {error}") from None
+                raise _of_pair(pair, error) from None
         total: Tensor = sum(losses[1:], losses[0])
         return total
 
-    def features(self, batch: Batch, student_layer: str, teacher_layer: str) -> tuple[Tensor, Tensor]:
-        """A pair's features after the spatial rule, the teacher's detached."""
-        student = batch.student.taps[student_layer]
-        teacher = batch.from_teacher.taps[teacher_layer].detach()
-        return match_spatial(student, teacher) if self.pools else (student, teacher)
+    def dim(self, index: int) -> int:
+        """The channels' dimension, 1 or -1, of what `pair_loss` gets for pair number `index`."""
+        if index < len(self._layouts):
+            return self._layouts[index].dim
+        return self.channel_dim if isinstance(self.channel_dim, int) else 1
 
-    def masked(
-        self, batch: Batch, mask: Tensor, student_layer: str, teacher_layer: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def features(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
+        """The features of pair number `index` in one form, after the spatial rule; the teacher's detached."""
+        student, teacher = self._layouts[index].brought(*self._tapped(batch, self.pairs[index]))
+        if self.pools and not self._layouts[index].last:
+            return match_spatial(student, teacher)
+        return student, teacher
+
+    def masked(self, batch: Batch, mask: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """`features`, and the mask at the teacher's positions."""
-        student = batch.student.taps[student_layer]
-        teacher = batch.from_teacher.taps[teacher_layer].detach()
-        if self.pools:
+        layout, tapped = self._layouts[index], self._tapped(batch, self.pairs[index])
+        mask = layout.brought_mask(mask, *tapped)
+        student, teacher = layout.brought(*tapped)
+        if self.pools and not layout.last:
             return fitted_pair(student, teacher, mask)
-        return fed(student, teacher, mask, self.channel_dim), teacher, fitted(mask, teacher, self.channel_dim)
+        return fed(student, teacher, mask, layout.dim), teacher, fitted(mask, teacher, layout.dim)
+
+    def _find_layouts(self, batch: Batch) -> None:
+        found = []
+        for pair in self.pairs:
+            try:
+                layout = layout_of(
+                    self._tapped(batch, pair),
+                    pair,
+                    (batch.student.kinds, batch.from_teacher.kinds),
+                    self.channel_dim,
+                    self.tokens,
+                    takes_last=self.takes_last,
+                    compares_positions=self.compares_positions,
+                )
+            except ValueError as error:
+                raise _of_pair(pair, error) from None
+            found.append(layout)
+        self._layouts = found
+
+    @staticmethod
+    def _tapped(batch: Batch, pair: tuple[str, str]) -> tuple[Tensor, Tensor]:
+        """A pair's features as their layers gave them, the teacher's detached."""
+        student, teacher = pair
+        return batch.student.taps[student], batch.from_teacher.taps[teacher].detach()
 
     def pair_names(self) -> list[str]:
         """ "student layer -> teacher layer" for each pair."""
         return [f"{student} -> {teacher}" for student, teacher in self.pairs]
 
     def extra_repr(self) -> str:
-        return f"{', '.join(self.pair_names())}; {super().extra_repr()}"
+        said = "" if self.channel_dim is None else f", channel_dim={self.channel_dim}"
+        said += "" if self.tokens is None else f", tokens={self.tokens}"
+        return f"{', '.join(self.pair_names())}; {super().extra_repr()}{said}"
+
+
+def _of_pair(pair: tuple[str, str], error: ValueError) -> ValueError:
+    return ValueError(f"pair {pair[0]!r} -> {pair[1]!r}: {error}")
 
 
 def wide(x: Tensor) -> Tensor:

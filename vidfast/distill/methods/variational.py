@@ -18,7 +18,9 @@ from vidfast.backends import check_name
 from vidfast.nll import GaussianNLL
 from vidfast.regressor import regress, regressed_nll
 
-from ..regressors import Regressor, keeps_resolution, make, resolve
+from ..layouts import ChannelDim
+from ..regressors import Regressor, keeps_resolution, laid_out, make, resolve, takes_last
+from ..tokens import Tokens
 from ..weighting import Factor, times, weighted
 from .base import Method, ParameterGroup
 from .pairs import PairedMethod, Pairs, place
@@ -47,8 +49,6 @@ class VariationalMethod(Method):
     Raises ValueError for options out of range.
     """
 
-    channel_dim: int = 1
-
     def __init__(
         self,
         *,
@@ -67,8 +67,8 @@ class VariationalMethod(Method):
         self.init_var, self.eps, self.alpha_lr = float(init_var), float(eps), float(alpha_lr)
         self.reduction = reduction
 
-    def make_likelihood(self, channels: int) -> nn.Module:
-        """The parameters of q that the student does not predict, for a target of `channels`."""
+    def make_likelihood(self, channels: int, channel_dim: int = 1) -> nn.Module:
+        """The parameters of q that the student does not predict, for a target of `channels` in this dimension."""
         raise NotImplementedError
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -99,10 +99,10 @@ class GaussianMethod(VariationalMethod):
         check_name(backend)
         self.backend = backend
 
-    def make_likelihood(self, channels: int) -> GaussianNLL:
+    def make_likelihood(self, channels: int, channel_dim: int = 1) -> GaussianNLL:
         return GaussianNLL(
             channels,
-            channel_dim=self.channel_dim,
+            channel_dim=channel_dim,
             init_var=self.init_var,
             eps=self.eps,
             reduction=self.reduction,
@@ -130,7 +130,7 @@ class GaussianMethod(VariationalMethod):
             student,
             target,
             None,
-            channel_dim=self.channel_dim,
+            channel_dim=likelihood.channel_dim,
             weight=factor.to(target.device) if isinstance(factor, Tensor) else factor,
             likelihood=likelihood,
             mask=mask,
@@ -158,37 +158,43 @@ class VariationalPairs(VariationalMethod, PairedMethod):
         init_var: float = 5.0,
         eps: float = 1e-5,
         reduction: ScalarReduction = "mean",
-        channel_dim: int = 1,
+        channel_dim: ChannelDim = None,
+        tokens: Tokens = None,
         alpha_lr: float = 1.0,
         weight: float = 1.0,
         name: str | None = None,
     ) -> None:
-        resolved = resolve(regressor, channel_dim)
+        resolved = resolve(regressor)
         super().__init__(
             init_var=init_var,
             eps=eps,
             reduction=reduction,
             alpha_lr=alpha_lr,
             pairs=pairs,
+            channel_dim=channel_dim,
+            tokens=tokens,
             pools=keeps_resolution(resolved),
+            takes_last=takes_last(resolved),
             weight=weight,
             name=name,
         )
-        self.regressor, self.channel_dim = resolved, channel_dim
+        self.regressor = resolved
 
     def prepare_regressor(self, regressor: nn.Module, channels: int) -> None:
         """Change what the regressor starts from, where the likelihood asks for it."""
 
     def build_pair(self, student: Tensor, teacher: Tensor) -> None:
-        regressor = place(make(self.regressor, student.shape, self._wanted(teacher)), student)
-        channels = teacher.shape[self.channel_dim]
+        dim = self.dim(len(self.regressors))
+        wanted = laid_out(self.regressor, dim)
+        regressor = place(make(wanted, student.shape, self._wanted(teacher, dim)), student)
+        channels = teacher.shape[dim]
         self.prepare_regressor(regressor, channels)
         self.regressors.append(regressor)
-        self.likelihoods.append(self.make_likelihood(channels).to(student.device))
+        self.likelihoods.append(self.make_likelihood(channels, dim).to(student.device))
 
     def predict(self, index: int, student: Tensor, teacher: Tensor) -> Tensor:
         """The regressor's output for pair `index`. Raises ValueError unless it fits the teacher's feature."""
-        return regress(self.regressors[index], student, self._wanted(teacher))
+        return regress(self.regressors[index], student, self._wanted(teacher, self.dim(index)))
 
     def reduce(self, nll: Tensor, factor: Factor, mask: Tensor | None = None) -> Tensor:
         """`factor` times the sum or mean of -log q per element, by the weights of a mask if there is one."""
@@ -198,8 +204,8 @@ class VariationalPairs(VariationalMethod, PairedMethod):
             return times(nll.mean(), factor)
         return times(nll.sum(), factor if self.reduction == "sum" else factor / nll.shape[0])
 
-    def _wanted(self, teacher: Tensor) -> list[int]:
-        """The shape that the regressor has to give."""
+    def _wanted(self, teacher: Tensor, dim: int) -> list[int]:
+        """The shape that the regressor has to give, for channels in this dimension."""
         shape = list(teacher.shape)
-        shape[self.channel_dim] *= self.outputs
+        shape[dim] *= self.outputs
         return shape

@@ -19,7 +19,9 @@ from torch import Tensor
 from vidfast.arguments import BackendName, ScalarReduction
 from vidfast.nll import GaussianNLL
 
+from ..layouts import ChannelDim
 from ..regressors import Regressor
+from ..tokens import Tokens
 from ..weighting import Factor
 from .base import METHODS
 from .pairs import Pairs
@@ -38,7 +40,9 @@ class VID(GaussianMethod, VariationalPairs):
         are.
     init_var: the variance at the start, above eps. eps: the variance's floor.
     reduction: "mean" (over all elements), "batchmean" (the paper's) or "sum".
-    channel_dim: where the channels are: 1, or -1 for channels last.
+    channel_dim: where the channels are, as for every `PairedMethod`: 1, -1 for channels last, a pair (student's,
+        teacher's), or None for what the layers' classes tell, which features of three dimensions need.
+    tokens: what tokens (B, L, D) become: None, "grid", "sequence", or an adaptor of `tokens.py`.
     alpha_lr: alpha's learning rate as a multiple of the others'. alpha takes no weight decay.
     backend: as for `vidfast.gaussian_nll`. weight: lambda, what the sum is multiplied by.
 
@@ -57,7 +61,8 @@ class VID(GaussianMethod, VariationalPairs):
         init_var: float = 5.0,
         eps: float = 1e-5,
         reduction: ScalarReduction = "mean",
-        channel_dim: int = 1,
+        channel_dim: ChannelDim = None,
+        tokens: Tokens = None,
         alpha_lr: float = 1.0,
         backend: BackendName = "auto",
         weight: float = 1.0,
@@ -70,6 +75,7 @@ class VID(GaussianMethod, VariationalPairs):
             eps=eps,
             reduction=reduction,
             channel_dim=channel_dim,
+            tokens=tokens,
             alpha_lr=alpha_lr,
             backend=backend,
             weight=weight,

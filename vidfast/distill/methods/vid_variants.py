@@ -21,7 +21,9 @@ from vidfast import reference
 from vidfast.arguments import ScalarReduction, inverse_softplus
 from vidfast.layers import last_layer
 
+from ..layouts import ChannelDim
 from ..regressors import Regressor
+from ..tokens import Tokens
 from ..weighting import Factor, selected
 from .base import METHODS
 from .pairs import Pairs, wide
@@ -68,7 +70,7 @@ class HeteroscedasticVID(VariationalPairs):
     takes_mask: ClassVar[bool] = True
     outputs = 2
 
-    def make_likelihood(self, channels: int) -> ChannelScale:
+    def make_likelihood(self, channels: int, channel_dim: int = 1) -> ChannelScale:
         return ChannelScale((channels,), self.init_var, self.eps)
 
     def prepare_regressor(self, regressor: nn.Module, channels: int) -> None:
@@ -88,10 +90,10 @@ class HeteroscedasticVID(VariationalPairs):
     ) -> Tensor:
         scale = self.likelihoods[index]
         assert isinstance(scale, ChannelScale)
-        student, teacher = selected(student, teacher, mask, self.channel_dim)
+        student, teacher = selected(student, teacher, mask, self.dim(index))
         output = wide(self.predict(index, student, teacher))
-        mean, head = output.chunk(2, self.channel_dim)
-        logit = _along(scale.alpha, self.channel_dim, mean.dim()) + head
+        mean, head = output.chunk(2, self.dim(index))
+        logit = _along(scale.alpha, self.dim(index), mean.dim()) + head
         # softplus without F.softplus's cut-off at 20
         variance = torch.logaddexp(logit, torch.zeros_like(logit)) + scale.eps
         residual = wide(teacher) - mean
@@ -169,7 +171,8 @@ class StudentTVID(VariationalPairs):
         init_var: float = 5.0,
         eps: float = 1e-5,
         reduction: ScalarReduction = "mean",
-        channel_dim: int = 1,
+        channel_dim: ChannelDim = None,
+        tokens: Tokens = None,
         alpha_lr: float = 1.0,
         weight: float = 1.0,
         name: str | None = None,
@@ -181,6 +184,7 @@ class StudentTVID(VariationalPairs):
             eps=eps,
             reduction=reduction,
             channel_dim=channel_dim,
+            tokens=tokens,
             alpha_lr=alpha_lr,
             weight=weight,
             name=name,
@@ -190,7 +194,7 @@ class StudentTVID(VariationalPairs):
         self.nu, self.learn_nu = float(nu), bool(learn_nu)
         self.make_likelihood(1)  # says now what would be wrong when it is built
 
-    def make_likelihood(self, channels: int) -> StudentTScale:
+    def make_likelihood(self, channels: int, channel_dim: int = 1) -> StudentTScale:
         return StudentTScale(channels, self.init_var, self.eps, self.nu, self.learn_nu)
 
     def pair_loss(
@@ -198,13 +202,13 @@ class StudentTVID(VariationalPairs):
     ) -> Tensor:
         scale = self.likelihoods[index]
         assert isinstance(scale, StudentTScale)
-        student, teacher = selected(student, teacher, mask, self.channel_dim)
+        student, teacher = selected(student, teacher, mask, self.dim(index))
         mean = wide(self.predict(index, student, teacher))
         residual = wide(teacher) - mean
         nu, ratio = scale.nu()
         squared = scale.variance(residual)
         half, nu_squared, constant = (
-            _along(x.to(residual.dtype), self.channel_dim, mean.dim()) if isinstance(x, Tensor) else x
+            _along(x.to(residual.dtype), self.dim(index), mean.dim()) if isinstance(x, Tensor) else x
             for x in ((nu + 1) / 2, nu * squared, 0.5 * squared.log() + ratio)
         )
         return self.reduce(constant + half * torch.log1p(residual.square() / nu_squared), factor, mask)
@@ -256,7 +260,8 @@ class MixtureVID(VariationalPairs):
         init_var: float = 5.0,
         eps: float = 1e-5,
         reduction: ScalarReduction = "mean",
-        channel_dim: int = 1,
+        channel_dim: ChannelDim = None,
+        tokens: Tokens = None,
         alpha_lr: float = 1.0,
         weight: float = 1.0,
         name: str | None = None,
@@ -268,6 +273,7 @@ class MixtureVID(VariationalPairs):
             eps=eps,
             reduction=reduction,
             channel_dim=channel_dim,
+            tokens=tokens,
             alpha_lr=alpha_lr,
             weight=weight,
             name=name,
@@ -276,7 +282,7 @@ class MixtureVID(VariationalPairs):
             raise ValueError(f"wanted an int of 1 or more as components, got {components!r}")
         self.outputs = components
 
-    def make_likelihood(self, channels: int) -> MixtureScale:
+    def make_likelihood(self, channels: int, channel_dim: int = 1) -> MixtureScale:
         return MixtureScale(self.outputs, channels, self.init_var, self.eps)
 
     def pair_loss(
@@ -285,15 +291,15 @@ class MixtureVID(VariationalPairs):
         scale = self.likelihoods[index]
         assert isinstance(scale, MixtureScale)
         components, channels = scale.alpha.shape
-        student, teacher = selected(student, teacher, mask, self.channel_dim)
+        student, teacher = selected(student, teacher, mask, self.dim(index))
         output = wide(self.predict(index, student, teacher))
-        across = 1 if self.channel_dim == 1 else output.dim() - 1
+        across = 1 if self.dim(index) == 1 else output.dim() - 1
         means = output.reshape(*output.shape[:across], components, channels, *output.shape[across + 1 :])
         residual = wide(teacher).unsqueeze(across) - means
         variance = scale.variance(residual)
         constant = torch.log_softmax(scale.logits.to(residual.dtype), 0) - 0.5 * variance.log()
         constant, double_variance = (
-            _along(x.to(residual.dtype), self.channel_dim, teacher.dim()) for x in (constant, 2 * variance)
+            _along(x.to(residual.dtype), self.dim(index), teacher.dim()) for x in (constant, 2 * variance)
         )
         log_density = torch.logsumexp(constant - residual.square() / double_variance, dim=across)
         return self.reduce(-log_density, factor, mask)
