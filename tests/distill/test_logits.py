@@ -75,7 +75,7 @@ def test_a_name_is_kept_in_a_file() -> None:
         (
             "[2]",
             TypeError,
-            r"logits='\[2\]': what the network returned is a tuple of 2, which has no element \[2\]",
+            r"of the teacher \(Returns\): logits='\[2\]': .* no element \[2\]; give a pair",
         ),
         (
             "[1]",
@@ -260,6 +260,10 @@ def test_features_without_an_example_and_with_inputs_by_name() -> None:
     for options in ({}, {"example": IMAGES, "count": 3}, {"count": 0}, {"count": True}):
         with pytest.raises(ValueError, match=r"wanted (example|count)"):
             FeatureNetwork(Features(3), **options)
+    with pytest.raises(
+        TypeError, match=r"wanted a network with forward\(x, is_feat=True\), got Linear, whose forward"
+    ):
+        FeatureNetwork(nn.Linear(1, 1), count=1)
     with pytest.raises(TypeError, match=r"wanted an nn\.Module, got function"):
         FeatureNetwork(lambda x: x, count=1)  # type: ignore[arg-type]
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from declared_operators import declare_torchvision
 from plain_network import PlainNet, plain_data
+from run_example import run_example
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
@@ -248,13 +249,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_example_runs() -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("tqdm")
-    code = (
-        f"import runpy, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import declared_operators as d; "
-        f"d.declare_torchvision(); runpy.run_path({str(EXAMPLE / 'train.py')!r}, run_name='__main__')"
-    )
-    result = run(code, "--epochs", "2", "--steps", "2")
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    lines = run_example("torchdistill/train.py", "--epochs", "2", "--steps", "2")
     assert [line.split(":")[0] for line in lines] == [
         f"{name}, epoch {epoch}" for name in ("teacher", "student") for epoch in (1, 2)
     ]

@@ -52,8 +52,8 @@ class Distiller(nn.Module):
     student, teacher: any nn.Modules. The teacher may be None if no term needs it.
     terms: the methods, each with its own weight; their layer names are those of `named_modules()`.
     example: one batch of inputs. Both networks run on it once, in eval mode, without gradients and without
-        touching the random state, to find the shapes from which the terms make their parameters. Only a
-        Distiller without terms can do without.
+        touching the random state, to find the shapes from which the terms make their parameters; the student once
+        more if its classes look at their mode (`probing.py`). Only a Distiller without terms can do without.
     task_weight: the weight of the loss on the labels. task_loss: (logits, labels) -> scalar.
     task_count: (labels) -> what task_loss divides by, a number or a scalar tensor, such as the number of labels
         that it does not ignore. Not needed for torch's cross_entropy and nll_loss (also with `functools.partial`)
@@ -371,7 +371,7 @@ class Distiller(nn.Module):
                     "copies its inputs first"
                 )
             pick = self.pick_logits if role == "student" else self.pick_teacher_logits
-            return Activations(activations(), picked(pick, output, role))
+            return Activations(activations(), picked(pick, output, role, type(network).__name__))
 
     def _probe(self, example: Any) -> Batch:
         """Both networks' activations on `example`, leaving no trace in them or in the random state."""

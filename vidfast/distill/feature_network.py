@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,11 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(f"wanted an nn.Module, got {type(network).__name__}")
+        if not _takes(network.forward, "is_feat"):
+            raise TypeError(
+                f"wanted a network with forward(x, is_feat=True), got {type(network).__name__}, whose forward has no "
+                "is_feat; elements of what a network returns can be tapped by name, such as '[1][feats][0]'"
+            )
         if (example is None) == (count is None):
             raise ValueError(
                 "wanted example=, one batch of inputs, or count=, the number of features, one of the two"
@@ -78,6 +84,15 @@ class FeatureNetwork(nn.Module):
             f"wanted a list of features and the logits from {type(self.network).__name__}(..., is_feat=True), got "
             f"{describe(output)}; elements of what a network returns can be tapped by name, such as '[1][feats][0]'"
         )
+
+
+def _takes(function: Any, name: str) -> bool:
+    """Whether a function has a parameter of this name, or any by name. True where that cannot be told."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:

@@ -124,7 +124,7 @@ class Tap:
                 value, keys = argument_of(place, args, value)
             except NoSuchElementError as error:
                 raise TapError(
-                    f"tap {place.name!r}: layer {self._name(module)} {error}; "
+                    f"tap {place.name!r}: {self._name(module)} {error}; "
                     f"{_shown(arguments_named(base, args, value)) or 'tap what it returns'}"
                 ) from None
             if place.keys:
@@ -137,7 +137,7 @@ class Tap:
                 repr(base) if error.depth else f"what {'goes into' if self.is_input else 'comes out of'} it"
             )
             raise TapError(
-                f"tap {place.name!r} of layer {self._name(module)}: {what} {error}; "
+                f"tap {place.name!r} of {self._name(module)}: {what} {error}; "
                 f"{f'tap {base!r}' if isinstance(error.value, Tensor) else _instead(base, error.value, module)}"
             ) from None
         if not isinstance(found, Tensor):
@@ -148,11 +148,8 @@ class Tap:
         return found
 
     def _name(self, module: nn.Module) -> str:
-        return (
-            f"{self.layer!r} ({type(module).__name__})"
-            if self.layer
-            else f"the {type(module).__name__} itself"
-        )
+        kind = type(module).__name__
+        return f"layer {self.layer!r} ({kind})" if self.layer else f"the network itself ({kind})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # In a copy of a compiled network, and in a file, a hook of Python's own that takes anything and does nothing.

@@ -69,7 +69,10 @@ class Element:
         try:
             return element_of(output, parse(self.name, ()).keys)
         except NoSuchElementError as error:
-            raise TypeError(f"logits={self.name!r}: what the network returned {error}") from None
+            raise TypeError(
+                f"logits={self.name!r}: what the network returned {error}; give a pair, such as logits=({self.name!r}, "
+                "None), where student and teacher differ"
+            ) from None
 
 
 def pickers(logits: object) -> tuple[Picker, Picker]:
@@ -94,9 +97,12 @@ def pickers(logits: object) -> tuple[Picker, Picker]:
     return student, teacher
 
 
-def picked(pick: Picker, output: Any, role: str) -> Tensor:
-    """The logits in what a network returned. Raises TypeError where that is no Tensor."""
-    found = pick(output)
+def picked(pick: Picker, output: Any, role: str, kind: str) -> Tensor:
+    """The logits in what a network, of a class `kind`, returned. Raises TypeError where that is no Tensor."""
+    try:
+        found = pick(output)
+    except TypeError as error:
+        raise TypeError(f"the logits of the {role} ({kind}): {error}") from error
     if not isinstance(found, Tensor):
         raise TypeError(
             f"wanted logits= to find one Tensor in what the {role} returns, {describe(output)}, got {describe(found)}"

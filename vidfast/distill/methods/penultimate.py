@@ -25,7 +25,8 @@ def penultimate(batch: Batch, layer: str) -> tuple[Tensor, Tensor]:
     if student.dim() < 2 or student.shape[2:].numel() != 1:
         raise ValueError(
             f"wanted penultimate features (B, D) or (B, D, 1, ...) from the student's layer {layer!r}, got "
-            f"{tuple(student.shape)}; name the layer whose output the classifier reads, after the pooling"
+            f"{tuple(student.shape)}; name the layer whose output the classifier reads, after the pooling, or "
+            "what the classifier is called with, such as 'fc.input'"
         )
     if teacher.dim() != 2:
         raise ValueError(f"wanted the teacher's logits as (B, classes), got {tuple(teacher.shape)}")
