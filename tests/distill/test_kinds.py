@@ -10,7 +10,7 @@ import torch
 from declared_operators import declare_torchvision
 from torch import Tensor, nn
 
-from vidfast.distill import Taps
+from vidfast.distill import AT, Distiller, Taps
 from vidfast.distill.kinds import UNKNOWN, Kind
 
 LAST = Kind(tokens=-1)
@@ -125,7 +125,7 @@ def test_transformers() -> None:
     ]
     for name, kind in kinds(bert, *names, "classifier.input").items():
         assert kind.tokens == -1, name
-    assert kinds(bert, "bert[pooler_output]")["bert[pooler_output]"] == UNKNOWN
+    assert kinds(bert, "bert[pooler_output]")["bert[pooler_output]"] == Kind(mixed=True)
     speech = transformers.Wav2Vec2Model(
         transformers.Wav2Vec2Config(
             hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, conv_dim=(4, 4),
@@ -136,6 +136,43 @@ def test_transformers() -> None:
         speech, "feature_extractor.conv_layers.0", "feature_extractor.conv_layers.1.conv", "encoder.layers.0"
     )
     assert [kind.tokens for kind in found.values()] == [None, 1, -1]
+
+
+def test_what_nothing_tells_of_a_librarys_map_is_looked_at() -> None:
+    """In an MLP of timm's, maps are (B, H, W, C) and nothing says so: an error, and no average over the wrong axes."""
+    student, teacher = (imported("timm").create_model("edgenext_xx_small", num_classes=3) for _ in range(2))
+    images = torch.randn(2, 3, 64, 64)
+    name = "stages.0.blocks.0.mlp"
+    with pytest.raises(
+        ValueError,
+        match=r"may be \(B, H, W, C\), got \(2, 16, 16, 24\) of the student's layer.*give channel_dim=-1",
+    ):
+        Distiller(student, teacher, [AT({name: "stages.0"})], example=images)
+    Distiller(student, teacher, [AT({name: "stages.0"}, channel_dim=(-1, None))], example=images)
+
+
+@pytest.mark.parametrize("channel_dim", [-1, (-1, -1)])
+def test_tokens_with_their_batch_second_are_known_by_its_size(channel_dim: Any) -> None:
+    class Sequence(nn.Module):
+        def __init__(self, width: int, batch_first: bool) -> None:
+            super().__init__()
+            self.batch_first = batch_first
+            self.embed, self.out, self.fc = nn.Linear(3, width), nn.Identity(), nn.Linear(width, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden: Tensor = self.embed(x)
+            hidden = self.out(hidden if self.batch_first else hidden.transpose(0, 1))
+            logits: Tensor = self.fc(hidden.mean(1 if self.batch_first else 0))
+            return logits
+
+    x = torch.randn(4, 7, 3)
+    losses = []
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        networks = Sequence(4, batch_first), Sequence(6, batch_first)
+        distiller = Distiller(*networks, [AT({"out": "out"}, channel_dim=channel_dim)], example=x)
+        losses.append(distiller(x).loss)
+    torch.testing.assert_close(*losses)
 
 
 def test_torchvisions_vision_transformer() -> None:

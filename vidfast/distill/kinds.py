@@ -8,7 +8,7 @@ libraries are known by the names of their modules, and never imported.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,8 @@ class Kind:
 
     tokens: the channels' dimension, 1 or -1, of features of three dimensions.
     maps: that of features of four or more.
+    mixed: whether the network is of a library whose networks have maps of both kinds, so that where nothing is told of
+        a map, its sizes are looked at.
     batch_dim: the samples' dimension, 0 or 1.
     prefix: how many tokens come before those of the patches, such as a class token and registers.
     grid: (height, width) in patches.
@@ -30,6 +32,7 @@ class Kind:
 
     tokens: int | None = None
     maps: int | None = None
+    mixed: bool = False
     batch_dim: int = 0
     prefix: int | None = None
     grid: tuple[int, int] | None = None
@@ -46,6 +49,7 @@ _CHANNELS_FIRST = (
     nn.Upsample,
     nn.PixelShuffle,
     nn.PixelUnshuffle,
+    nn.Unfold,
     pooling._MaxPoolNd,
     pooling._AvgPoolNd,
     pooling._AdaptiveAvgPoolNd,
@@ -72,9 +76,17 @@ def kind_of(path: Sequence[nn.Module], place: Place) -> Kind:
     path: the modules, the network first and the layer last. place: which element is meant; of most kinds the first
         element alone is a feature.
     """
-    layer = path[-1]
-    if isinstance(layer, _CHANNELS_FIRST):
+    if isinstance(path[-1], _CHANNELS_FIRST):
         return Kind(tokens=1, maps=1)
+    found = _told(path, place)
+    mixed = any(
+        _is_of(module, library) for module in path for library in ("timm", "torchvision", "transformers")
+    )
+    return replace(found, mixed=mixed) if found.maps is None and mixed else found
+
+
+def _told(path: Sequence[nn.Module], place: Place) -> Kind:
+    layer = path[-1]
     first = place.is_input or place.keys in ((), (0,))
     if isinstance(layer, nn.RNNBase):
         return Kind(tokens=-1, batch_dim=0 if layer.batch_first else 1) if first else UNKNOWN
@@ -92,7 +104,7 @@ def kind_of(path: Sequence[nn.Module], place: Place) -> Kind:
         if (first or named) and not around:
             return Kind(tokens=-1, maps=-1 if type(layer) in _CHANNELS_LAST else None)
         return UNKNOWN
-    return Kind(maps=-1) if _maps_are_last(path) else UNKNOWN
+    return Kind(maps=-1) if _maps_are_last(path, place) else UNKNOWN
 
 
 def _of_transformer(module: nn.Module) -> Kind:
@@ -109,8 +121,8 @@ def _of_timm(network: nn.Module) -> Kind:
     return Kind(tokens=-1, prefix=prefix, grid=(int(grid[0]), int(grid[1])) if fits else None)
 
 
-def _maps_are_last(path: Sequence[nn.Module]) -> bool:
-    """Whether maps are (B, H, W, C): of a linear layer or LayerNorm, and in networks such as Swin."""
+def _maps_are_last(path: Sequence[nn.Module], place: Place) -> bool:
+    """Whether maps are (B, H, W, C): of a linear layer or LayerNorm, and in networks such as Swin behind their stem."""
     layer = path[-1]
     while isinstance(layer, nn.Sequential) and len(layer):
         layer = layer[-1]
@@ -120,10 +132,11 @@ def _maps_are_last(path: Sequence[nn.Module]) -> bool:
         return False
     if _is_of(layer, "torchvision.models.swin_transformer"):
         return True
-    return any(
-        _is_of(module, "timm.models") and str(getattr(module, "output_fmt", "")).endswith("NHWC")
-        for module in path
-    )
+    formats = [str(getattr(module, "output_fmt", "")) if _is_of(module, "timm") else "" for module in path]
+    if formats[-1]:
+        return formats[-1].endswith("NHWC") and not place.is_input
+    in_stem = any(name in ("patch_embed", "stem") for name in place.layer.split("."))
+    return any(name.endswith("NHWC") for name in formats) and not in_stem
 
 
 def _is_of(module: nn.Module, package: str) -> bool:

@@ -127,6 +127,7 @@ def layout_of(
     *,
     takes_last: bool,
     compares_positions: bool,
+    batch: int | None = None,
 ) -> Layout:
     """How a pair's features are brought to one form, from those of one batch.
 
@@ -134,13 +135,14 @@ def layout_of(
     kinds: what the layers' classes tell, by layer, of the student's and of the teacher's.
     takes_last: whether the method takes both with their channels last.
     compares_positions: whether it wants as many axes of positions on both sides.
+    batch: how many samples there are, where that is known.
 
     Raises ValueError for three dimensions of which nothing is said or told, and for features that cannot be compared.
     """
     student, teacher = features
     given = channel_dim if isinstance(channel_dim, tuple) else _of_each(channel_dim, features)
     sides = [
-        side_of(role, layer, x, own.get(layer, UNKNOWN), dim, tokens)
+        side_of(role, layer, x, own.get(layer, UNKNOWN), dim, tokens, batch)
         for role, layer, x, own, dim in zip(
             ("student", "teacher"), layers, features, kinds, given, strict=True
         )
@@ -161,12 +163,22 @@ def layout_of(
     return layout
 
 
-def side_of(role: str, layer: str, x: Tensor, kind: Kind, dim: int | None, tokens: Adaptor | None) -> Side:
+def side_of(
+    role: str,
+    layer: str,
+    x: Tensor,
+    kind: Kind,
+    dim: int | None,
+    tokens: Adaptor | None,
+    batch: int | None = None,
+) -> Side:
     """One side, from its feature and what is said of it.
 
     dim: what the caller says; None for what the layer's class tells, and else 1.
+    batch: how many samples there are, where that is known. Tokens (L, B, D) are told by it.
 
-    Raises ValueError for three dimensions of which neither says anything.
+    Raises ValueError for three dimensions of which neither says anything, and for a map of a library that has both
+    kinds, which looks as if its channels were last.
     """
     if x.dim() < 2:
         raise ValueError(
@@ -175,6 +187,13 @@ def side_of(role: str, layer: str, x: Tensor, kind: Kind, dim: int | None, token
     if x.dim() == 2:
         return Side(role, layer, 1)
     if x.dim() > 3:
+        looks_last = x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]
+        if dim is None and kind.mixed and looks_last:
+            raise ValueError(
+                f"wanted channel_dim for a feature that may be (B, H, W, C), got {tuple(x.shape)} of the {role}'s "
+                f"layer {layer!r} without: give channel_dim=-1, or 1 for (B, C, H, W), or a pair (student's, "
+                "teacher's)"
+            )
         return Side(role, layer, dim or kind.maps or 1)
     dim = dim or kind.tokens
     if dim is None:
@@ -183,7 +202,8 @@ def side_of(role: str, layer: str, x: Tensor, kind: Kind, dim: int | None, token
             f"{layer!r} without: give channel_dim=-1 for tokens (B, L, channels), channel_dim=1 for (B, channels, "
             "positions), or a pair (student's, teacher's)"
         )
-    return Side(role, layer, dim, kind.batch_dim, kind, tokens)
+    second = dim == -1 and x.shape[0] != batch and x.shape[1] == batch
+    return Side(role, layer, dim, 1 if second else kind.batch_dim, kind, tokens)
 
 
 def _of_each(dim: int | None, features: Sequence[Tensor]) -> tuple[int | None, int | None]:

@@ -169,6 +169,8 @@ class PairedMethod(Method):
                     self.tokens,
                     takes_last=self.takes_last,
                     compares_positions=self.compares_positions,
+                    # only a Distiller's probe is known to have logits of the same batch
+                    batch=len(batch.student.logits) if batch.student.kinds else None,
                 )
             except ValueError as error:
                 raise _of_pair(pair, error) from None
