@@ -34,6 +34,7 @@ def kinds(network: nn.Module, *names: str) -> dict[str, Kind]:
         (nn.MultiheadAttention(8, 2, batch_first=True), "0[0]", LAST),
         (nn.MultiheadAttention(8, 2, batch_first=True), "0[1]", UNKNOWN),
         (nn.MultiheadAttention(8, 2), "0.input", SECOND),
+        (nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), "0.input[src_mask]", UNKNOWN),
         (nn.LSTM(8, 4, batch_first=True), "0[0]", LAST),
         (nn.LSTM(8, 4), "0[0]", SECOND),
         (nn.GRU(8, 4), "0[1]", UNKNOWN),

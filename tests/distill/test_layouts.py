@@ -70,14 +70,14 @@ def test_tokens_with_their_batch_second(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRED)
-def test_three_dimensions_want_a_word(name: str) -> None:
+def test_three_dimensions_need_channel_dim(name: str) -> None:
     s, t = features(6)
     with pytest.raises(
         ValueError, match=r"'a' -> 'x': wanted channel_dim .* got \(4, 3, 6\) of the student's layer"
     ):
         PAIRED[name]().build(pair(s, t))
     with pytest.raises(
-        ValueError, match=r"got \(4, 5, 6\) of the teacher's layer 'x' without: give channel_dim=-1"
+        ValueError, match=r"got \(4, 5, 6\) of the teacher's layer 'x' without it: give channel_dim=-1"
     ):
         PAIRED[name](channel_dim=(1, None)).build(pair(s, t))
 
@@ -138,6 +138,24 @@ def test_features_that_nothing_brings_together_are_refused_with_the_way_out(
 ) -> None:
     with pytest.raises(ValueError, match=f"pair 'a' -> 'x': .*{message}"):
         PAIRED[name](channel_dim=-1).build(pair(torch.randn(student), torch.randn(teacher)))
+
+
+def test_a_dimension_that_is_said_counts_beside_a_vector_too() -> None:
+    """One number is the tokens' beside a map alone."""
+    s, t = torch.randn(4, 3, 6, 6, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    expected, _ = loss_of("itrd", batch_of(leaf(s), t))
+    for channel_dim in (-1, (-1, 1), (-1, None)):
+        found, _ = loss_of("itrd", batch_of(leaf(s.movedim(1, -1)), t), channel_dim=channel_dim)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["at", "vid"])
+def test_other_numbers_of_tokens_are_refused_after_the_probe_too(name: str) -> None:
+    method = PAIRED[name](channel_dim=-1)
+    method.build(pair(torch.randn(2, 17, 3), torch.randn(2, 17, 5)))
+    method(pair(torch.randn(2, 9, 3), torch.randn(2, 9, 5)), 1.0)
+    with pytest.raises(ValueError, match=r"'a' -> 'x': wanted as many tokens.*\(2, 17, 3\) and \(2, 26, 5\)"):
+        method(pair(torch.randn(2, 17, 3), torch.randn(2, 26, 5)), 1.0)
 
 
 def test_what_averages_positions_takes_tokens_and_a_map() -> None:

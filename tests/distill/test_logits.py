@@ -127,17 +127,47 @@ def test_heads_of_deep_supervision_are_seen_in_the_probe() -> None:
             losses.loss.backward()
 
 
+class ByProperty(Supervised):
+    """Reads its mode in a property, within a generator."""
+
+    @property
+    def many(self) -> bool:
+        return any(self.training for _ in range(1))
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.second(self.first(images)).mean((2, 3))
+        logits = self.fc(features)
+        return (logits, self.aux(features)) if self.many else logits
+
+
+def test_modes_that_are_read_in_a_property_are_seen() -> None:
+    with pytest.raises(ValueError, match=r"in training mode too.*a tuple of 2"):
+        Distiller(ByProperty(3, "tuple"), SmallNet(4), [KD()], example=IMAGES)
+
+
+def test_maps_of_another_size_in_training_are_fine() -> None:
+    class Segments(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(1, 3, 3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.first(x)
+            return y if self.training else nn.functional.interpolate(y, scale_factor=2)
+
+    distiller = Distiller(Segments(), Segments(), [VID({"first": "first"})], example=IMAGES)
+    assert distiller(IMAGES).logits.shape == (4, 3, 4, 4)
+
+
 def test_the_look_at_training_leaves_no_trace() -> None:
     student = Supervised(3, "named")
     student.drop.eval()
     before = copy.deepcopy(student.state_dict())
     modes = [m.training for m in student.modules()]
-    state = torch.get_rng_state()
     Distiller(student, SmallNet(4), [VID({"first": "first"})], example=IMAGES)
     assert student.calls == 2
     assert [m.training for m in student.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
-    del state  # the terms' parameters are drawn; what the networks draw is not
 
 
 class Counts(SmallNet):
@@ -146,19 +176,21 @@ class Counts(SmallNet):
     def __init__(self) -> None:
         super().__init__(3)
         self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("again", torch.zeros(()))
         self.called = 0
 
     def forward(self, images: Tensor) -> Tensor:
         self.called += 1
         if self.training:
             self.steps += 1
+            self.again = self.again + 1
         return super().forward(images)
 
 
 def test_buffers_are_as_before_and_plain_networks_run_once() -> None:
     counts = Counts()
     Distiller(counts, SmallNet(4), [KD()], example=IMAGES)
-    assert counts.steps == 0
+    assert counts.steps == counts.again == 0
     assert counts.called == 2
 
     class Plain(SmallNet):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import namedtuple
 from typing import Any, NamedTuple
 
@@ -113,6 +114,44 @@ def test_the_networks_own_output() -> None:
     found = record(network, ["[1][feats][0]", "[0]"])
     torch.testing.assert_close(found["[1][feats][0]"], network.layer1.conv(IMAGES))
     torch.testing.assert_close(found["[0]"], network(IMAGES)[0])
+
+
+class Plain:
+    """An output that is none of Python's containers."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.seen, self._cache = x, {"x": x}
+
+
+class Gives(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer = how, Given(how)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer(x=x)
+        return x.mean((2, 3))
+
+
+class Given(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Any:
+        return Plain(2 * x) if self.how == "object" else {"0": 2 * x, "1": x, "a]": x}
+
+
+def test_outputs_of_other_kinds_and_a_lone_argument_by_name() -> None:
+    """Every name that an error gives is one that works."""
+    assert torch.equal(record(Gives("levels"), ["layer.input"])["layer.input"], IMAGES)
+    for how, names in (("object", ["layer[seen]"]), ("levels", ["layer[0]", "layer[1]"])):
+        for wrong in ("layer", "layer[y]"):
+            with pytest.raises(TapError) as caught:
+                record(Gives(how), [wrong])
+            assert re.findall(r"'(layer\[\w+\])'", str(caught.value).split("wanted:")[1]) == names
+        for name in names:
+            assert record(Gives(how), [name])[name].shape == IMAGES.shape
 
 
 class Asks(nn.Module):

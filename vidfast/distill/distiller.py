@@ -50,7 +50,7 @@ class Distiller(nn.Module):
             optimizer.step(); optimizer.zero_grad()
 
     student, teacher: any nn.Modules. The teacher may be None if no term needs it.
-    terms: the methods, each with its own weight; their layer names are those of `named_modules()`.
+    terms: the methods, each with its own weight; their names of layers are as in `Taps`.
     example: one batch of inputs. Both networks run on it once, in eval mode, without gradients and without
         touching the random state, to find the shapes from which the terms make their parameters; the student once
         more if its classes look at their mode (`probing.py`). Only a Distiller without terms can do without.

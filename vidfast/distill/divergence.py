@@ -74,9 +74,8 @@ class _InParts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         student, teacher, weights = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph=True: a derivative of this is wanted, and all is kept for it
+        # create_graph=True: a derivative of this gradient is wanted, so all of it is kept
+        if torch.is_grad_enabled():
             total = _plain(student, teacher, ctx.dim, ctx.temperature, weights)
             (found,) = torch.autograd.grad(total, student, gradient, create_graph=True)
             return found, None, None, None, None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .inputs import call
 from .modes import eval_mode
 from .places import describe
 from .stream import kept_random_state
@@ -29,7 +31,8 @@ class FeatureNetwork(nn.Module):
         gradients, to count its features. count: their number, in place of example.
     options: what the network is called with besides `is_feat=True`, such as `preact=True`.
 
-    Raises TypeError for what is no network or returns something else, ValueError for neither example nor count.
+    Raises TypeError for what is no network, has no is_feat or returns something else, ValueError unless there is one of
+    example and count, a count of 1 or more.
     """
 
     def __init__(
@@ -52,9 +55,12 @@ class FeatureNetwork(nn.Module):
         self.network, self.options = network, options
         if count is None:
             with eval_mode(network), torch.no_grad(), kept_random_state([]):
-                args, named = _arguments(example)
-                count = len(self._split(network(*args, is_feat=True, **options, **named))[0])
+                count = len(self._split(call(partial(network, is_feat=True, **options), example))[0])
         self.feat = nn.ModuleList(nn.Identity() for _ in range(count))
+
+    if TYPE_CHECKING:  # nn.Module's gives Any
+
+        def __call__(self, *inputs: Any, **named: Any) -> Tensor: ...
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """The logits; every feature passes through its layer.
@@ -93,9 +99,3 @@ def _takes(function: Any, name: str) -> bool:
     except (TypeError, ValueError):
         return True
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), inputs
-    return (inputs, {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .places import NoSuchElementError, describe, element_of, parse
+from .places import Key, NoSuchElementError, describe, element_of, parse
 
 
-def call(network: nn.Module, inputs: Any) -> Any:
+def call(network: Callable[..., Any], inputs: Any) -> Any:
     """What the network returns for these inputs."""
     if isinstance(inputs, Mapping):
         return network(**inputs)
@@ -56,6 +56,7 @@ class Element:
     """Picks one element of what a network returns, such as "[0]" or "[1][logits]"."""
 
     name: str
+    keys: tuple[Key, ...] = ()
 
     def __post_init__(self) -> None:
         place = parse(self.name, ())
@@ -65,9 +66,11 @@ class Element:
                 f"'[logits]', got {self.name!r}"
             )
 
+        object.__setattr__(self, "keys", place.keys)
+
     def __call__(self, output: Any) -> Any:
         try:
-            return element_of(output, parse(self.name, ()).keys)
+            return element_of(output, self.keys)
         except NoSuchElementError as error:
             raise TypeError(
                 f"logits={self.name!r}: what the network returned {error}; give a pair, such as logits=({self.name!r}, "
@@ -80,10 +83,10 @@ def pickers(logits: object) -> tuple[Picker, Picker]:
 
     Raises TypeError for anything else, ValueError for a name that is none of an element's.
     """
-    pair = logits if isinstance(logits, (tuple, list)) else (logits, logits)
+    pair = logits if isinstance(logits, tuple) else (logits, logits)
     if len(pair) != 2:
         raise TypeError(
-            f"wanted logits as one function, or a pair (student's, teacher's), got {len(pair)} of them"
+            f"wanted logits as one function, or a pair (student's, teacher's), got a tuple of {len(pair)}"
         )
     student, teacher = (
         logits_of if pick is None else Element(pick) if isinstance(pick, str) else pick for pick in pair

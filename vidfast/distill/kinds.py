@@ -1,8 +1,8 @@
-"""What the class of a layer tells of its features: where their channels are, and which tokens are no patches.
+"""What a layer's class tells about its features: where their channels are, and which tokens are no patches.
 
-Known are torch's convolutions, poolings, transformer and recurrent layers, torchvision's and timm's vision
-transformers, and the layers of transformers. Of everything else nothing is told, and the caller says it. Other
-libraries are known by the names of their modules, and never imported.
+Known classes: torch's convolutions, poolings, transformer and recurrent layers, torchvision's and timm's vision
+transformers, and the layers of transformers. For any other layer the caller gives channel_dim. Other libraries are
+recognised by the names of their modules, and never imported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import batchnorm, conv, instancenorm, pooling
+
+from vidfast._torch import BATCH_NORM, CONVOLUTION
 
 from .places import Place
 
@@ -40,20 +41,13 @@ class Kind:
 
 UNKNOWN = Kind()
 
+_OF_AXES = ("InstanceNorm", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
 # Their channels are in dimension 1, whatever the number of dimensions.
 _CHANNELS_FIRST = (
-    conv._ConvNd,
-    batchnorm._BatchNorm,
-    instancenorm._InstanceNorm,
-    nn.GroupNorm,
-    nn.Upsample,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-    nn.Unfold,
-    pooling._MaxPoolNd,
-    pooling._AvgPoolNd,
-    pooling._AdaptiveAvgPoolNd,
-    pooling._AdaptiveMaxPoolNd,
+    CONVOLUTION,
+    BATCH_NORM,
+    *(getattr(nn, f"{name}{axes}d") for name in _OF_AXES for axes in (1, 2, 3)),
+    *(nn.GroupNorm, nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle, nn.Unfold),
 )
 # Exactly these: subclasses, such as timm's LayerNorm2d, may turn their inputs. Of three dimensions they tell nothing:
 # what is in the last one may be tokens, as in an MLP-Mixer.
@@ -87,7 +81,7 @@ def kind_of(path: Sequence[nn.Module], place: Place) -> Kind:
 
 def _told(path: Sequence[nn.Module], place: Place) -> Kind:
     layer = path[-1]
-    first = place.is_input or place.keys in ((), (0,))
+    first = place.keys in ((), (0,))
     if isinstance(layer, nn.RNNBase):
         return Kind(tokens=-1, batch_dim=0 if layer.batch_first else 1) if first else UNKNOWN
     for module in reversed(path):

@@ -2,7 +2,7 @@
 
 A feature comes as its layer gives it: a vector (B, C), a map (B, C, *spatial) or (B, *spatial, C), tokens (B, L, D) or
 (B, D, L), tokens with their batch second. A method sees one of two forms: (B, C, *positions) on both sides, or, where
-it can take that and both sides have it, channels last on both. All is views; no method looks for itself.
+it can take that and both sides have it, channels last on both. All are views, and methods do not look at layouts.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Side:
 
     def length(self, x: Tensor) -> int | None:
         """How many tokens a feature has that is given positions; None for any other."""
+        # of three axes the one that is neither the batch's nor the channels'
         return None if self.tokens is None else self.batch_first(x).shape[3 - self.dim % 3]
 
     def sizes(self, x: Tensor) -> tuple[int, ...]:
@@ -85,11 +86,15 @@ class Side:
 
 @dataclass
 class Layout:
-    """Both sides of a pair. last: whether the method gets both with their channels last."""
+    """Both sides of a pair.
+
+    last: whether the method gets both with their channels last. as_many: whether both are tokens, one for one.
+    """
 
     student: Side
     teacher: Side
     last: bool = False
+    as_many: bool = False
 
     @property
     def dim(self) -> int:
@@ -97,7 +102,9 @@ class Layout:
         return -1 if self.last else 1
 
     def brought(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Both features in the form that the method gets."""
+        """Both features in the form that the method gets. Raises ValueError for other numbers of tokens on both sides."""
+        if self.as_many and self.student.sizes(student) != self.teacher.sizes(teacher):
+            raise ValueError(_not_as_many(student, teacher))
         if self.last:
             return self.student.batch_first(student), self.teacher.batch_first(teacher)
         return self.student.channels_first(student), self.teacher.channels_first(teacher)
@@ -153,8 +160,12 @@ def layout_of(
     layout = Layout(sides[0], sides[1])
     sizes = [side.sizes(x) for side, x in zip(sides, features, strict=True)]
     adapted = any(side.tokens is not None for side in sides)
-    if compares_positions:
-        _check_comparable(sides, features, sizes)
+    tokens_alone = not adapted and student.dim() == teacher.dim() == 3 and -1 in (sides[0].dim, sides[1].dim)
+    layout.as_many = compares_positions and tokens_alone
+    if compares_positions and len(sizes[0]) != len(sizes[1]):
+        raise ValueError(_other_axes(student, teacher, adapted))
+    if layout.as_many and sizes[0] != sizes[1]:
+        raise ValueError(_not_as_many(student, teacher))
     both_last = all(side.dim == -1 and x.dim() > 2 for side, x in zip(sides, features, strict=True))
     # Maps of different sizes are pooled, which wants their channels first.
     layout.last = (
@@ -177,8 +188,8 @@ def side_of(
     dim: what the caller says; None for what the layer's class tells, and else 1.
     batch: how many samples there are, where that is known. Tokens (L, B, D) are told by it.
 
-    Raises ValueError for three dimensions of which neither says anything, and for a map of a library that has both
-    kinds, which looks as if its channels were last.
+    Raises ValueError for fewer than two dimensions, for three of which neither says anything, and for a map of a
+    library that has both kinds, which looks as if its channels were last.
     """
     if x.dim() < 2:
         raise ValueError(
@@ -191,7 +202,7 @@ def side_of(
         if dim is None and kind.mixed and looks_last:
             raise ValueError(
                 f"wanted channel_dim for a feature that may be (B, H, W, C), got {tuple(x.shape)} of the {role}'s "
-                f"layer {layer!r} without: give channel_dim=-1, or 1 for (B, C, H, W), or a pair (student's, "
+                f"layer {layer!r} without it: give channel_dim=-1, or 1 for (B, C, H, W), or a pair (student's, "
                 "teacher's)"
             )
         return Side(role, layer, dim or kind.maps or 1)
@@ -199,7 +210,7 @@ def side_of(
     if dim is None:
         raise ValueError(
             f"wanted channel_dim for features of three dimensions, got {tuple(x.shape)} of the {role}'s layer "
-            f"{layer!r} without: give channel_dim=-1 for tokens (B, L, channels), channel_dim=1 for (B, channels, "
+            f"{layer!r} without it: give channel_dim=-1 for tokens (B, L, channels), channel_dim=1 for (B, channels, "
             "positions), or a pair (student's, teacher's)"
         )
     second = dim == -1 and x.shape[0] != batch and x.shape[1] == batch
@@ -209,30 +220,29 @@ def side_of(
 def _of_each(dim: int | None, features: Sequence[Tensor]) -> tuple[int | None, int | None]:
     """One number for two sides: where these are tokens and a map, it is the tokens'."""
     student, teacher = (x.dim() for x in features)
-    if student == teacher:
-        return dim, dim
-    return (dim if student == 3 else None), (dim if teacher == 3 else None)
+    if 3 in (student, teacher) and max(student, teacher) > 3:
+        return (dim if student == 3 else None), (dim if teacher == 3 else None)
+    return dim, dim
 
 
-def _check_comparable(
-    sides: Sequence[Side], features: Sequence[Tensor], sizes: Sequence[Sequence[int]]
-) -> None:
-    """Raises ValueError for features whose positions nothing brings together."""
-    shapes = " and ".join(str(tuple(x.shape)) for x in features)
-    adapted = any(side.tokens is not None for side in sides)
-    if len(sizes[0]) != len(sizes[1]):
-        if not adapted and sorted(x.dim() for x in features) == [3, 4]:
-            raise ValueError(
-                f"wanted positions of one kind, got tokens and a map, {shapes}: give tokens='grid', which makes a map "
-                "of the tokens, or a TokenGrid with the number of those that are no patches"
-            )
-        raise ValueError(
-            f"wanted features with as many axes of positions, got {shapes}: pair layers before the pooling, or pool "
-            "both; from a vector to a map VID and FitNet have regressor='transposed'"
+def _other_axes(student: Tensor, teacher: Tensor, adapted: bool) -> str:
+    """What to do about features with other numbers of axes of positions."""
+    shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+    if not adapted and sorted((student.dim(), teacher.dim())) == [3, 4]:
+        return (
+            f"wanted positions of one kind, got tokens and a map, {shapes}: give tokens='grid', which makes a map of "
+            "the tokens, or a TokenGrid with the number of those that are no patches"
         )
-    tokens = not adapted and all(x.dim() == 3 for x in features) and any(side.dim == -1 for side in sides)
-    if tokens and sizes[0] != sizes[1]:
-        raise ValueError(
-            f"wanted as many tokens on both sides, got {shapes}: give tokens='grid' for patches of images, whose maps "
-            "are brought to one size, or tokens='sequence' for signals in time"
-        )
+    return (
+        f"wanted features with as many axes of positions, got {shapes}: pair layers before the pooling, or pool both; "
+        "from a vector to a map VID and FitNet have regressor='transposed'"
+    )
+
+
+def _not_as_many(student: Tensor, teacher: Tensor) -> str:
+    """What to do about tokens of other numbers."""
+    return (
+        f"wanted as many tokens on both sides, got {tuple(student.shape)} and {tuple(teacher.shape)}: give "
+        "tokens='grid' for patches of images, whose maps are brought to one size, or tokens='sequence' for signals "
+        "in time"
+    )

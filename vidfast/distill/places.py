@@ -113,24 +113,24 @@ def _step(value: Any, key: Key, depth: int) -> Any:
         # Its element would be a sample.
         raise NoSuchElementError("is one Tensor, which has no elements here", value, depth)
     if isinstance(value, Mapping):
-        if key in value:
-            return value[key]
+        for name in (key, str(key)):  # of a feature pyramid's levels the names are '0', '1', ...
+            if name in value:
+                return value[name]
         # The outputs of transformers are mappings that have positions too.
         if isinstance(key, int) and hasattr(value, "to_tuple"):
             value = value.to_tuple()
     if isinstance(value, (tuple, list)) and isinstance(key, int) and -len(value) <= key < len(value):
         return value[key]
-    if isinstance(key, str) and not isinstance(value, Mapping) and not key.startswith("_"):
-        named = _names(value)
-        if key in named:
-            return getattr(value, key)
+    if isinstance(key, str) and not isinstance(value, Mapping) and key in _names(value):
+        return getattr(value, key)
     raise NoSuchElementError(f"is {describe(value)}, which has no element [{key}]", value, depth)
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    """The names of a named tuple's or a dataclass's elements, or of an object's attributes."""
+    """The names of a named tuple's or a dataclass's elements, or of an object's public attributes."""
     fields = getattr(value, "_fields", None) or getattr(value, "__dataclass_fields__", None)
-    return tuple(fields) if fields is not None else tuple(getattr(value, "__dict__", ()))
+    names = getattr(value, "__dict__", ()) if fields is None else fields
+    return tuple(name for name in names if not name.startswith("_"))
 
 
 def keys_of(value: Any) -> list[Key]:
@@ -138,7 +138,7 @@ def keys_of(value: Any) -> list[Key]:
     if isinstance(value, Tensor):
         return []
     if isinstance(value, Mapping):
-        return [key for key in value if isinstance(key, (int, str))]
+        return [key for key in value if isinstance(key, (int, str)) and not {"[", "]"} & set(str(key))]
     if isinstance(value, (tuple, list)):
         return list(_names(value)) if hasattr(value, "_fields") else list(range(len(value)))
     return list(_names(value))
@@ -165,11 +165,12 @@ def arguments_named(name: str, args: Sequence[Any], named: Mapping[str, Any]) ->
 def describe(value: object) -> str:
     """A value in a few words: "a tuple of 2", "a dict of 'x', 'y'"."""
     kind = type(value).__name__
+    kind = f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
     if isinstance(value, Mapping):
-        return f"a {kind} of {', '.join(map(repr, list(value)[:6]))}"
+        return f"{kind} of {', '.join(map(repr, list(value)[:6]))}"
     if isinstance(value, (tuple, list)):
-        return f"a {kind} of {len(value)}"
-    return f"a {kind}"
+        return f"{kind} of {len(value)}"
+    return kind
 
 
 def _arguments(args: Sequence[Any], named: Mapping[str, Any]) -> str:

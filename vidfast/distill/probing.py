@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import inspect
 from contextlib import suppress
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import batchnorm, dropout, instancenorm
 
-from vidfast._torch import version_of
+from vidfast._torch import BATCH_NORM, version_of
 
 from .inputs import Picker, call
 from .modes import kept_modes, modes_of, set_modes
 from .places import describe
 
 # What these do in training is not where a network's outputs come from, and it would leave traces.
-_LEFT_ALONE = (batchnorm._BatchNorm, instancenorm._InstanceNorm, dropout._DropoutNd)
+_LEFT_ALONE = (
+    BATCH_NORM,
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    torch.jit.ScriptModule,
+)
 
 
 def check_training_logits(student: nn.Module, inputs: Any, pick: Picker, found: Tensor) -> None:
-    """Refuse a student whose output in training mode is another, such as with heads of deep supervision.
+    """Refuse a student in whose output of training mode no logits are found, such as with heads of deep supervision.
 
-    A student that has a class that looks at its mode runs once more, with such modules alone in training mode;
-    buffers and modes are as before afterwards. The caller keeps the random state.
+    A student that has a class with a method or property that reads `self.training` runs once more, with such modules
+    alone in training mode; buffers and modes are as before afterwards. The caller keeps the random state.
 
     pick: finds the logits in what the student returns. found: those of eval mode.
 
-    Raises ValueError where `pick` finds no logits of that shape.
+    Raises ValueError where `pick` finds no Tensor of as many dimensions, samples and classes. Sizes of maps may differ.
     """
     training = [m for m in student.modules() if _looks_at_its_mode(m)]
     if not training:
@@ -42,7 +47,8 @@ def check_training_logits(student: nn.Module, inputs: Any, pick: Picker, found: 
         logits, told = None, f"{type(error).__name__}: {error}"
     else:
         told = describe(logits) if not isinstance(logits, Tensor) else f"{tuple(logits.shape)}"
-    if not isinstance(logits, Tensor) or logits.shape != found.shape:
+    alike = isinstance(logits, Tensor) and logits.dim() == found.dim() and logits.shape[:2] == found.shape[:2]
+    if not alike:
         what = f"a Tensor {tuple(output.shape)}" if isinstance(output, Tensor) else describe(output)
         raise ValueError(
             f"wanted logits {tuple(found.shape)} from the student ({type(student).__name__}) in training mode too, as "
@@ -54,22 +60,35 @@ def check_training_logits(student: nn.Module, inputs: Any, pick: Picker, found: 
 
 def _looks_at_its_mode(module: nn.Module) -> bool:
     """Whether a class outside of torch has code that reads `training`."""
-    if isinstance(module, (*_LEFT_ALONE, torch.jit.ScriptModule)) or not hasattr(module, "training"):
+    if isinstance(module, _LEFT_ALONE) or not hasattr(module, "training"):
         return False
     for kind in type(module).__mro__:
         if kind.__module__.split(".")[0] in ("torch", "builtins"):
             continue
         for member in vars(kind).values():
-            code = getattr(inspect.unwrap(member), "__code__", None) if inspect.isfunction(member) else None
-            if code is not None and "training" in code.co_names:
+            function = member.fget if isinstance(member, property) else member
+            code = (
+                getattr(inspect.unwrap(function), "__code__", None) if inspect.isfunction(function) else None
+            )
+            if code is not None and _reads_training(code):
                 return True
     return False
 
 
+def _reads_training(code: CodeType) -> bool:
+    """Whether a function's code, or that of a function or comprehension in it, has the attribute `training`."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return "training" in code.co_names or any(map(_reads_training, inner))
+
+
 def _in_training(student: nn.Module, training: list[nn.Module], inputs: Any) -> Any:
     """What the student returns with these modules in training mode; None where it does not run so."""
-    buffers = [b for b in student.buffers() if not b.is_inference() and not b.is_meta]
-    before = [(version_of(b), b.clone()) for b in buffers]
+    before = [
+        (module, name, buffer, version_of(buffer), buffer.clone())
+        for module in student.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if not buffer.is_inference() and not buffer.is_meta
+    ]
     with kept_modes(student):
         within = {id(m) for m in training}
         set_modes([(m, id(m) in within) for m, _ in modes_of(student)])
@@ -77,7 +96,9 @@ def _in_training(student: nn.Module, training: list[nn.Module], inputs: Any) -> 
         with suppress(Exception):  # what fails here may be the mixture of modes
             output = call(student, inputs)
     with torch.no_grad():
-        for buffer, (version, value) in zip(buffers, before, strict=True):
+        for module, name, buffer, version, value in before:
             if version_of(buffer) != version:
                 buffer.copy_(value)
+            if getattr(module, name, None) is not buffer:
+                setattr(module, name, buffer)
     return output

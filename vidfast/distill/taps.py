@@ -265,7 +265,7 @@ def _checked_places(network: nn.Module, names: Sequence[str], role: str) -> tupl
         if place.layer not in modules or not (place.layer or place.keys):
             raise UnknownNameError(
                 f"the {role} ({type(network).__name__}) has no layer {name!r}: {near_matches(place.layer, modules)}"
-                + ("; 'layer[0]' is an element of what a layer returns" if "[" in name else "")
+                "; 'layer[0]' is an element of what a layer returns, 'layer.input' what it is called with"
             )
         _check_hookable(modules, place.layer, role)
         places.append(place)

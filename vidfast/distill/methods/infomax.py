@@ -20,7 +20,7 @@ from vidfast.nll import GaussianNLL
 
 from ..kinds import UNKNOWN
 from ..layouts import Side, check_channel_dim, side_of
-from ..regressors import Regressor, make, resolve
+from ..regressors import Regressor, make, resolve, takes_last
 from ..tokens import Tokens, resolve_tokens
 from ..weighting import Factor, fed, fitted
 from .base import METHODS, Batch
@@ -138,7 +138,8 @@ class Infomax(GaussianMethod):
             try:
                 sides.append(side_of("student", layer, student, kind, self.channel_dim, self.tokens))
                 sides[-1].shape = tuple(x.shape[2:]) if x.dim() == 4 else None
-                if student.dim() == 3 and self.tokens is None and x.dim() == 4:
+                fits = self.tokens is not None or takes_last(self.regressor)
+                if student.dim() == 3 and x.dim() == 4 and not fits:
                     raise ValueError(
                         f"wanted a map for an input {tuple(x.shape)}, got tokens {tuple(student.shape)}: give "
                         "tokens='grid', which makes a map of them"

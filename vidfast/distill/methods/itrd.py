@@ -90,7 +90,8 @@ class ITRD(PairedMethod):
     The defaults l_corr=2, l_mi=1, alpha=1.01 are the authors' published example; their code's own defaults
     (2, 0.05, 1.5) disagree with it.
 
-    Raises ValueError for options out of range, features of other shapes and a batch of one.
+    Raises ValueError for options out of range, features of other shapes and a batch of one, TypeError for an
+    embed_information that is neither a bool nor None.
     """
 
     default_name: ClassVar[str] = "itrd"

@@ -34,8 +34,9 @@ class KD(Method):
     classes; any floating dtype, computed in fp32 or wider. Large ones, as of a language model, are computed in parts
     (`divergence.py`), so that there is no second copy of all in fp32.
 
-    Raises ValueError for a temperature that is not positive and finite, and, when built, for networks whose
-    logits differ in shape, for three dimensions without class_dim, and for a class_dim that they do not have.
+    Raises TypeError for a class_dim or ignore_index that is no whole number, ValueError for a temperature that is not
+    positive and finite, and, when built, for networks whose logits differ in shape or have one class, for three
+    dimensions without class_dim, and for a class_dim that they do not have; when called, for labels that do not fit.
     """
 
     default_name: ClassVar[str] = "kd"

@@ -34,7 +34,8 @@ from .variational import check_reduction
 class LwF(Method):
     """The error of the teacher's logits as a linear function of the student's penultimate features.
 
-    layer: the student's penultimate layer, of (B, D) or, as an average pool gives it, (B, D, 1, 1). A map with
+    layer: the student's penultimate layer, of (B, D) or, as an average pool gives it, (B, D, 1, 1), or the
+        classifier's input, "fc.input". A map with
         more positions is an error: whether the classifier averages or flattens it is not for this term to guess.
     form: "mse" or "softened".
     temperature: T of form "softened".

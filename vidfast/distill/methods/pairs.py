@@ -58,7 +58,8 @@ class PairedMethod(Method):
     takes_last: whether `pair_loss` takes two features with their channels last as they are; it finds in
         `dim(index)`, 1 or -1, where they are. False: it always gets (B, C, *positions).
 
-    Raises ValueError, naming the pair, for features that do not fit.
+    Raises ValueError for another channel_dim and, naming the pair, for features that do not fit; TypeError or
+    UnknownNameError for other tokens.
     """
 
     per_pair: ClassVar[tuple[str, ...]] = ()
@@ -142,7 +143,7 @@ class PairedMethod(Method):
         return self.channel_dim if isinstance(self.channel_dim, int) else 1
 
     def features(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
-        """The features of pair number `index` in one form, after the spatial rule; the teacher's detached."""
+        """The features of pair number `index` in one form, pooled to one size where `pools`; the teacher's detached."""
         student, teacher = self._layouts[index].brought(*self._tapped(batch, self.pairs[index]))
         if self.pools and not self._layouts[index].last:
             return match_spatial(student, teacher)

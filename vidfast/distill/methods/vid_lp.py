@@ -30,7 +30,8 @@ from .variational import GaussianMethod
 class VIDLP(GaussianMethod):
     """The Gaussian negative log-likelihood of the teacher's logits given the student's last features.
 
-    layer: the student's penultimate layer: its output is (B, h), or (B, h, 1, 1) of a pooling layer.
+    layer: the student's penultimate layer: its output is (B, h), or (B, h, 1, 1) of a pooling layer; or the
+        classifier's input, "fc.input".
     bias: whether the linear layer has one. The paper writes W s, without.
     init_var: the variance of every logit at the start, above eps. eps: the variance's floor.
     reduction: "mean" (over batch and logits), "batchmean" (the paper's) or "sum".
