@@ -102,7 +102,7 @@ class Layout:
         return -1 if self.last else 1
 
     def brought(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Both features in the form that the method gets. Raises ValueError for other numbers of tokens on both sides."""
+        """Both features in the form that the method gets. Raises ValueError where their numbers of tokens differ."""
         if self.as_many and self.student.sizes(student) != self.teacher.sizes(teacher):
             raise ValueError(_not_as_many(student, teacher))
         if self.last:
