@@ -419,6 +419,27 @@ def last_forward_pre_hook(module: nn.Module) -> object:
     return next(reversed(hooks.values())) if hooks else None
 
 
+def keep_attributes(module: nn.Module) -> Callable[[], None]:
+    """A function that gives a module the attributes, parameters, buffers and submodules back that it has now.
+
+    The objects, not what is in them: a tensor or a list that was changed stays so.
+    """
+    before = dict(vars(module))
+    registered = ("_parameters", "_buffers", "_modules")
+    entries = {name: dict(before[name]) for name in registered if isinstance(before.get(name), dict)}
+
+    def restore() -> None:
+        now = vars(module)
+        for name in now.keys() - before.keys():
+            del now[name]
+        now.update(before)
+        for name, objects in entries.items():
+            now[name].clear()
+            now[name].update(objects)
+
+    return restore
+
+
 def has_hook(module: nn.Module) -> bool:
     """Whether any hook is registered on the module itself. A torch without these lists: True."""
     return not _HAS_HOOK_LISTS or bool(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vidfast.distill import AT, Distiller, Taps
 from vidfast.distill.kinds import UNKNOWN, Kind
+from vidfast.distill.layouts import side_of
 
 LAST = Kind(tokens=-1)
 SECOND = Kind(tokens=-1, batch_dim=1)
@@ -126,7 +127,7 @@ def test_transformers() -> None:
     ]
     for name, kind in kinds(bert, *names, "classifier.input").items():
         assert kind.tokens == -1, name
-    assert kinds(bert, "bert[pooler_output]")["bert[pooler_output]"] == Kind(mixed=True)
+    assert kinds(bert, "bert[pooler_output]")["bert[pooler_output]"].tokens is None
     speech = transformers.Wav2Vec2Model(
         transformers.Wav2Vec2Config(
             hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, conv_dim=(4, 4),
@@ -176,9 +177,69 @@ def test_tokens_with_their_batch_second_are_known_by_its_size(channel_dim: Any) 
     torch.testing.assert_close(*losses)
 
 
+def test_windows_and_single_samples_are_no_batch_in_second_place() -> None:
+    s, t = torch.randn(64, 16, 3), torch.randn(64, 16, 5)
+    for batch, size in ((16, 64), (1, 1)):
+        side = side_of("student", "a", s[:size], UNKNOWN, -1, None, batch)
+        assert side.batch_dim == 0
+    assert side_of("student", "a", t[:7], UNKNOWN, -1, None, 16).batch_dim == 1
+
+
 def test_torchvisions_vision_transformer() -> None:
     vit = imported("torchvision").models.VisionTransformer(16, 8, 1, 2, 8, 8, num_classes=3)
     found = kinds(
         vit, "encoder", "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_0.mlp", "conv_proj"
     )
     assert [(kind.tokens, kind.prefix) for kind in found.values()] == [(-1, 1)] * 3 + [(1, None)]
+
+
+def timm(name: str) -> Callable[[], nn.Module]:
+    return lambda: imported("timm").create_model(name)
+
+
+# How it is made, layers that tell, and whether other maps (B, H, W, C) are in it, which must be said.
+WIDE: dict[str, tuple[Callable[[], nn.Module], list[str], bool]] = {
+    "swin": (
+        lambda: imported("torchvision").models.SwinTransformer(
+            [4, 4], 12, [1, 1], [2, 2], [7, 7], num_classes=3
+        ),
+        ["features.1", "features.3.0"],
+        True,
+    ),
+    "resnet18": (timm("resnet18"), ["layer1", "layer2.0", "layer3.0.act1"], False),
+    "convnext_atto": (timm("convnext_atto"), ["stem", "stages.1", "stages.2.blocks.0"], True),
+    "mobilenetv3_small_050": (timm("mobilenetv3_small_050"), ["blocks.1", "blocks.3.0"], False),
+    "mambaout_femto": (timm("mambaout_femto"), ["stem", "stages.0"], True),
+}
+
+
+@pytest.mark.parametrize("network", WIDE)
+def test_no_map_of_wide_images_is_taken_for_another(network: str) -> None:
+    """Two sizes of images tell where a layer's channels are; what its class tells agrees, or is asked for."""
+    build, telling, mixed = WIDE[network]
+    module = build().eval()
+    names = [
+        name for name, m in module.named_modules() if name and not name.startswith(("head", "classifier"))
+    ]
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for name in names:
+        module.get_submodule(name).register_forward_hook(
+            lambda _m, _a, out, name=name: shapes.setdefault(name, []).append(
+                tuple(getattr(out, "shape", ()))
+            )
+        )
+    with torch.no_grad():
+        for size in ((64, 128), (96, 160)):
+            module(torch.randn(2, 3, *size))
+    asked = 0
+    for name, kind in Taps(module, [n for n in names if len(shapes.get(n, ())) == 2]).kinds().items():
+        before, after = shapes[name]
+        if len(before) != 4 or before == after or before[0] != 2:
+            continue
+        last = before[1:3] != after[1:3] and before[3] == after[3]
+        if kind.maps is None and kind.may_be_last(before):
+            asked += 1
+            assert name not in telling
+        else:
+            assert (kind.maps == -1) == last, (name, before, kind.maps)
+    assert mixed or not asked

@@ -98,10 +98,10 @@ class Supervised(SmallNet):
     def __init__(self, width: int, how: str) -> None:
         super().__init__(width)
         self.aux = nn.Linear(2 * width, 3)
-        self.how, self.calls = how, 0
+        self.how, self.calls = how, [0]
 
     def forward(self, images: Tensor) -> Any:
-        self.calls += 1
+        self.calls[0] += 1
         features = self.second(self.first(images)).mean((2, 3))
         logits, aux = self.fc(self.drop(features)), self.aux(features)
         if not self.training:
@@ -165,33 +165,48 @@ def test_the_look_at_training_leaves_no_trace() -> None:
     before = copy.deepcopy(student.state_dict())
     modes = [m.training for m in student.modules()]
     Distiller(student, SmallNet(4), [VID({"first": "first"})], example=IMAGES)
-    assert student.calls == 2
+    assert student.calls == [2]
     assert [m.training for m in student.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
 class Counts(SmallNet):
-    """A buffer that counts the steps of training."""
+    """What training mode changes in networks that people have: buffers in each way, a codebook, plain attributes."""
 
     def __init__(self) -> None:
         super().__init__(3)
-        self.register_buffer("steps", torch.zeros(()))
-        self.register_buffer("again", torch.zeros(()))
-        self.called = 0
+        for name in ("added", "reassigned", "by_data"):
+            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("later", None)
+        self.codebook = nn.Parameter(torch.zeros(2), requires_grad=False)
+        self.steps, self.called = 0, [0]
 
     def forward(self, images: Tensor) -> Tensor:
-        self.called += 1
+        self.called[0] += 1
         if self.training:
-            self.steps += 1
-            self.again = self.again + 1
+            self.added += 1
+            self.reassigned = self.reassigned + 1
+            self.by_data.data.fill_(1)
+            self.later = torch.ones(())
+            self.codebook.data += 1
+            self.steps, self.kept = self.steps + 1, images
         return super().forward(images)
 
 
 def test_buffers_are_as_before_and_plain_networks_run_once() -> None:
     counts = Counts()
     Distiller(counts, SmallNet(4), [KD()], example=IMAGES)
-    assert counts.steps == counts.again == 0
-    assert counts.called == 2
+    assert counts.called == [2]
+    assert counts.added == counts.reassigned == counts.by_data == counts.steps == 0
+    assert counts.later is None
+    assert not hasattr(counts, "kept")
+    assert not counts.codebook.any()
+    assert dict(counts.named_buffers())["reassigned"] is counts.reassigned
+    counts.train()(IMAGES)
+    assert counts.reassigned == counts.steps == counts.later == 1
+    given_in_eval_mode = Counts().eval()
+    Distiller(given_in_eval_mode, SmallNet(4), [KD()], example=IMAGES)
+    assert given_in_eval_mode.called == [1]
 
     class Plain(SmallNet):
         called = 0

@@ -81,7 +81,7 @@ def test_sequences_of_other_lengths_are_pooled_along_their_axis() -> None:
         (1, UNKNOWN, None, (0, (1, 1))),
         (9, Kind(prefix=5, grid=(2, 2)), None, (5, (2, 2))),
         (4, Kind(prefix=5, grid=(2, 2)), None, (0, (2, 2))),
-        (13, Kind(prefix=1, grid=(3, 4)), (7, 7), (1, (3, 4))),
+        (13, Kind(prefix=1, grid=(3, 4)), (6, 8), (1, (3, 4))),
         (17, Kind(prefix=1), None, (1, (4, 4))),
         (65, Kind(prefix=1, grid=(4, 4)), None, (1, (8, 8))),
     ],
@@ -174,3 +174,20 @@ def test_infomax_of_a_vision_transformers_tokens() -> None:
         Infomax("a", channel_dim=-1).build(batch)
     with pytest.raises(ValueError, match="of the student's layers"):
         Infomax("a", channel_dim=(1, -1))  # type: ignore[arg-type]
+
+
+def test_grids_of_images_that_are_not_square() -> None:
+    """By the images, where both sides are tokens: 36 x 64 in patches of 4 is 9 x 16, and not 12 x 12; in each batch."""
+    method = AT({"a": "x"}, channel_dim=-1, tokens="grid")
+    for height, width in ((36, 64), (64, 36), (32, 32)):
+        tokens = [torch.randn(2, (height // patch) * (width // patch), 3) for patch in (4, 2)]
+        batch = batch_of(*tokens)
+        batch = Batch(torch.randn(2, 3, height, width), None, batch.student, batch.teacher)
+        if not method.built:
+            method.build(batch)
+        maps = [x.mT.reshape(2, 3, height // p, width // p) for x, p in zip(tokens, (4, 2), strict=True)]
+        torch.testing.assert_close(method(batch, 1.0), AT({"a": "x"})(batch_of(*maps), 1.0))
+    # a network made for square images, called with others
+    kind = Kind(tokens=-1, prefix=1, grid=(4, 4))
+    assert TokenGrid().find(17, kind, (32, 128)) == (1, (2, 8))
+    assert TokenGrid().find(17, kind, (64, 64)) == (1, (4, 4))

@@ -32,6 +32,15 @@ def tensors_of(inputs: Any) -> list[Tensor]:
     return [t for part in inputs for t in tensors_of(part)] if isinstance(inputs, (tuple, list)) else []
 
 
+def image_size(inputs: Any) -> tuple[int, ...] | None:
+    """The (height, width) of the first input that is a batch of images, (B, C, H, W) or (B, H, W, 1, 3 or 4)."""
+    for x in tensors_of(inputs):
+        if x.dim() == 4 and x.is_floating_point():
+            last = x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4)
+            return tuple(x.shape[1:3] if last else x.shape[2:])
+    return None
+
+
 def devices_of(inputs: Any, network: nn.Module) -> list[torch.device]:
     """Where the tensors among the inputs are, or where there are none, the network's first parameter; the CPU else."""
     placed = tensors_of(inputs) or list(islice(network.parameters(), 1))

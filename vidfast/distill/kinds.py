@@ -24,8 +24,7 @@ class Kind:
 
     tokens: the channels' dimension, 1 or -1, of features of three dimensions.
     maps: that of features of four or more.
-    mixed: whether the network is of a library whose networks have maps of both kinds, so that where nothing is told of
-        a map, its sizes are looked at.
+    inside: of a layer of a library whose networks have maps of both kinds, where nothing is told, the layers in it.
     batch_dim: the samples' dimension, 0 or 1.
     prefix: how many tokens come before those of the patches, such as a class token and registers.
     grid: (height, width) in patches.
@@ -33,10 +32,29 @@ class Kind:
 
     tokens: int | None = None
     maps: int | None = None
-    mixed: bool = False
+    inside: Inside | None = None
     batch_dim: int = 0
     prefix: int | None = None
     grid: tuple[int, int] | None = None
+
+    def may_be_last(self, shape: Sequence[int]) -> bool:
+        """Whether a map of four dimensions, of which nothing is told, looks as if its channels were last."""
+        if self.inside is None:
+            return False
+        if self.inside.linear and self.inside.convolution:
+            return shape[1] not in self.inside.sizes or shape[3] in self.inside.sizes
+        if self.inside.convolution:
+            return False
+        return self.inside.linear or shape[1] == shape[2] != shape[3]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What is in a layer: convolutions and the like, linear layers and the like, and the sizes of their weights."""
+
+    convolution: bool
+    linear: bool
+    sizes: frozenset[int]
 
 
 UNKNOWN = Kind()
@@ -60,6 +78,8 @@ _TRANSFORMER = (
     nn.TransformerDecoderLayer,
     nn.MultiheadAttention,
 )
+# Networks of transformers that have their batch second in some layers.
+_BATCH_SECOND = ("xlnet", "fsmt", "mask2former")
 # What the outputs of transformers call (B, L, D) features.
 _HIDDEN = ("last_hidden_state", "hidden_states", "encoder_last_hidden_state", "logits")
 
@@ -73,10 +93,18 @@ def kind_of(path: Sequence[nn.Module], place: Place) -> Kind:
     if isinstance(path[-1], _CHANNELS_FIRST):
         return Kind(tokens=1, maps=1)
     found = _told(path, place)
-    mixed = any(
-        _is_of(module, library) for module in path for library in ("timm", "torchvision", "transformers")
-    )
-    return replace(found, mixed=mixed) if found.maps is None and mixed else found
+    mixed = any(_is_of(module, name) for module in path for name in ("timm", "torchvision", "transformers"))
+    return replace(found, inside=_inside(path)) if found.maps is None and mixed else found
+
+
+def _inside(path: Sequence[nn.Module]) -> Inside:
+    # Of a layer without weights, such as an activation, what is around it, but the network, which has a classifier.
+    weighty = (m for m in reversed(path[1:]) if next(m.parameters(), None) is not None)
+    layer = next(weighty, path[-1])
+    parts = [m for m in layer.modules() if next(m.parameters(recurse=False), None) is not None]
+    first = [isinstance(m, _CHANNELS_FIRST) or type(m).__name__.endswith("2d") for m in parts]
+    sizes = {n for m in parts for p in m.parameters(recurse=False) for n in p.shape[:2]}
+    return Inside(any(first), not all(first), frozenset(sizes))
 
 
 def _told(path: Sequence[nn.Module], place: Place) -> Kind:
@@ -95,7 +123,10 @@ def _told(path: Sequence[nn.Module], place: Place) -> Kind:
         named = bool(place.keys) and place.keys[0] in _HIDDEN
         # In the layers around a 1-D convolution, such as those of speech networks, channels may be in dimension 1.
         around = any(isinstance(part, nn.Conv1d) for module in path[-2:] for part in module.modules())
-        if (first or named) and not around:
+        elsewhere = not named and any(
+            _is_of(module, f"transformers.models.{name}") for module in path for name in _BATCH_SECOND
+        )
+        if (first or named) and not around and not elsewhere:
             return Kind(tokens=-1, maps=-1 if type(layer) in _CHANNELS_LAST else None)
         return UNKNOWN
     return Kind(maps=-1) if _maps_are_last(path, place) else UNKNOWN
@@ -119,17 +150,20 @@ def _maps_are_last(path: Sequence[nn.Module], place: Place) -> bool:
     """Whether maps are (B, H, W, C): of a linear layer or LayerNorm, and in networks such as Swin behind their stem."""
     layer = path[-1]
     while isinstance(layer, nn.Sequential) and len(layer):
-        layer = layer[-1]
+        layer = layer[0 if place.is_input else -1]
     if type(layer) in _CHANNELS_LAST:
         return True
     if isinstance(layer, (*_CHANNELS_FIRST, nn.LayerNorm)):
         return False
     if _is_of(layer, "torchvision.models.swin_transformer"):
-        return True
+        # the network itself is called with images
+        return not place.is_input or not any(isinstance(part, nn.Conv2d) for part in layer.modules())
     formats = [str(getattr(module, "output_fmt", "")) if _is_of(module, "timm") else "" for module in path]
     if formats[-1]:
         return formats[-1].endswith("NHWC") and not place.is_input
-    in_stem = any(name in ("patch_embed", "stem") for name in place.layer.split("."))
+    # A stem turns images into such maps.
+    names = place.layer.split(".")
+    in_stem = any(name in ("patch_embed", "stem") for name in (names if place.is_input else names[:-1]))
     return any(name.endswith("NHWC") for name in formats) and not in_stem
 
 

@@ -7,6 +7,7 @@ it can take that and both sides have it, channels last on both. All are views, a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from .kinds import UNKNOWN, Kind
 from .tokens import Adaptor, spread
 from .weighting import tokens_of
 
+Shape = tuple[int, ...] | None
 # Of both sides, or (student's, teacher's); None: as the layer's class tells, else 1, which three dimensions are not.
 ChannelDim = int | None | tuple[int | None, int | None]
 
@@ -42,7 +44,9 @@ class Side:
     """How one side's feature becomes (B, C, *positions).
 
     dim: the channels' dimension, 1 or -1. batch_dim: that of the samples. tokens: what gives tokens their positions,
-        None for features that are no tokens or stay as they are. shape: the sizes of the map on the other side.
+        None for features that are no tokens or stay as they are.
+
+    Where a method takes `shape`, it is that of which a grid of tokens is: the other side's map's, or the images'.
     """
 
     role: str
@@ -51,35 +55,36 @@ class Side:
     batch_dim: int = 0
     kind: Kind = UNKNOWN
     tokens: Adaptor | None = None
-    shape: tuple[int, ...] | None = None
-    _found: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    _found: dict[tuple[int, Shape], tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
     def batch_first(self, x: Tensor) -> Tensor:
         return x if self.batch_dim == 0 else x.transpose(0, self.batch_dim)
 
-    def channels_first(self, x: Tensor) -> Tensor:
+    def channels_first(self, x: Tensor, shape: Shape = None) -> Tensor:
         """The feature as (B, C, *positions), a view."""
         x = self.batch_first(x)
         x = x if self.dim == 1 else x.movedim(-1, 1)
-        return x if self.tokens is None else spread(x, *self.places(x.shape[2]))
+        return x if self.tokens is None else spread(x, *self.places(x.shape[2], shape))
 
-    def places(self, length: int) -> tuple[int, tuple[int, ...]]:
+    def places(self, length: int, shape: Shape) -> tuple[int, tuple[int, ...]]:
         """How many of the tokens are left out, and the sizes of the rest."""
         assert self.tokens is not None
-        if length not in self._found:
-            self._found[length] = self.tokens.find(length, self.kind, self.shape)
-        return self._found[length]
+        # index: plain numbers, where torch.compile traces with sizes that may change
+        of = (operator.index(length), None if shape is None else tuple(map(operator.index, shape)))
+        if of not in self._found:
+            self._found[of] = self.tokens.find(of[0], self.kind, of[1])
+        return self._found[of]
 
     def length(self, x: Tensor) -> int | None:
         """How many tokens a feature has that is given positions; None for any other."""
         # of three axes the one that is neither the batch's nor the channels'
         return None if self.tokens is None else self.batch_first(x).shape[3 - self.dim % 3]
 
-    def sizes(self, x: Tensor) -> tuple[int, ...]:
+    def sizes(self, x: Tensor, shape: Shape = None) -> tuple[int, ...]:
         """The sizes of the feature's positions, as `channels_first` gives them."""
         length = self.length(x)
         if length is not None:
-            return self.places(length)[1]
+            return self.places(length, shape)[1]
         x = self.batch_first(x)
         return tuple(x.shape[2:] if self.dim == 1 else x.shape[1:-1])
 
@@ -101,26 +106,41 @@ class Layout:
         """The channels' dimension of what the method gets."""
         return -1 if self.last else 1
 
-    def brought(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Both features in the form that the method gets. Raises ValueError where their numbers of tokens differ."""
+    def shapes(self, student: Tensor, teacher: Tensor, image: Shape) -> tuple[Shape, Shape]:
+        """Of what shape a grid of the student's and the teacher's tokens is: the other side's map's or the images'."""
+        if self.student.tokens is None and student.dim() == 4:
+            return image, self.student.sizes(student)
+        if self.teacher.tokens is None and teacher.dim() == 4:
+            return self.teacher.sizes(teacher), image
+        return image, image
+
+    def brought(self, student: Tensor, teacher: Tensor, image: Shape = None) -> tuple[Tensor, Tensor]:
+        """Both features in the form that the method gets, of a batch with images of this (height, width).
+
+        Raises ValueError where their numbers of tokens differ, or are no grid's.
+        """
         if self.as_many and self.student.sizes(student) != self.teacher.sizes(teacher):
             raise ValueError(_not_as_many(student, teacher))
         if self.last:
             return self.student.batch_first(student), self.teacher.batch_first(teacher)
-        return self.student.channels_first(student), self.teacher.channels_first(teacher)
+        shapes = self.shapes(student, teacher, image)
+        return self.student.channels_first(student, shapes[0]), self.teacher.channels_first(
+            teacher, shapes[1]
+        )
 
-    def brought_mask(self, mask: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    def brought_mask(self, mask: Tensor, student: Tensor, teacher: Tensor, image: Shape = None) -> Tensor:
         """A mask of positions as `vidfast.distill.weighting` reads it for what `brought` gives.
 
         Weights of tokens become weights of a grid where the tokens do; weights with 1 in the place of channels that are
         last get it where the channels are brought.
         """
-        for side, x in ((self.teacher, teacher), (self.student, student)):
+        shapes = self.shapes(student, teacher, image)
+        for side, x, shape in ((self.teacher, teacher, shapes[1]), (self.student, student, shapes[0])):
             length = side.length(x)
             if length is not None:
                 weights = tokens_of(mask, length)
                 if weights is not None:
-                    return spread(weights[:, None], *side.places(length))
+                    return spread(weights[:, None], *side.places(length, shape))
         ends_in_one = mask.dim() == teacher.dim() > 2 and mask.shape[-1] == 1 and self.teacher.dim == -1
         return mask.movedim(-1, 1) if ends_in_one and not self.last and mask.shape[1] != 1 else mask
 
@@ -135,6 +155,7 @@ def layout_of(
     takes_last: bool,
     compares_positions: bool,
     batch: int | None = None,
+    image: Shape = None,
 ) -> Layout:
     """How a pair's features are brought to one form, from those of one batch.
 
@@ -142,7 +163,7 @@ def layout_of(
     kinds: what the layers' classes tell, by layer, of the student's and of the teacher's.
     takes_last: whether the method takes both with their channels last.
     compares_positions: whether it wants as many axes of positions on both sides.
-    batch: how many samples there are, where that is known.
+    batch: how many samples there are, where that is known. image: the (height, width) of inputs that are images.
 
     Raises ValueError for three dimensions of which nothing is said or told, and for features that cannot be compared.
     """
@@ -154,11 +175,9 @@ def layout_of(
             ("student", "teacher"), layers, features, kinds, given, strict=True
         )
     ]
-    for side, other, x in ((sides[0], sides[1], teacher), (sides[1], sides[0], student)):
-        if side.tokens is not None and other.tokens is None and x.dim() == 4:
-            side.shape = other.sizes(x)
     layout = Layout(sides[0], sides[1])
-    sizes = [side.sizes(x) for side, x in zip(sides, features, strict=True)]
+    shapes = layout.shapes(student, teacher, image)
+    sizes = [side.sizes(x, shape) for side, x, shape in zip(sides, features, shapes, strict=True)]
     adapted = any(side.tokens is not None for side in sides)
     tokens_alone = not adapted and student.dim() == teacher.dim() == 3 and -1 in (sides[0].dim, sides[1].dim)
     layout.as_many = compares_positions and tokens_alone
@@ -198,8 +217,7 @@ def side_of(
     if x.dim() == 2:
         return Side(role, layer, 1)
     if x.dim() > 3:
-        looks_last = x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]
-        if dim is None and kind.mixed and looks_last:
+        if dim is None and x.dim() == 4 and kind.may_be_last(x.shape):
             raise ValueError(
                 f"wanted channel_dim for a feature that may be (B, H, W, C), got {tuple(x.shape)} of the {role}'s "
                 f"layer {layer!r} without it: give channel_dim=-1, or 1 for (B, C, H, W), or a pair (student's, "
@@ -213,7 +231,8 @@ def side_of(
             f"{layer!r} without it: give channel_dim=-1 for tokens (B, L, channels), channel_dim=1 for (B, channels, "
             "positions), or a pair (student's, teacher's)"
         )
-    second = dim == -1 and x.shape[0] != batch and x.shape[1] == batch
+    # Not windows of images, of which there is a multiple of the samples.
+    second = dim == -1 and batch is not None and batch > 1 and x.shape[0] % batch and x.shape[1] == batch
     return Side(role, layer, dim, 1 if second else kind.batch_dim, kind, tokens)
 
 

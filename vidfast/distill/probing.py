@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidfast._torch import BATCH_NORM, version_of
+from vidfast._torch import BATCH_NORM, keep_attributes
 
 from .inputs import Picker, call
 from .modes import kept_modes, modes_of, set_modes
@@ -29,11 +29,12 @@ def check_training_logits(student: nn.Module, inputs: Any, pick: Picker, found: 
     """Refuse a student in whose output of training mode no logits are found, such as with heads of deep supervision.
 
     A student that has a class with a method or property that reads `self.training` runs once more, with such modules
-    alone in training mode; buffers and modes are as before afterwards. The caller keeps the random state.
+    alone in training mode. Buffers, frozen parameters, modes and the attributes of
+    these modules are as before afterwards; what is in a list of theirs is not. The caller keeps the random state.
 
     pick: finds the logits in what the student returns. found: those of eval mode.
 
-    Raises ValueError where `pick` finds no Tensor of as many dimensions, samples and classes. Sizes of maps may differ.
+    Raises ValueError where `pick` finds no Tensor of as many dimensions and classes. Other sizes may differ.
     """
     training = [m for m in student.modules() if _looks_at_its_mode(m)]
     if not training:
@@ -47,7 +48,9 @@ def check_training_logits(student: nn.Module, inputs: Any, pick: Picker, found: 
         logits, told = None, f"{type(error).__name__}: {error}"
     else:
         told = describe(logits) if not isinstance(logits, Tensor) else f"{tuple(logits.shape)}"
-    alike = isinstance(logits, Tensor) and logits.dim() == found.dim() and logits.shape[:2] == found.shape[:2]
+    alike = (
+        isinstance(logits, Tensor) and logits.dim() == found.dim() and logits.shape[1:2] == found.shape[1:2]
+    )
     if not alike:
         what = f"a Tensor {tuple(output.shape)}" if isinstance(output, Tensor) else describe(output)
         raise ValueError(
@@ -83,22 +86,28 @@ def _reads_training(code: CodeType) -> bool:
 
 def _in_training(student: nn.Module, training: list[nn.Module], inputs: Any) -> Any:
     """What the student returns with these modules in training mode; None where it does not run so."""
-    before = [
-        (module, name, buffer, version_of(buffer), buffer.clone())
+    within = {id(m) for m in training}
+    tensors = [
+        tensor
         for module in student.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if not buffer.is_inference() and not buffer.is_meta
+        for tensor in (*module.buffers(recurse=False), *module.parameters(recurse=False))
+        # An optimizer changes parameters; what a training mode changes belongs to such modules or takes no gradient.
+        if id(module) in within or not tensor.requires_grad
     ]
-    with kept_modes(student):
-        within = {id(m) for m in training}
-        set_modes([(m, id(m) in within) for m, _ in modes_of(student)])
-        output = None
-        with suppress(Exception):  # what fails here may be the mixture of modes
-            output = call(student, inputs)
-    with torch.no_grad():
-        for module, name, buffer, version, value in before:
-            if version_of(buffer) != version:
-                buffer.copy_(value)
-            if getattr(module, name, None) is not buffer:
-                setattr(module, name, buffer)
+    before = [(t, t.detach().clone()) for t in tensors if not (t.is_inference() or t.is_meta)]
+    restores = [keep_attributes(module) for module in training]
+    output = None
+    try:
+        with kept_modes(student):
+            set_modes([(m, id(m) in within) for m, _ in modes_of(student)])
+            with suppress(Exception):  # what fails here may be the mixture of modes
+                output = call(student, inputs)
+    finally:
+        for restore in restores:
+            restore()
+        with torch.no_grad():
+            for tensor, value in before:
+                # Not by its version: what is written to .data has another one.
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
     return output

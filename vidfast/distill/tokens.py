@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,8 +57,7 @@ class TokenGrid:
         Raises ValueError where that cannot be told, or does not fit.
         """
         like = None if shape is None else tuple(shape)
-        # index: a plain number, where torch.compile traces with sizes that may change
-        return _grid_of(operator.index(length), self.prefix, self.size, kind.prefix, kind.grid, like)
+        return _grid_of(length, self.prefix, self.size, kind.prefix, kind.grid, like)
 
 
 @dataclass(frozen=True)
@@ -119,9 +117,11 @@ def _grid_of(
     else:
         prefixes: tuple[int, ...] = USUAL if prefix is None else (prefix,)
         if prefix is None and told_prefix is not None:
+            # Before the class token is put in front, and after it. Images of another shape than the network was made
+            # for have another grid.
             told = 0 if told_grid is None else math.prod(told_grid)
-            # before the class token is put in front, and after it
-            if told_grid is not None and length in (told, told + told_prefix):
+            counts = length in (told, told + told_prefix)
+            if told_grid is not None and counts and _is_of_shape(told_grid, shape):
                 return length - told, told_grid
             prefixes = tuple(dict.fromkeys((told_prefix, 0)))
         # Exactly of the map's shape, if any is; else as near as sizes that are rounded on the way down.
@@ -155,10 +155,16 @@ def _grid(count: int, shape: Sequence[int] | None, exactly: bool) -> tuple[int, 
     if height < 1 or count % height:
         return None
     width = count // height
-    off = abs(height * wide - width * high)
-    # 7 x 4 beside 14 x 7 is off by less than a row or a column
-    fits = off == 0 or (not exactly and high != wide and off < max(high, wide, height, width))
+    exact = height * wide == width * high
+    fits = exact or (not exactly and high != wide and _is_of_shape((height, width), shape))
     return (height, width) if fits else None
+
+
+def _is_of_shape(grid: tuple[int, int], shape: Sequence[int] | None) -> bool:
+    """Whether a grid is of the shape of a map, but for sizes that are rounded: 7 x 4 beside 14 x 7, not a row more."""
+    if shape is None or len(shape) != 2:
+        return True
+    return abs(grid[0] * shape[1] - grid[1] * shape[0]) < max(*shape, *grid)
 
 
 def _check_prefix(prefix: int | None) -> None:

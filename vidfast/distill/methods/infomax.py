@@ -55,6 +55,11 @@ def pick_input(inputs: Any, which: int | str | None) -> Tensor:
     return picked
 
 
+def _shape(x: Tensor) -> tuple[int, ...] | None:
+    """The (height, width) of an input that is a batch of images."""
+    return tuple(x.shape[2:]) if x.dim() == 4 else None
+
+
 @METHODS.register("infomax")
 class Infomax(GaussianMethod):
     """The sum over layers of the Gaussian negative log-likelihood of the input, through the fused kernel.
@@ -137,14 +142,13 @@ class Infomax(GaussianMethod):
             student, kind = batch.student.taps[layer], batch.student.kinds.get(layer, UNKNOWN)
             try:
                 sides.append(side_of("student", layer, student, kind, self.channel_dim, self.tokens))
-                sides[-1].shape = tuple(x.shape[2:]) if x.dim() == 4 else None
                 fits = self.tokens is not None or takes_last(self.regressor)
                 if student.dim() == 3 and x.dim() == 4 and not fits:
                     raise ValueError(
                         f"wanted a map for an input {tuple(x.shape)}, got tokens {tuple(student.shape)}: give "
                         "tokens='grid', which makes a map of them"
                     )
-                student = sides[-1].channels_first(student)
+                student = sides[-1].channels_first(student, _shape(x))
                 regressors.append(place(make(self.regressor, student.shape, x.shape), student))
             except ValueError as error:
                 raise ValueError(f"student layer {layer!r} -> input: {error}") from None
@@ -159,7 +163,7 @@ class Infomax(GaussianMethod):
         for layer, side, regressor, nll in layers:
             mask = batch.mask
             try:
-                student = side.channels_first(batch.student.taps[layer])
+                student = side.channels_first(batch.student.taps[layer], _shape(x))
                 if mask is not None:
                     student, mask = fed(student, x, mask), fitted(mask, x)
                 losses.append(self.gaussian_nll(regressor, nll, student, x, factor, mask))

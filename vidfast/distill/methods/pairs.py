@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vidfast.vid import match_spatial
 
+from ..inputs import image_size, tensors_of
 from ..layouts import ChannelDim, Layout, check_channel_dim, layout_of
 from ..tokens import Tokens, resolve_tokens
 from ..weighting import fed, fitted, fitted_pair
@@ -144,7 +145,9 @@ class PairedMethod(Method):
 
     def features(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
         """The features of pair number `index` in one form, pooled to one size where `pools`; the teacher's detached."""
-        student, teacher = self._layouts[index].brought(*self._tapped(batch, self.pairs[index]))
+        student, teacher = self._layouts[index].brought(
+            *self._tapped(batch, self.pairs[index]), image_size(batch.inputs)
+        )
         if self.pools and not self._layouts[index].last:
             return match_spatial(student, teacher)
         return student, teacher
@@ -152,8 +155,9 @@ class PairedMethod(Method):
     def masked(self, batch: Batch, mask: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """`features`, and the mask at the teacher's positions."""
         layout, tapped = self._layouts[index], self._tapped(batch, self.pairs[index])
-        mask = layout.brought_mask(mask, *tapped)
-        student, teacher = layout.brought(*tapped)
+        image = image_size(batch.inputs)
+        mask = layout.brought_mask(mask, *tapped, image)
+        student, teacher = layout.brought(*tapped, image)
         if self.pools and not layout.last:
             return fitted_pair(student, teacher, mask)
         return fed(student, teacher, mask, layout.dim), teacher, fitted(mask, teacher, layout.dim)
@@ -170,8 +174,8 @@ class PairedMethod(Method):
                     self.tokens,
                     takes_last=self.takes_last,
                     compares_positions=self.compares_positions,
-                    # only a Distiller's probe is known to have logits of the same batch
-                    batch=len(batch.student.logits) if batch.student.kinds else None,
+                    batch=_samples(batch),
+                    image=image_size(batch.inputs),
                 )
             except ValueError as error:
                 raise _of_pair(pair, error) from None
@@ -192,6 +196,12 @@ class PairedMethod(Method):
         said = "" if self.channel_dim is None else f", channel_dim={self.channel_dim}"
         said += "" if self.tokens is None else f", tokens={self.tokens}"
         return f"{', '.join(self.pair_names())}; {super().extra_repr()}{said}"
+
+
+def _samples(batch: Batch) -> int | None:
+    """How many samples there are: as many inputs as logits; None where that is not so."""
+    count = next((len(x) for x in tensors_of(batch.inputs) if x.dim()), None)
+    return count if batch.student.logits.dim() and count == len(batch.student.logits) else None
 
 
 def _of_pair(pair: tuple[str, str], error: ValueError) -> ValueError:
