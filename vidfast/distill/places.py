@@ -128,8 +128,8 @@ def _step(value: Any, key: Key, depth: int) -> Any:
 
 def _names(value: Any) -> tuple[str, ...]:
     """The names of a named tuple's or a dataclass's elements, or of an object's public attributes."""
-    fields = getattr(value, "_fields", None) or getattr(value, "__dataclass_fields__", None)
-    names = getattr(value, "__dict__", ()) if fields is None else fields
+    names = getattr(value, "_fields", ()) or getattr(value, "__dataclass_fields__", ())
+    names = names or getattr(value, "__dict__", ())
     return tuple(name for name in names if not name.startswith("_"))
 
 
