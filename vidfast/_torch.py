@@ -409,13 +409,15 @@ def has_forward_hook(module: nn.Module) -> bool:
 
 def last_forward_hook(module: nn.Module) -> object:
     """The forward hook that runs last on the module itself. None: there is none, or torch keeps no such list."""
-    hooks = _private(module, "_forward_hooks", None)
-    return next(reversed(hooks.values())) if hooks else None
+    return _last(_private(module, "_forward_hooks", None))
 
 
 def last_forward_pre_hook(module: nn.Module) -> object:
     """As :func:`last_forward_hook`, of the hooks that run before the module."""
-    hooks = _private(module, "_forward_pre_hooks", None)
+    return _last(_private(module, "_forward_pre_hooks", None))
+
+
+def _last(hooks: Any) -> object:
     return next(reversed(hooks.values())) if hooks else None
 
 

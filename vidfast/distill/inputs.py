@@ -74,7 +74,6 @@ class Element:
                 "wanted logits as a function, or the name of an element of what the network returns, such as '[0]' or "
                 f"'[logits]', got {self.name!r}"
             )
-
         object.__setattr__(self, "keys", place.keys)
 
     def __call__(self, output: Any) -> Any:

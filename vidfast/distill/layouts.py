@@ -35,6 +35,12 @@ def check_channel_dim(channel_dim: object) -> ChannelDim:
     )
 
 
+def said(channel_dim: ChannelDim, tokens: Adaptor | None) -> str:
+    """What of these two was given, for a term's repr."""
+    given = "" if channel_dim is None else f", channel_dim={channel_dim}"
+    return given if tokens is None else f"{given}, tokens={tokens}"
+
+
 def _is_dim(dim: object) -> bool:
     return isinstance(dim, int) and not isinstance(dim, bool) and dim in (1, -1)
 
@@ -49,8 +55,6 @@ class Side:
     Where a method takes `shape`, it is that of which a grid of tokens is: the other side's map's, or the images'.
     """
 
-    role: str
-    layer: str
     dim: int
     batch_dim: int = 0
     kind: Kind = UNKNOWN
@@ -108,6 +112,8 @@ class Layout:
 
     def shapes(self, student: Tensor, teacher: Tensor, image: Shape) -> tuple[Shape, Shape]:
         """Of what shape a grid of the student's and the teacher's tokens is: the other side's map's or the images'."""
+        if self.student.tokens is None and self.teacher.tokens is None:
+            return None, None
         if self.student.tokens is None and student.dim() == 4:
             return image, self.student.sizes(student)
         if self.teacher.tokens is None and teacher.dim() == 4:
@@ -123,10 +129,8 @@ class Layout:
             raise ValueError(_not_as_many(student, teacher))
         if self.last:
             return self.student.batch_first(student), self.teacher.batch_first(teacher)
-        shapes = self.shapes(student, teacher, image)
-        return self.student.channels_first(student, shapes[0]), self.teacher.channels_first(
-            teacher, shapes[1]
-        )
+        ours, theirs = self.shapes(student, teacher, image)
+        return self.student.channels_first(student, ours), self.teacher.channels_first(teacher, theirs)
 
     def brought_mask(self, mask: Tensor, student: Tensor, teacher: Tensor, image: Shape = None) -> Tensor:
         """A mask of positions as `vidfast.distill.weighting` reads it for what `brought` gives.
@@ -215,7 +219,7 @@ def side_of(
             f"wanted features (batch, channels, ...), got {tuple(x.shape)} of the {role}'s {layer!r}"
         )
     if x.dim() == 2:
-        return Side(role, layer, 1)
+        return Side(1)
     if x.dim() > 3:
         if dim is None and x.dim() == 4 and kind.may_be_last(x.shape):
             raise ValueError(
@@ -223,7 +227,7 @@ def side_of(
                 f"layer {layer!r} without it: give channel_dim=-1, or 1 for (B, C, H, W), or a pair (student's, "
                 "teacher's)"
             )
-        return Side(role, layer, dim or kind.maps or 1)
+        return Side(dim or kind.maps or 1)
     dim = dim or kind.tokens
     if dim is None:
         raise ValueError(
@@ -233,7 +237,7 @@ def side_of(
         )
     # Not windows of images, of which there is a multiple of the samples.
     second = dim == -1 and batch is not None and batch > 1 and x.shape[0] % batch and x.shape[1] == batch
-    return Side(role, layer, dim, 1 if second else kind.batch_dim, kind, tokens)
+    return Side(dim, 1 if second else kind.batch_dim, kind, tokens)
 
 
 def _of_each(dim: int | None, features: Sequence[Tensor]) -> tuple[int | None, int | None]:

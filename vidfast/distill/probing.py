@@ -29,8 +29,8 @@ def check_training_logits(student: nn.Module, inputs: Any, pick: Picker, found: 
     """Refuse a student in whose output of training mode no logits are found, such as with heads of deep supervision.
 
     A student that has a class with a method or property that reads `self.training` runs once more, with such modules
-    alone in training mode. Buffers, frozen parameters, modes and the attributes of
-    these modules are as before afterwards; what is in a list of theirs is not. The caller keeps the random state.
+    alone in training mode. Buffers, frozen parameters, modes and the attributes of these modules are as before
+    afterwards; what is in a list of theirs is not. The caller keeps the random state.
 
     pick: finds the logits in what the student returns. found: those of eval mode.
 

@@ -19,7 +19,7 @@ from vidfast.arguments import BackendName, ScalarReduction
 from vidfast.nll import GaussianNLL
 
 from ..kinds import UNKNOWN
-from ..layouts import Side, check_channel_dim, side_of
+from ..layouts import Side, check_channel_dim, said, side_of
 from ..regressors import Regressor, make, resolve, takes_last
 from ..tokens import Tokens, resolve_tokens
 from ..weighting import Factor, fed, fitted
@@ -180,6 +180,5 @@ class Infomax(GaussianMethod):
         }
 
     def extra_repr(self) -> str:
-        said = "" if self.channel_dim is None else f", channel_dim={self.channel_dim}"
-        said += "" if self.tokens is None else f", tokens={self.tokens}"
-        return f"{', '.join(self.student_layers)} -> input; {super().extra_repr()}{said}"
+        given = said(self.channel_dim, self.tokens)
+        return f"{', '.join(self.student_layers)} -> input; {super().extra_repr()}{given}"

@@ -66,10 +66,9 @@ class KD(Method):
         dim = self._check(student, teacher)
         weights = self._weights(batch, student, dim)
         total = divergence(student, teacher, dim, self.temperature, weights)
-        factor = factor * self.temperature**2
-        if weights is None:
-            return times(total / (student.numel() // student.shape[dim]), factor)
-        return times(total / counted(weights, student.numel() // student.shape[dim], total.dtype), factor)
+        positions = student.numel() // student.shape[dim]
+        count = positions if weights is None else counted(weights, positions, total.dtype)
+        return times(total / count, factor * self.temperature**2)
 
     def _weights(self, batch: Batch, logits: Tensor, dim: int) -> Tensor | None:
         """How much each position counts, of the logits' shape with 1 in the place of the classes; None: all alike."""

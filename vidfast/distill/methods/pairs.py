@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vidfast.vid import match_spatial
 
 from ..inputs import image_size, tensors_of
-from ..layouts import ChannelDim, Layout, check_channel_dim, layout_of
+from ..layouts import ChannelDim, Layout, check_channel_dim, layout_of, said
 from ..tokens import Tokens, resolve_tokens
 from ..weighting import fed, fitted, fitted_pair
 from .base import Batch, Method
@@ -146,7 +146,7 @@ class PairedMethod(Method):
     def features(self, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
         """The features of pair number `index` in one form, pooled to one size where `pools`; the teacher's detached."""
         student, teacher = self._layouts[index].brought(
-            *self._tapped(batch, self.pairs[index]), image_size(batch.inputs)
+            *self._tapped(batch, self.pairs[index]), self._image(batch)
         )
         if self.pools and not self._layouts[index].last:
             return match_spatial(student, teacher)
@@ -155,7 +155,7 @@ class PairedMethod(Method):
     def masked(self, batch: Batch, mask: Tensor, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """`features`, and the mask at the teacher's positions."""
         layout, tapped = self._layouts[index], self._tapped(batch, self.pairs[index])
-        image = image_size(batch.inputs)
+        image = self._image(batch)
         mask = layout.brought_mask(mask, *tapped, image)
         student, teacher = layout.brought(*tapped, image)
         if self.pools and not layout.last:
@@ -163,7 +163,7 @@ class PairedMethod(Method):
         return fed(student, teacher, mask, layout.dim), teacher, fitted(mask, teacher, layout.dim)
 
     def _find_layouts(self, batch: Batch) -> None:
-        found = []
+        found, samples, image = [], _samples(batch), self._image(batch)
         for pair in self.pairs:
             try:
                 layout = layout_of(
@@ -174,13 +174,17 @@ class PairedMethod(Method):
                     self.tokens,
                     takes_last=self.takes_last,
                     compares_positions=self.compares_positions,
-                    batch=_samples(batch),
-                    image=image_size(batch.inputs),
+                    batch=samples,
+                    image=image,
                 )
             except ValueError as error:
                 raise _of_pair(pair, error) from None
             found.append(layout)
         self._layouts = found
+
+    def _image(self, batch: Batch) -> tuple[int, ...] | None:
+        """The (height, width) of inputs that are images, where tokens may become a grid of their shape."""
+        return None if self.tokens is None else image_size(batch.inputs)
 
     @staticmethod
     def _tapped(batch: Batch, pair: tuple[str, str]) -> tuple[Tensor, Tensor]:
@@ -193,9 +197,8 @@ class PairedMethod(Method):
         return [f"{student} -> {teacher}" for student, teacher in self.pairs]
 
     def extra_repr(self) -> str:
-        said = "" if self.channel_dim is None else f", channel_dim={self.channel_dim}"
-        said += "" if self.tokens is None else f", tokens={self.tokens}"
-        return f"{', '.join(self.pair_names())}; {super().extra_repr()}{said}"
+        given = said(self.channel_dim, self.tokens)
+        return f"{', '.join(self.pair_names())}; {super().extra_repr()}{given}"
 
 
 def _samples(batch: Batch) -> int | None:
