@@ -57,6 +57,47 @@ void cpu_total(Address positions, bool positions_are_bytes, bool positions_are_f
       doubles(totals), threads);
 }
 
+// The arguments of `heteroscedastic_problem`.
+using HeteroscedasticTuple =
+    std::tuple<Address, int64_t, int, Address, int64_t, int, Address, int64_t, int, int64_t, int64_t, int, double,
+               double, double, bool, bool, int64_t, int64_t, Address, bool, Address>;
+
+vidfast::HeteroscedasticProblem problem_of(const HeteroscedasticTuple& t) {
+  return std::apply(heteroscedastic_problem, t);
+}
+
+vidfast::View like(const vidfast::View& v, Address data, int64_t stride) { return {pointer(data), stride, v.dtype}; }
+
+void cpu_heteroscedastic_forward(const HeteroscedasticTuple& t, Address loss, int loss_dtype, int threads) {
+  py::gil_scoped_release release;
+  vidfast::cpu::heteroscedastic_forward(problem_of(t), pointer(loss), static_cast<DType>(loss_dtype), threads);
+}
+
+void cpu_heteroscedastic_forward_grad(const HeteroscedasticTuple& t, Address loss, int loss_dtype, Address grad_mean,
+                                      int64_t grad_mean_stride, Address grad_raw, int64_t grad_raw_stride,
+                                      int threads) {
+  py::gil_scoped_release release;
+  const vidfast::HeteroscedasticProblem p = problem_of(t);
+  vidfast::cpu::heteroscedastic_forward_grad(p, pointer(loss), static_cast<DType>(loss_dtype),
+                                             like(p.mean, grad_mean, grad_mean_stride),
+                                             like(p.raw, grad_raw, grad_raw_stride), threads);
+}
+
+void cpu_heteroscedastic_backward(const HeteroscedasticTuple& t, Address g, int g_dtype, Address grad_mean,
+                                  int64_t grad_mean_stride, Address grad_target, int64_t grad_target_stride,
+                                  Address grad_raw, int64_t grad_raw_stride, int threads) {
+  py::gil_scoped_release release;
+  const vidfast::HeteroscedasticProblem p = problem_of(t);
+  vidfast::cpu::heteroscedastic_backward(
+      p, pointer(g), static_cast<DType>(g_dtype), like(p.mean, grad_mean, grad_mean_stride),
+      like(p.target, grad_target, grad_target_stride), like(p.raw, grad_raw, grad_raw_stride), threads);
+}
+
+void cpu_vector_function(const std::string& name, bool f64, Address from, Address to, int64_t n) {
+  if (!vidfast::cpu::vector_function(name.c_str(), f64, pointer(from), pointer(to), n))
+    throw py::value_error("name must be that of a vector function, got " + name);
+}
+
 void cpu_scale(Address g, int g_dtype, int64_t outer, int64_t row, Address src, int64_t src_stride, Address dst,
                int64_t dst_stride, int dtype, int64_t channels, Address grad_alpha, Address grad_alpha_out,
                int alpha_dtype, int threads) {
@@ -126,6 +167,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_forward_grad", &cpu_forward_grad);
   m.def("cpu_backward", &cpu_backward);
   m.def("cpu_total", &cpu_total);
+  m.def("cpu_heteroscedastic_forward", &cpu_heteroscedastic_forward);
+  m.def("cpu_heteroscedastic_forward_grad", &cpu_heteroscedastic_forward_grad);
+  m.def("cpu_heteroscedastic_backward", &cpu_heteroscedastic_backward);
+  m.def("cpu_vector_function", &cpu_vector_function,
+        "A function of n numbers as the instruction set in use has it, for its tests.");
   m.def("cpu_scale", &cpu_scale);
   m.def("cpu_rectify", &cpu_rectify);
   m.def("cpu_rectify_backward", &cpu_rectify_backward);

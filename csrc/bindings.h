@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "gaussian_nll.h"
+#include "heteroscedastic.h"
 
 namespace vidfast::bindings {
 
@@ -49,6 +50,33 @@ inline Total total(Address positions, bool positions_are_bytes, bool positions_a
           static_cast<DType>(factor_dtype),
           k,
           channels};
+}
+
+// In the order of vidfast/heteroscedastic/native.py.
+inline HeteroscedasticProblem heteroscedastic_problem(Address mean, int64_t mean_stride, int mean_dtype, Address target,
+                                                      int64_t target_stride, int target_dtype, Address raw,
+                                                      int64_t raw_stride, int raw_dtype, int64_t outer, int64_t row,
+                                                      int transform, double eps, double beta, double k, bool full,
+                                                      bool negative_is_nan, int64_t channels, int64_t inner,
+                                                      Address positions, bool positions_are_bytes, Address totals) {
+  HeteroscedasticProblem p;
+  p.outer = outer;
+  p.row = row;
+  p.mean = view(mean, mean_stride, mean_dtype);
+  p.target = view(target, target_stride, target_dtype);
+  p.raw = view(raw, raw_stride, raw_dtype);
+  p.transform = static_cast<Transform>(transform);
+  p.eps = eps;
+  p.beta = beta;
+  p.k = k;
+  p.full = full;
+  p.negative_is_nan = negative_is_nan;
+  p.channels = channels;
+  p.inner = inner;
+  p.positions = pointer(positions);
+  p.positions_are_bytes = positions_are_bytes;
+  p.totals = doubles(totals);
+  return p;
 }
 
 }  // namespace vidfast::bindings

@@ -119,7 +119,10 @@ void cuda_set_free_number(const std::string& name, int64_t value) {
 
 }  // namespace
 
+void bind_cuda_heteroscedastic(py::module_& m);
+
 void bind_cuda(py::module_& m) {
+  bind_cuda_heteroscedastic(m);
 #ifdef VIDFAST_TUNE
   m.def("cuda_free_numbers", &cuda_free_numbers, "The free numbers of csrc/cuda/chunks.h by name, as they are now.");
   m.def("cuda_set_free_number", &cuda_set_free_number);

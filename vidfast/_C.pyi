@@ -1,5 +1,7 @@
 """The native extension; csrc/bindings.cpp."""
 
+from typing import TypeAlias
+
 version: str
 sources: str
 
@@ -32,6 +34,21 @@ def cpu_total(
     positions: int, positions_are_bytes: bool, positions_are_f64: bool, count: int,
     factor: int, factor_dtype: int, k: float, channels: int, totals: int, threads: int, /,
 ) -> None: ...  # fmt: skip
+
+# The arguments of csrc/bindings.h, heteroscedastic_problem, by vidfast/heteroscedastic/native.py.
+_Problem: TypeAlias = tuple[object, ...]
+
+def cpu_heteroscedastic_forward(problem: _Problem, loss: int, loss_dtype: int, threads: int, /) -> None: ...
+def cpu_heteroscedastic_forward_grad(
+    problem: _Problem, loss: int, loss_dtype: int,
+    grad_mean: int, grad_mean_stride: int, grad_raw: int, grad_raw_stride: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def cpu_heteroscedastic_backward(
+    problem: _Problem, g: int, g_dtype: int,
+    grad_mean: int, grad_mean_stride: int, grad_target: int, grad_target_stride: int,
+    grad_raw: int, grad_raw_stride: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def cpu_vector_function(name: str, f64: bool, source: int, result: int, n: int, /) -> None: ...
 def cpu_scale(
     g: int, g_dtype: int, outer: int, row: int,
     src: int, src_stride: int, dst: int, dst_stride: int, dtype: int,

@@ -113,6 +113,11 @@ def base_of(x: Tensor) -> Tensor | None:
     return _private(x, "_base", x) if _is_view(x) else x
 
 
+def has_hooks(x: Tensor) -> bool:
+    """Whether x has a hook for its gradient. Where torch does not say: yes."""
+    return bool(_private(x, "_backward_hooks", True))
+
+
 def version_of(x: Tensor) -> int:
     """How often x was written over. Where torch does not count: 0, and nothing is noticed."""
     return _private(x, "_version", 0)
@@ -242,6 +247,25 @@ def saved_tensors_are_hooked() -> bool:
 def graph_is_retained() -> bool:
     """Whether the backward pass that is running may be run again; True where torch cannot tell."""
     return _keep_graph is None or bool(_keep_graph())
+
+
+_executes: Callable[[object], object] | None = getattr(_C, "_will_engine_execute_node", None)
+
+
+@lru_cache(maxsize=1)
+def marker() -> Tensor:
+    """A leaf without elements, for :func:`reaches_all_leaves`: an input of functions that give it no gradient."""
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=torch.float32, device="cpu", requires_grad=True)
+
+
+def reaches_all_leaves(marker_node: object) -> bool:
+    """Whether the backward pass that is running was asked for all leaves, not for some tensors; False if unknown.
+
+    Args:
+        marker_node: Where the gradient of :func:`marker` goes. It is among no tensors that a caller asks for.
+    """
+    return _executes is not None and bool(_executes(marker_node))
 
 
 @constant_while_traced

@@ -190,20 +190,7 @@ def check_tensors(
 
 def _complain(mean: object, target: object, alpha: object, channel_dim: object) -> int:
     """Raises what is wrong with these; `channel_dim` as an int, if nothing is."""
-    tensors = {"mean": mean, "target": target, "alpha": alpha}
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    for name, x in tensors.items():
-        assert isinstance(x, Tensor)
-        if isinstance(x, _Lazy):
-            raise ValueError(f"{name} is not initialised yet: run its lazy module once first")
-        if x.is_nested:
-            raise ValueError(f"{name} must be a dense tensor, got a nested one: use its values()")
-        if x.layout is not torch.strided:
-            raise ValueError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
-        if x.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    check_dense(mean=mean, target=target, alpha=alpha)
     channel_dim = check_channel_dim(channel_dim)
     assert isinstance(mean, Tensor) and isinstance(target, Tensor) and isinstance(alpha, Tensor)  # noqa: PT018
     if mean.shape != target.shape:
@@ -230,6 +217,28 @@ def _complain(mean: object, target: object, alpha: object, channel_dim: object) 
     if mean.is_meta:
         raise ValueError("mean, target and alpha must hold values, got tensors on the meta device")
     return channel_dim
+
+
+def check_dense(**tensors: object) -> None:
+    """Checks that each argument, by its name, is a dense floating tensor.
+
+    Raises:
+        TypeError: One is no tensor, or has a dtype that is not fp16, bf16, fp32 or fp64.
+        ValueError: One is sparse, nested or not initialised yet.
+    """
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    for name, x in tensors.items():
+        assert isinstance(x, Tensor)
+        if isinstance(x, _Lazy):
+            raise ValueError(f"{name} is not initialised yet: run its lazy module once first")
+        if x.is_nested:
+            raise ValueError(f"{name} must be a dense tensor, got a nested one: use its values()")
+        if x.layout is not torch.strided:
+            raise ValueError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
 def _is_broadcast(alpha: Tensor, mean: Tensor, channel_dim: SupportsIndex) -> bool:
@@ -289,7 +298,7 @@ def check_options(
     if type(full) is not bool or type(inplace) is not bool:
         name, value = ("inplace", inplace) if type(full) is bool else ("full", full)
         raise TypeError(f"{name} must be True or False, got {value!r}")
-    eps, weight = _number("eps", eps), check_weight(weight)
+    eps, weight = as_number("eps", eps), check_weight(weight)
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, got {eps}")
     if reduction not in REDUCTIONS:
@@ -324,13 +333,19 @@ def check_weight(weight: float) -> float:
         TypeError: It is not a number.
         ValueError: It is not finite.
     """
-    weight = _number("weight", weight)
+    weight = as_number("weight", weight)
     if not -math.inf < weight < math.inf:  # torch.compile traces this, and not math.isfinite
         raise ValueError(f"weight must be finite, got {weight}")
     return weight
 
 
-def _number(name: str, value: object) -> float:
+def as_number(name: str, value: object) -> float:
+    """`value`, an argument called `name`, as Python's float; numpy's numbers are taken.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is beyond the range of a float.
+    """
     if type(value) is float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -353,7 +368,7 @@ def check_initial_variance(name: str, init_var: float, eps: float) -> float:
         TypeError: It is not a number.
         ValueError: It is not finite or not above eps.
     """
-    init_var = _number(name, init_var)
+    init_var = as_number(name, init_var)
     if not eps < init_var < math.inf:
         raise ValueError(f"{name}, the initial variance, must be finite and above eps={eps}, got {init_var}")
     return init_var

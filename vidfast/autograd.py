@@ -68,14 +68,14 @@ def _check_inplace(mean: Tensor, target: Tensor, alpha: Tensor, weights: Weights
     Raises:
         RuntimeError: Writing it would destroy what other code still uses.
     """
-    begin, end = _extent(mean)
+    begin, end = memory_of(mean)
     shared = None
     others = [("alpha", alpha), ("target", target)]
     if weights is not None:
         named = zip(("mask", "weight"), weights, strict=True)
         others += [(name, x) for name, x in named if x is not None and x.numel()]
     for name, other in others:
-        other_begin, other_end = _extent(other)
+        other_begin, other_end = memory_of(other)
         if begin < other_end and other_begin < end:
             shared = name
     base = base_of(mean)
@@ -90,7 +90,7 @@ def _check_inplace(mean: Tensor, target: Tensor, alpha: Tensor, weights: Weights
         )
 
 
-def _extent(x: Tensor) -> tuple[int, int]:
+def memory_of(x: Tensor) -> tuple[int, int]:
     """The first address of x, and the one behind its last."""
     begin = x.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -110,12 +110,12 @@ def incoming(g: Tensor) -> Tensor:
         pass
     if is_functorch_wrapped(g) or is_batched(g):
         raise RuntimeError(
-            "vidfast.gaussian_nll's kernels take one incoming gradient, not a batch of them (is_grads_batched, "
+            "vidfast's kernels take one incoming gradient, not a batch of them (is_grads_batched, "
             "torch.func): use backend='reference'"
         )
     if type(g) is not Tensor and isinstance(g, fake_tensor()):
         raise RuntimeError(
-            "vidfast.gaussian_nll ran on real tensors, but the incoming gradient is a FakeTensor: call backward in the "
+            "vidfast ran on real tensors, but the incoming gradient is a FakeTensor: call backward in the "
             "mode in which the loss was computed"
         )
     return g.clone() if is_zero_tensor(g) else g.resolve_neg()

@@ -12,20 +12,25 @@ from vidfast._torch import has_tangent, in_forward_mode, in_functorch, in_transf
 from vidfast._version import __version__
 from vidfast.arguments import Call
 from vidfast.backends.base import Backend
+from vidfast.heteroscedastic.arguments import HeteroscedasticCall
 from vidfast.positions import Weights
 from vidfast.raw import NO_FORWARD_MODE, PLAIN_TYPES, not_raw
 from vidfast.recall import KERNELS, OPERATOR, REFERENCE
 
 
 def choose_way(
-    mean: Tensor, target: Tensor, alpha: Tensor, call: Call, weights: Weights | None = None
+    mean: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    call: Call | HeteroscedasticCall,
+    weights: Weights | None = None,
 ) -> tuple[str, Backend | None]:
     """(one of the ways of :mod:`vidfast.recall`, the back end whose kernels compute it, if any do) of a checked call.
 
     Args:
         mean: mu(s).
         target: t, mean's shape.
-        alpha: (C,).
+        alpha: (C,), or what the variance of each element is made of.
         call: Everything else but tensors.
         weights: The tensors among it.
 
@@ -41,7 +46,7 @@ def choose_way(
     return (KERNELS, backend) if backend is not backends.PLAIN and mean.numel() else (REFERENCE, None)
 
 
-def _way(tensors: list[Tensor], call: Call) -> str:
+def _way(tensors: list[Tensor], call: Call | HeteroscedasticCall) -> str:
     """REFERENCE, OPERATOR, or KERNELS: those of the back end that is chosen then, if one is."""
     if call.reduction == "none":
         if call.backend not in ("auto", "reference"):
@@ -58,7 +63,7 @@ def _way(tensors: list[Tensor], call: Call) -> str:
         backends.check_name(call.backend)
     if in_functorch(*tensors):
         raise RuntimeError(
-            "vidfast.gaussian_nll cannot run inside torch.func transforms on its kernels: use backend='reference'"
+            "vidfast's kernels cannot run inside torch.func transforms: use backend='reference'"
         )
     if in_forward_mode() and has_tangent(*tensors):
         raise RuntimeError(NO_FORWARD_MODE)

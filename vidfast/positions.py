@@ -124,6 +124,29 @@ def check_mask(mask: object, mean: Tensor, channel: int) -> Tensor:
     return found
 
 
+def check_mask_of_elements(mask: object, mean: Tensor) -> Tensor:
+    """`mask` with mean's number of dimensions, where nothing is said of channels: a weight for each element.
+
+    Args:
+        mask: As :func:`check_mask` takes it, but for its shape: mean's, where any size may be 1, or (B,).
+        mean: Of any shape.
+
+    Raises:
+        TypeError, ValueError: As :func:`check_mask`.
+    """
+    mask = check_mask_kind(mask, mean.device)
+    shape, given = tuple(mean.shape), tuple(mask.shape)
+    if len(given) == len(shape) and all(n in (1, m) for n, m in zip(given, shape, strict=True)):
+        return mask
+    if len(given) == 1 and shape and given[0] == shape[0]:
+        return mask.reshape(-1, *[1] * (len(shape) - 1))
+    sample = f", or ({shape[0]},), a weight a sample" if shape else ""
+    raise ValueError(
+        f"mask must have mean's shape, {shape}, where any size may be 1{sample}, got {given}; where a dimension is the "
+        "channels (channel_dim), without it"
+    )
+
+
 def check_mask_kind(mask: object, device: torch.device) -> Tensor:
     """The mask, of which all but its shape is checked: a tensor of weights on this device, without gradient.
 

@@ -29,9 +29,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Their numbers in native code: csrc/gaussian_nll.h, DType.
 NATIVE_DTYPE = {dtype: number for number, dtype in enumerate(DTYPES)}
 
-NO_FORWARD_MODE = (
-    "vidfast.gaussian_nll's kernels have no forward-mode derivative: use backend='reference' for it"
-)
+NO_FORWARD_MODE = "vidfast's kernels have no forward-mode derivative: use backend='reference' for it"
 
 
 def not_plain(*tensors: Tensor) -> str | None:
@@ -119,8 +117,8 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.saved_as = saved_as, saved_tensors_are_hooked()
 
 
-def restored(ctx: Any, device: torch.device) -> tuple[list[Tensor | None], bool]:
-    """(what :func:`save` was given, whether the first of it may be written over).
+def restored(ctx: Any, device: torch.device, large: int = 1) -> tuple[list[Tensor | None], bool]:
+    """(what :func:`save` was given, whether the first `large` of it may be written over).
 
     Each tensor has the shape, dtype and device of what was saved, and memory of its own. Its strides may be others. It
     may be written over where no hook was around, it is where it was saved and nothing else refers to it.
@@ -132,7 +130,9 @@ def restored(ctx: Any, device: torch.device) -> tuple[list[Tensor | None], bool]
     if is_compiling():  # compiled autograd traces this: there are no addresses, and no hooks
         return found, False
     saved_as, hooked = ctx.saved_as
-    own = not hooked and _references(found) <= _unshared()
+    own = not hooked and all(
+        _references(found, i) <= _unshared() for i in range(large) if found[i] is not None
+    )
     for index, wanted in enumerate(saved_as):
         x = found[index]
         if x is None:
@@ -148,9 +148,9 @@ def restored(ctx: Any, device: torch.device) -> tuple[list[Tensor | None], bool]
     return found, own
 
 
-def _references(found: list[Tensor | None]) -> int:
-    """How many Python references there are to the first of the tensors that autograd gave back."""
-    return getrefcount(found[0])
+def _references(found: list[Tensor | None], index: int = 0) -> int:
+    """How many Python references there are to one of the tensors that autograd gave back."""
+    return getrefcount(found[index])
 
 
 class _Probe(torch.autograd.Function):

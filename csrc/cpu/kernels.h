@@ -62,10 +62,12 @@ struct Kernels {
 };
 
 struct HeadKernels;
+struct HeteroscedasticKernels;
 
 struct InstructionSet {
   const char* name;
-  const HeadKernels* (*head)(DType module);                           // gives nullptr where it has none
+  const HeadKernels* (*head)(DType module);  // gives nullptr where it has none
+  const HeteroscedasticKernels& (*heteroscedastic)();
   Kernels pair[4][4];                                                 // [mean dtype][target dtype]
   void (*scale[4])(const void* src, void* dst, int64_t n, double g);  // [dtype]
   void (*positive[4])(void* x, int64_t n);                            // [dtype] max(x, 0), and NaN

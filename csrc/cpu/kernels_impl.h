@@ -346,10 +346,12 @@ void round_row(float* x, int64_t n) {
   }
 }
 
-constexpr InstructionSet instruction_set(const char* name, const HeadKernels* (*head)(DType)) {
+constexpr InstructionSet instruction_set(const char* name, const HeadKernels* (*head)(DType),
+                                         const HeteroscedasticKernels& (*heteroscedastic)()) {
   return {
       name,
       head,
+      heteroscedastic,
       {{Pair<float, float>::table(), Pair<float, double>::table(), Pair<float, bf16>::table(),
         Pair<float, f16>::table()},
        {Pair<double, float>::table(), Pair<double, double>::table(), Pair<double, bf16>::table(),

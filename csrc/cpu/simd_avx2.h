@@ -59,6 +59,35 @@ struct VF {
   static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
   static reg neg(reg a) { return _mm256_xor_ps(a, _mm256_set1_ps(-0.0f)); }
   static reg multiply_add(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static reg div(reg a, reg b) { return _mm256_div_ps(a, b); }
+  static reg absolute(reg a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  // b where one of them is NaN
+  static reg largest(reg a, reg b) { return _mm256_max_ps(a, b); }
+  static reg smallest(reg a, reg b) { return _mm256_min_ps(a, b); }
+  // x where a < b, else y
+  static reg where_less(reg a, reg b, reg x, reg y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+  static reg nearest(reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // x * 2^n for whole n from -300 to 300, by two factors that are normal numbers
+  static reg scale_by(reg x, reg n) {
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    return mul(mul(x, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
+  }
+  // x * 2^n for whole n, of which x and the result are normal numbers
+  static reg add_to_exponent(reg x, reg n) {
+    const __m256i shifted = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), shifted));
+  }
+  static reg power_of_two(__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
+  // The exponent k of a positive normal x = 2^k fraction, with fraction from sqrt(1/2) to sqrt(2).
+  static reg split(reg x, reg* fraction) {
+    const __m256i root = _mm256_set1_epi32(0x3f3504f3);
+    const __m256i above = _mm256_sub_epi32(_mm256_castps_si256(x), root);
+    const __m256i bits = _mm256_add_epi32(_mm256_and_si256(above, _mm256_set1_epi32(0x7fffff)), root);
+    *fraction = _mm256_castsi256_ps(bits);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(above, 23));
+  }
   static reg positive(reg a) { return _mm256_max_ps(_mm256_setzero_ps(), a); }  // NaN stays NaN
   static reg where_not_zero(reg a, reg x) {
     return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ), a);
@@ -138,6 +167,37 @@ struct VD {
   static reg mul(reg a, reg b) { return _mm256_mul_pd(a, b); }
   static reg neg(reg a) { return _mm256_xor_pd(a, _mm256_set1_pd(-0.0)); }
   static reg multiply_add(reg a, reg b, reg c) { return _mm256_fmadd_pd(a, b, c); }
+  static reg div(reg a, reg b) { return _mm256_div_pd(a, b); }
+  static reg absolute(reg a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a); }
+  // b where one of them is NaN
+  static reg largest(reg a, reg b) { return _mm256_max_pd(a, b); }
+  static reg smallest(reg a, reg b) { return _mm256_min_pd(a, b); }
+  // x where a < b, else y
+  static reg where_less(reg a, reg b, reg x, reg y) { return _mm256_blendv_pd(y, x, _mm256_cmp_pd(a, b, _CMP_LT_OQ)); }
+  static reg nearest(reg a) { return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // x * 2^n for whole n from -2100 to 2100, by two factors that are normal numbers
+  static reg scale_by(reg x, reg n) {
+    const reg half = nearest(mul(n, set1(0.5)));
+    return mul(mul(x, power_of_two(half)), power_of_two(sub(n, half)));
+  }
+  // x * 2^n for whole n, of which x and the result are normal numbers
+  static reg add_to_exponent(reg x, reg n) {
+    const __m256i bits = _mm256_castpd_si256(add(n, set1(0x1.8p52)));
+    return _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(x), _mm256_slli_epi64(bits, 52)));
+  }
+  static reg power_of_two(reg n) {  // in whose sum with 1.5 * 2^52 the last bits are n
+    const __m256i bits = _mm256_castpd_si256(add(n, set1(0x1.8p52 + 1023)));
+    return _mm256_castsi256_pd(_mm256_slli_epi64(bits, 52));
+  }
+  // The exponent k of a positive normal x = 2^k fraction, with fraction from sqrt(1/2) to sqrt(2).
+  static reg split(reg x, reg* fraction) {
+    const __m256i root = _mm256_set1_epi64x(0x3fe6a09e00000000), two52 = _mm256_set1_epi64x(0x4330000000000000);
+    const __m256i shifted =
+        _mm256_add_epi64(_mm256_castpd_si256(x), _mm256_set1_epi64x(0x3ff0000000000000 - 0x3fe6a09e00000000));
+    const __m256i bits = _mm256_add_epi64(_mm256_and_si256(shifted, _mm256_set1_epi64x(0xfffffffffffff)), root);
+    *fraction = _mm256_castsi256_pd(bits);
+    return sub(_mm256_castsi256_pd(_mm256_or_si256(_mm256_srli_epi64(shifted, 52), two52)), set1(0x1p52 + 1023));
+  }
   static reg where_not_zero(reg a, reg x) {
     return _mm256_and_pd(_mm256_cmp_pd(x, _mm256_setzero_pd(), _CMP_NEQ_UQ), a);
   }

@@ -72,6 +72,27 @@ struct VF {
   static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
   static reg neg(reg a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
   static reg multiply_add(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static reg div(reg a, reg b) { return _mm512_div_ps(a, b); }
+  static reg absolute(reg a) { return _mm512_abs_ps(a); }
+  // b where one of them is NaN
+  static reg largest(reg a, reg b) { return _mm512_max_ps(a, b); }
+  static reg smallest(reg a, reg b) { return _mm512_min_ps(a, b); }
+  // x where a < b, else y
+  static reg where_less(reg a, reg b, reg x, reg y) {
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
+  }
+  static reg nearest(reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static reg scale_by(reg x, reg n) { return _mm512_scalef_ps(x, n); }  // x * 2^n for whole n
+  static reg add_to_exponent(reg x, reg n) { return scale_by(x, n); }
+  // The exponent k of a positive normal x = 2^k fraction, with fraction from sqrt(1/2) to sqrt(2).
+  static reg split(reg x, reg* fraction) {
+    // of the mantissa, which is at least 1, half where it is above sqrt(2)
+    const reg mantissa = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+    const __mmask16 above = _mm512_cmp_ps_mask(mantissa, set1(0x1.6a09e6p0f), _CMP_GE_OQ);
+    *fraction = _mm512_mask_mul_ps(mantissa, above, mantissa, set1(0.5f));
+    const reg exponent = _mm512_getexp_ps(x);
+    return _mm512_mask_add_ps(exponent, above, exponent, set1(1));
+  }
   static reg positive(reg a) { return _mm512_max_ps(_mm512_setzero_ps(), a); }  // NaN stays NaN
   static reg where_not_zero(reg a, reg x) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), a);
@@ -145,6 +166,27 @@ struct VD {
   static reg mul(reg a, reg b) { return _mm512_mul_pd(a, b); }
   static reg neg(reg a) { return _mm512_xor_pd(a, _mm512_set1_pd(-0.0)); }
   static reg multiply_add(reg a, reg b, reg c) { return _mm512_fmadd_pd(a, b, c); }
+  static reg div(reg a, reg b) { return _mm512_div_pd(a, b); }
+  static reg absolute(reg a) { return _mm512_abs_pd(a); }
+  // b where one of them is NaN
+  static reg largest(reg a, reg b) { return _mm512_max_pd(a, b); }
+  static reg smallest(reg a, reg b) { return _mm512_min_pd(a, b); }
+  // x where a < b, else y
+  static reg where_less(reg a, reg b, reg x, reg y) {
+    return _mm512_mask_mov_pd(y, _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ), x);
+  }
+  static reg nearest(reg a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static reg scale_by(reg x, reg n) { return _mm512_scalef_pd(x, n); }  // x * 2^n for whole n
+  static reg add_to_exponent(reg x, reg n) { return scale_by(x, n); }
+  // The exponent k of a positive normal x = 2^k fraction, with fraction from sqrt(1/2) to sqrt(2).
+  static reg split(reg x, reg* fraction) {
+    // of the mantissa, which is at least 1, half where it is above sqrt(2)
+    const reg mantissa = _mm512_getmant_pd(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+    const __mmask8 above = _mm512_cmp_pd_mask(mantissa, set1(0x1.6a09e667f3bcdp0), _CMP_GE_OQ);
+    *fraction = _mm512_mask_mul_pd(mantissa, above, mantissa, set1(0.5));
+    const reg exponent = _mm512_getexp_pd(x);
+    return _mm512_mask_add_pd(exponent, above, exponent, set1(1));
+  }
   static reg where_not_zero(reg a, reg x) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, _mm512_setzero_pd(), _CMP_NEQ_UQ), a);
   }

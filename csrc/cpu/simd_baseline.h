@@ -1,8 +1,14 @@
 // Vectors as plain arrays: the compiler turns them into whatever the build's target has (SSE2, NEON, ...).
 #pragma once
 
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
 #include "half.h"
 #include "weight_blocks.h"
+
+#define VIDFAST_ARRAYS
 
 namespace vidfast::cpu {
 namespace {
@@ -73,6 +79,83 @@ struct Vector {
   static reg multiply_add(const reg& a, const reg& b, const reg& c) {
     reg r;
     for (int i = 0; i < W; ++i) r.v[i] = a.v[i] * b.v[i] + c.v[i];
+    return r;
+  }
+  static reg div(const reg& a, const reg& b) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = a.v[i] / b.v[i];
+    return r;
+  }
+  static reg absolute(const reg& a) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = std::fabs(a.v[i]);
+    return r;
+  }
+  // b where one of them is NaN
+  static reg largest(const reg& a, const reg& b) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return r;
+  }
+  static reg smallest(const reg& a, const reg& b) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return r;
+  }
+  // x where a < b, else y
+  static reg where_less(const reg& a, const reg& b, const reg& x, const reg& y) {
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = a.v[i] < b.v[i] ? x.v[i] : y.v[i];
+    return r;
+  }
+  // of numbers below 2^22 (2^51) in size: what is added rounds them
+  static reg nearest(const reg& a) {
+    constexpr S kShift = sizeof(S) == 4 ? S(0x1.8p23) : S(0x1.8p52);
+    reg r;
+    for (int i = 0; i < W; ++i) r.v[i] = (a.v[i] + kShift) - kShift;
+    return r;
+  }
+  using Bits = std::conditional_t<sizeof(S) == 4, uint32_t, uint64_t>;
+  static constexpr int kMantissa = sizeof(S) == 4 ? 23 : 52, kBias = sizeof(S) == 4 ? 127 : 1023;
+  static Bits bits_of_number(S x) {
+    Bits b;
+    std::memcpy(&b, &x, sizeof(x));
+    return b;
+  }
+  static S number_of_bits(Bits b) {
+    S x;
+    std::memcpy(&x, &b, sizeof(x));
+    return x;
+  }
+  // x * 2^n for whole n, by two factors that are normal numbers
+  static reg scale_by(const reg& x, const reg& n) {
+    reg r;
+    for (int i = 0; i < W; ++i) {
+      const int whole = n.v[i] == n.v[i] ? static_cast<int>(n.v[i]) : 0, half = whole >> 1;
+      r.v[i] = x.v[i] * number_of_bits(Bits(half + kBias) << kMantissa) *
+               number_of_bits(Bits(whole - half + kBias) << kMantissa);
+    }
+    return r;
+  }
+  // x * 2^n for whole n, of which x and the result are normal numbers
+  static reg add_to_exponent(const reg& x, const reg& n) {
+    reg r;
+    for (int i = 0; i < W; ++i) {
+      const int whole = n.v[i] == n.v[i] ? static_cast<int>(n.v[i]) : 0;
+      r.v[i] = number_of_bits(bits_of_number(x.v[i]) + (Bits(whole) << kMantissa));
+    }
+    return r;
+  }
+  // The exponent k of a positive normal x = 2^k fraction, with fraction from sqrt(1/2) to sqrt(2).
+  static reg split(const reg& x, reg* fraction) {
+    constexpr Bits kRoot = sizeof(S) == 4 ? Bits(0x3f3504f3) : Bits(0x3fe6a09e00000000);
+    constexpr Bits kOne = Bits(kBias) << kMantissa;
+    reg r;
+    for (int i = 0; i < W; ++i) {
+      const Bits shifted = bits_of_number(x.v[i]) + (kOne - kRoot);
+      r.v[i] = static_cast<S>(static_cast<int>(shifted >> kMantissa) - kBias);
+      fraction->v[i] = number_of_bits((shifted & ((Bits(1) << kMantissa) - 1)) + kRoot);
+    }
     return r;
   }
   static reg where_not_zero(const reg& a, const reg& x) {

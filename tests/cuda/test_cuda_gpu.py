@@ -60,6 +60,29 @@ def test_agrees_with_the_reference(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(got.double().cpu(), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_variance_an_element(shape: tuple[int, ...], dtype: torch.dtype, strategy: str) -> None:
+    """Bitwise the same from run to run, and from halves of one tensor; it agrees with the reference."""
+    torch.manual_seed(0)
+    both = torch.randn(shape[0], 2 * shape[1], *shape[2:], device="cuda", dtype=dtype)
+    target = torch.randn(shape, device="cuda", dtype=dtype)
+
+    def run(mean: Tensor, raw: Tensor) -> tuple[Tensor, ...]:
+        mean, raw = (x.detach().requires_grad_() for x in (mean, raw))
+        loss = vidfast.heteroscedastic_nll(mean, target, raw, strategy=strategy, backend="cuda")
+        return (loss.detach(), *torch.autograd.grad(loss, (mean, raw)))
+
+    want = run(*both.chunk(2, 1))
+    for _ in range(10):
+        assert same(run(*both.chunk(2, 1)), want)
+    assert same(run(*(x.contiguous() for x in both.chunk(2, 1))), want)
+    mean, raw = both.double().cpu().chunk(2, 1)
+    exact = vidfast.heteroscedastic_nll(mean, target.double().cpu(), raw, backend="reference")
+    torch.testing.assert_close(want[0].double().cpu(), exact, rtol=1e-6, atol=1e-6)
+
+
 def test_a_side_stream_is_respected() -> None:
     """The kernel waits for what the side stream makes, which the default stream never waits for."""
     mean, target, alpha = problem((64, 256, 28, 28))

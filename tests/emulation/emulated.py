@@ -20,7 +20,15 @@ KERNELS = (
     "masked_rows.cu", "masked_planes.cu", "planes.cu", "rows.cu", "scale.cu", "alpha.cu", "finish.cu", "total.cu",
     "gaussian_nll.cu", "chunks.cpp",
 )  # fmt: skip
-F32_ONLY = ("-DVIDFAST_CUDA_PAIRS(X)=X(float, float)",)
+HETEROSCEDASTIC = (
+    "heteroscedastic_masked.cu",
+    "heteroscedastic_plain.cu",
+    "heteroscedastic.cu",
+    "chunks.cpp",
+)
+# The programs that check the kernels, and what each is made of.
+CHECKS = {"check": KERNELS, "check_heteroscedastic": HETEROSCEDASTIC}
+F32_ONLY = ("-DVIDFAST_CUDA_PAIRS(X)=X(float, float)", "-DVIDFAST_CUDA_TRIPLES(X)=X(float, float)")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
 FLAGS = (
     "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing",
@@ -91,8 +99,9 @@ def build_module(into: Path) -> Path:
     """The back end's functions as a Python module `vidfast_emulated`."""
     import pybind11
 
-    sources = [CSRC / "cuda" / name for name in (*KERNELS, "probe.cu")]
-    sources += [CSRC / "bindings_cuda.cpp", HERE / "module.cpp", HERE / "emulation.cpp"]
+    sources = [CSRC / "cuda" / name for name in dict.fromkeys((*KERNELS, *HETEROSCEDASTIC, "probe.cu"))]
+    sources += [CSRC / "bindings_cuda.cpp", CSRC / "bindings_cuda_heteroscedastic.cpp"]
+    sources += [HERE / "module.cpp", HERE / "emulation.cpp"]
     flags = (
         f"-I{pybind11.get_include()}",
         f"-I{sysconfig.get_path('include')}",
@@ -101,7 +110,11 @@ def build_module(into: Path) -> Path:
     return link(compile_all(sources, into, flags=flags), into / "vidfast_emulated.so", ["-shared"])
 
 
-def build_check(into: Path, csrc: Path = CSRC, flags: Sequence[str] = ()) -> Path:
-    """The program of check.cpp."""
-    sources = [csrc / "cuda" / name for name in KERNELS] + [HERE / "check.cpp", HERE / "emulation.cpp"]
-    return link(compile_all(sources, into, csrc, flags), into / "check", flags)
+def sources_of(check: str, csrc: Path = CSRC) -> list[Path]:
+    """Those of one of `CHECKS`."""
+    return [csrc / "cuda" / name for name in CHECKS[check]] + [HERE / f"{check}.cpp", HERE / "emulation.cpp"]
+
+
+def build_check(into: Path, csrc: Path = CSRC, flags: Sequence[str] = (), check: str = "check") -> Path:
+    """One of the programs in `CHECKS`."""
+    return link(compile_all(sources_of(check, csrc), into, csrc, flags), into / check, flags)

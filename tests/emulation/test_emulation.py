@@ -10,7 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from emulated import CSRC, F32_ONLY, HERE, KERNELS, ROOT, SANITIZE, build_check, compile_all, compiler, link
+from emulated import (
+    CHECKS,
+    CSRC,
+    F32_ONLY,
+    HERE,
+    KERNELS,
+    ROOT,
+    SANITIZE,
+    build_check,
+    compile_all,
+    compiler,
+    link,
+    sources_of,
+)
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
@@ -39,14 +52,15 @@ def test_shared_suite_on_the_emulated_back_end(emulated_module: Path) -> None:
     assert " passed" in done.stdout
 
 
-def test_all_primitives_under_the_sanitizers(tmp_path: Path) -> None:
-    """AddressSanitizer and UBSan, every pair of dtypes and every regime of shapes, against long double."""
+@pytest.mark.parametrize("check", CHECKS)
+def test_all_primitives_under_the_sanitizers(check: str, tmp_path: Path) -> None:
+    """AddressSanitizer and UBSan, every mixture of dtypes and every regime of shapes, against long double."""
     (tmp_path / "empty.cpp").write_text("int main() {}")
     try:
         link([tmp_path / "empty.cpp"], tmp_path / "empty", SANITIZE)
     except AssertionError as error:
         pytest.skip(f"this compiler has no sanitizers: {error}")
-    done = run(build_check(tmp_path, flags=SANITIZE))
+    done = run(build_check(tmp_path, flags=SANITIZE, check=check))
     assert done.returncode == 0, done.stdout + done.stderr[-6000:]
 
 
@@ -57,7 +71,13 @@ class Break:
     new: str
     sanitized: bool = False  # only the sanitizer can see it
 
+    @property
+    def check(self) -> str:
+        """The program that must notice."""
+        return "check_heteroscedastic" if self.file.startswith("heteroscedastic") else "check"
 
+
+SWEEP, MATH, HOST = "heteroscedastic_sweep.h", "heteroscedastic_math.h", "heteroscedastic.cu"
 BREAKS = {
     "the barrier before columns are added": Break(
         "rows.h", "columns.sum[e];\n    __syncthreads();", "columns.sum[e];"
@@ -102,35 +122,69 @@ BREAKS = {
     "M of the shape": Break("reduce.h", "a.m : a.totals[0]", "a.m : a.m"),
     "a weight too few": Break("total.cu", "(threadIdx.x) < tail", "(threadIdx.x) + 1 < tail"),
     "weights in place of their sums": Break("total.cu", "a.positions = a.sums;", "a.positions = t.positions;"),
+    "a block's sum is not stored": Break(SWEEP, "a.partials[blockIdx.x] = sum", "a.partials[0] = sum"),
+    "elements beyond the end have terms": Break(SWEEP, "if (Sum && i < count) sum", "if (Sum) sum"),
+    "the next vectors twice": Break(SWEEP, "loaded = ahead;", ""),
+    "the batch before": Break(SWEEP, "vector += kThreads) {", "vector += 0) {"),
+    "an element too many": Break(SWEEP, "if (i < n.count) one(i, at);", "if (i <= n.count) one(i, at);", True),
+    "vectors beyond the end": Break(SWEEP, "t.vectors && n.count == W) return into", "t.vectors) return into", True),
+    "the gap behind the next row": Break(SWEEP, "if (--left == 0) {\n      at +=", "if (left-- == 0) {\n      at +="),
+    "the first row's gaps": Break(SWEEP, "+ n.outer * t.gap_bytes", ""),
+    "a row of one is a row of many": Break(SWEEP, "const int row = at_most<W>(a.row);", "const int row = W + 1;"),
+    "the weights of the first block": Break(SWEEP, "position = block * a.inner + in_run", "position = in_run"),
+    "the weights of the next channel": Break(SWEEP, "          else\n            position -= a.inner;", ""),
+    "the next sample's weights": Break(SWEEP, "if (--runs == 0)", "if (runs-- == 0)"),
+    "one weight where there are more": Break(HOST, "&& a.channels % width == 0", ""),
+    "a vector of weights where channels end": Break(HOST, "(a.channels == 1 || a.inner % width == 0)", "(true)"),
+    "misaligned vectors of weights": Break(HOST, "(p.positions) % access == 0", "(p.positions) % 1 == 0", True),
+    "rows between vectors": Break(HOST, "(row % width == 0 && s.gap_bytes", "(s.gap_bytes"),
+    "gaps of half a vector as vectors": Break(HOST, "s.gap_bytes % 16 == 0);", "true);", True),
+    "misaligned vectors": Break(HOST, "= whole && reinterpret_cast<uintptr_t>(v.data) % 16 == 0", "= whole", True),
+    "gaps forgotten": Break(HOST, "s->data == nullptr || s->gap_bytes == 0", "true"),
+    "a sum too few": Break(HOST, "u * kThreads < a.blocks) sum", "u * kThreads + 1 < a.blocks) sum"),
+    "sums that are not there": Break(HOST, "i < a.blocks ? i : first", "i", True),
+    "k of the host": Break(SWEEP, "a.totals == nullptr ? a.k : a.totals[1];", "a.k;"),
+    "M for the finish's k": Break(HOST, "a.k : a.totals[1];", "a.k : a.totals[0];"),
+    "a negative variance counts": Break(MATH, "negative_is_nan && u < 0", "false"),
+    "a NaN that becomes a variance": Break(MATH, "u <= eps ? eps : u;", "u > eps ? u : eps;"),
+    "exp overflows": Break(MATH, "positive ? 1 + eps * e : e + eps", "exp_of(u) + eps"),
+    "softplus by log": Break(MATH, "log1p_of(e) + eps", "log_of(1 + e) + eps"),
+    "a slope of the other side": Break(MATH, "(positive ? Acc(1) : e) * both", "(positive ? e : Acc(1)) * both"),
+    "the power of a quotient": Break(MATH, "if (shifted) weight *= exp_of", "if (false) weight *= exp_of"),
+    "a weight of an element is squared": Break(MATH, "weight *= w;", "weight *= w * w;"),
+    "what does not count in a term": Break(MATH, "if (w == 0) x = y = u = 0;", ""),
+    "an infinite factor of nothing": Break(MATH, "if (w == 0) factor = 0;", ""),
 }  # fmt: skip
 # What is compiled anew where a header has changed.
 INCLUDED_BY = {
     "planes.h": ("planes.cu", "masked_planes.cu"),
     "rows.h": ("rows.cu", "masked_rows.cu"),
     "weights.h": ("masked_planes.cu", "masked_rows.cu"),
+    **dict.fromkeys((SWEEP, MATH), ("heteroscedastic_plain.cu", "heteroscedastic_masked.cu")),
     "reduce.h": tuple(name for name in KERNELS if name not in ("scale.cu", "gaussian_nll.cu", "chunks.cpp")),
 }  # fmt: skip
 
 
+SoundObjects = dict[tuple[str, bool], dict[str, Path]]
+
+
 @pytest.fixture(scope="module")
-def sound_objects(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, Path]]:
-    """The check program for fp32 alone, in objects, with and without sanitizers; and it must pass."""
+def sound_objects(tmp_path_factory: pytest.TempPathFactory) -> SoundObjects:
+    """The check programs for fp32 alone, in objects, with and without sanitizers; and they must pass."""
     found = {}
-    sources = [CSRC / "cuda" / name for name in KERNELS] + [HERE / "check.cpp", HERE / "emulation.cpp"]
-    for sanitized in (False, True):
-        into = tmp_path_factory.mktemp("sound")
-        flags = (*F32_ONLY, *(SANITIZE if sanitized else ()))
-        objects = compile_all(sources, into, flags=flags)
-        done = run(link(objects, into / "check", SANITIZE if sanitized else ()), "f32")
-        assert done.returncode == 0, done.stderr
-        found[sanitized] = {o.name.removesuffix(".o"): o for o in objects}
+    for check in CHECKS:
+        for sanitized in (False, True):
+            into = tmp_path_factory.mktemp("sound")
+            flags = (*F32_ONLY, *(SANITIZE if sanitized else ()))
+            objects = compile_all(sources_of(check), into, flags=flags)
+            done = run(link(objects, into / "program", SANITIZE if sanitized else ()), "f32")
+            assert done.returncode == 0, done.stderr
+            found[check, sanitized] = {o.name.removesuffix(".o"): o for o in objects}
     return found
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_a_broken_kernel_is_found(
-    name: str, sound_objects: dict[bool, dict[str, Path]], tmp_path: Path
-) -> None:
+def test_a_broken_kernel_is_found(name: str, sound_objects: SoundObjects, tmp_path: Path) -> None:
     broken = BREAKS[name]
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
@@ -144,6 +198,7 @@ def test_a_broken_kernel_is_found(
     changed = compile_all(
         [csrc / "cuda" / n for n in names], tmp_path / "objects", csrc, (*F32_ONLY, *sanitize)
     )
-    objects = {**sound_objects[broken.sanitized], **{o.name.removesuffix(".o"): o for o in changed}}
+    sound = sound_objects[broken.check, broken.sanitized]
+    objects = {**sound, **{o.name.removesuffix(".o"): o for o in changed}}
     done = run(link(list(objects.values()), tmp_path / "check", sanitize), "f32")
     assert done.returncode != 0, f"nobody noticed: {done.stdout}"

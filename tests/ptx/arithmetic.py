@@ -54,6 +54,28 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
     return _odd_sum(product, np.asarray(c, np.float64)).astype(np.float32)
 
 
+def _directed32(exact: Array, error: Array, towards: Array) -> Array:
+    """exact + error in fp32, of its two neighbours there the one on the side of `towards`, an infinity or 0."""
+    nearest = exact.astype(np.float32)
+    wide = nearest.astype(np.float64)
+    above = (wide > exact) | ((wide == exact) & (error < 0))
+    below = (wide < exact) | ((wide == exact) & (error > 0))
+    beyond = np.where(towards < exact, above, below) & (towards != wide)
+    towards = np.broadcast_to(towards, nearest.shape).astype(np.float32)
+    return np.where(beyond, np.nextafter(nearest, towards), nearest).astype(np.float32)
+
+
+def fma32_down(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of fp32 values, rounded towards minus infinity."""
+    product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
+    return _directed32(*two_sum(product, np.asarray(c, np.float64)), np.float64(-np.inf))
+
+
+def add32_to_zero(a: Array, b: Array) -> Array:
+    """a + b of fp32 values, rounded towards 0."""
+    return _directed32(*two_sum(np.asarray(a, np.float64), np.asarray(b, np.float64)), np.float64(0))
+
+
 def fma64(a: Array, b: Array, c: Array) -> Array:
     """a * b + c of fp64 values with one rounding (Boldo and Melquiond, 2008)."""
     a, b, c = np.broadcast_arrays(np.asarray(a), np.asarray(b), np.asarray(c))

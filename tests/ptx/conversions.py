@@ -79,6 +79,30 @@ def _compare(ins: Instruction) -> Run:
     return run
 
 
+@instruction("setp", "bf16 bf16x2", "eq ne lt le gt ge equ neu ltu leu gtu geu nan num")
+def _compare_bf16(ins: Instruction) -> Run:
+    """Of two pairs: the first predicate of the lower halves, the second of the upper ones."""
+    compare = _comparison(ins.modifiers[0], True)
+    paired = ins.types[0] == "bf16x2"
+    a, b = (reader(o, "b32" if paired else "b16") for o in ins.operands[1:3])
+    result = ins.operands[0]
+    if isinstance(result, Pair) != paired:
+        raise UnknownInstruction("a predicate for each half")
+    writes = [writer(o) for o in ((result.first, result.second) if isinstance(result, Pair) else (result,))]
+
+    def run(wave: Wave) -> None:
+        x, y = a(wave), b(wave)
+        for i, write in enumerate(writes):
+            write(
+                wave,
+                np.asarray(
+                    compare(*(from_bf16(z >> z.dtype.type(16 * i) & z.dtype.type(0xFFFF)) for z in (x, y)))
+                ),
+            )
+
+    return run
+
+
 def _flush_inputs(
     ins: Instruction, compare: Callable[[Array, Array], Array]
 ) -> Callable[[Array, Array], Array]:
@@ -173,6 +197,13 @@ def _convert(ins: Instruction) -> Run:
         return np.where(x >= float(limits.max) + 1, limits.max, inside.astype(target)).astype(target)
 
     return applied(ins, flush(ins, convert), [source])
+
+
+@instruction("cvt", "f32", "sat ftz")
+def _saturate(ins: Instruction) -> Run:
+    """To 0 at least and 1 at most; NaN becomes 0."""
+    zero, one = np.float32(0), np.float32(1)
+    return applied(ins, flush(ins, lambda x: np.where(x > 0, np.minimum(x, one), zero)), ["f32"])
 
 
 @instruction("cvt", "f16x2 bf16x2 f32", "rn")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from arithmetic import fma32, fma64, multiply_high, reciprocal_high
+from arithmetic import add32_to_zero, fma32, fma32_down, fma64, multiply_high, reciprocal_high
 from decode import BITS, FLOATS, INTEGERS, Run, applied, flush, instruction, numpy_type, reader, writer
 from errors import Fault
 from program import TYPES, Instruction
@@ -196,6 +196,16 @@ def _fma(ins: Instruction) -> Run:
     return applied(ins, flush(ins, fma64 if ins.types[0] == "f64" else fma32), [ins.types[0]] * 3)
 
 
+@instruction("fma", "f32", "rm ftz")
+def _fma_down(ins: Instruction) -> Run:
+    return applied(ins, flush(ins, fma32_down), ["f32"] * 3)
+
+
+@instruction("add", "f32", "rz")
+def _add_to_zero(ins: Instruction) -> Run:
+    return applied(ins, add32_to_zero, ["f32"] * 2)
+
+
 @instruction("min max", FLOATS, "ftz")
 def _extremes(ins: Instruction) -> Run:
     """The one that is a number; -0 is less than 0."""
@@ -224,6 +234,13 @@ def _one_float(ins: Instruction) -> Run:
         "rsqrt": by_wide(lambda x: 1 / np.sqrt(x)), "ex2": by_wide(np.exp2), "lg2": by_wide(np.log2),
     }  # fmt: skip
     return applied(ins, flush(ins, functions[ins.head]), [ins.types[0]])
+
+
+@instruction("abs neg", "bf16 bf16x2")
+def _sign_of_bf16(ins: Instruction) -> Run:
+    kind = "b32" if ins.types[0] == "bf16x2" else "b16"
+    signs = numpy_type(kind).type(0x80008000 if kind == "b32" else 0x8000)
+    return applied(ins, lambda x: x & ~signs if ins.head == "abs" else x ^ signs, [kind])
 
 
 @instruction("rcp", "f64", "approx ftz")

@@ -83,6 +83,15 @@ class Interpreted:
     def scale(self, *inputs: Any, **outputs: Any) -> None:
         self._primitive("scale", inputs, outputs)
 
+    def heteroscedastic_forward(self, *inputs: Any, **outputs: Any) -> None:
+        self._primitive("heteroscedastic_forward", inputs, outputs)
+
+    def heteroscedastic_forward_grad(self, *inputs: Any, **outputs: Any) -> None:
+        self._primitive("heteroscedastic_forward_grad", inputs, outputs)
+
+    def heteroscedastic_backward(self, *inputs: Any, **outputs: Any) -> None:
+        self._primitive("heteroscedastic_backward", inputs, outputs)
+
     def _primitive(self, name: str, inputs: tuple[Any, ...], outputs: dict[str, Any]) -> None:
         memory = GlobalMemory()
         names = list(inspect.signature(getattr(Backend, name)).parameters)[1:]

@@ -93,6 +93,35 @@ def test_fma_rounds_once(dtype: torch.dtype) -> None:
     assert finite > COUNT // 2
 
 
+@pytest.mark.parametrize("name", ["fma.rm", "add.rz"])
+def test_directed_rounding(name: str) -> None:
+    """Of the two neighbours of the exact value the lower one, and the one nearer to 0."""
+    a, b, c = (numbers(F32, i) for i in range(5, 8))
+    c[:1000] = -(a * b)[:1000] * (1 + 2**-23 * torch.randint(-1, 2, (1000,)))
+    b[1000:1500], a[1000:1500] = a[1000:1500] * 2.0 ** torch.randint(-30, 30, (500,)), 1.0
+    inputs, operands = ((a, b, c), "{1}, {2}, {3}") if name == "fma.rm" else ((b, c), "{1}, {2}")
+    got = elementwise(f"{name}.f32 {{0}}, {operands};", inputs, torch.empty_like(a))
+    finite = 0
+    for x, y, z, result in zip(a.tolist(), b.tolist(), c.tolist(), got.tolist(), strict=True):
+        value = exact(x, y, z) if name == "fma.rm" else exact(1.0, y, z)
+        if value is None or not np.isfinite(result):
+            continue
+        finite += 1
+        other = np.inf if name == "fma.rm" else math.copysign(np.inf, value)
+        with np.errstate(over="ignore"):
+            neighbour = float(np.nextafter(np.float32(result), np.float32(other)))
+        size = abs if name == "add.rz" else (lambda v: v)
+        assert size(Fraction(result)) <= size(value), (x, y, z, result)
+        assert not np.isfinite(neighbour) or size(Fraction(neighbour)) > size(value), (x, y, z, result)
+    assert finite > COUNT // 3
+
+
+def test_saturation() -> None:
+    a = torch.tensor([-math.inf, -1.0, -0.0, 0.0, 0.25, 1.0, 1.5, math.inf, math.nan] * 32)[:256]
+    got = elementwise("cvt.sat.f32.f32 {0}, {1};", (a,), torch.empty_like(a))
+    same(got, torch.tensor([0.0, 0.0, 0.0, 0.0, 0.25, 1.0, 1.0, 1.0, 0.0] * 32)[:256])
+
+
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize(
     "name", ["add", "sub", "mul", "div.rn", "min", "max", "neg", "abs", "sqrt.rn", "rcp.rn"]
@@ -151,6 +180,29 @@ def test_rounding_to_16_bits(to: torch.dtype) -> None:
     )
     same(pair.view(to).view(-1, 2)[:, 1].contiguous(), got)
     same(pair.view(to).view(-1, 2)[:, 0].contiguous(), got.flip(0))
+
+
+def test_bf16() -> None:
+    """Signs and comparisons, one by one and of two at once: the lower halves' comparison is the first."""
+    a, b = (numbers(F32, i).to(torch.bfloat16) for i in (17, 18))
+    b[:500] = a[:500]
+    pairs = [x.view(I32) for x in (a, b)]
+    for name, want in (("neg", -a), ("abs", a.abs())):
+        same(elementwise(f"{name}.bf16 {{0}}, {{1}};", (a,), torch.empty_like(a)), want)
+        two = elementwise(f"{name}.bf16x2 {{0}}, {{1}};", pairs[:1], torch.empty_like(pairs[0]))
+        same(two.view(torch.bfloat16), want)
+    for name, wanted in (("le", a <= b), ("gt", a > b), ("neu", a != b)):
+        if name == "neu":
+            wanted = wanted | a.isnan() | b.isnan()
+        body = f"setp.{name}.bf16 {{p}}, {{1}}, {{2}};\n selp.b32 {{0}}, 1, 0, {{p}};"
+        got = elementwise(body, (a, b), torch.empty(COUNT, dtype=I32))
+        assert got.tolist() == wanted.int().tolist()
+        body = (
+            f"setp.{name}.bf16x2 %p2|%p3, {{1}}, {{2}};\n selp.b32 %r20, 1, 0, %p2;\n selp.b32 %r21, 2, 0, %p3;\n"
+            "or.b32 {0}, %r20, %r21;"
+        )
+        got = elementwise(body, pairs, torch.empty_like(pairs[0]))
+        assert got.tolist() == (wanted[::2].int() + 2 * wanted[1::2].int()).tolist()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from torch.nn.functional import softplus
 
 from vidfast import backends
 from vidfast.arguments import Call
+from vidfast.backends.plain_heteroscedastic import PlainHeteroscedastic
+from vidfast.heteroscedastic.arguments import HeteroscedasticCall
 from vidfast.layout import Layout, RowLayout
 from vidfast.positions import Counts
 
@@ -31,7 +33,27 @@ def _store(x: Tensor, values: Tensor) -> None:
     x.copy_(values if x.dtype is torch.float64 else values.float())
 
 
-class ToyBackend:
+class _ToyHeteroscedastic(PlainHeteroscedastic):
+    """One variance an element: the plain derivatives, for positions' weights that lack the channels' dimension."""
+
+    def heteroscedastic_forward(self, mean: Tensor, *rest: Any, **outputs: Any) -> None:
+        super().heteroscedastic_forward(mean, *rest, **self._whole(mean, rest[-1], outputs))
+
+    def heteroscedastic_forward_grad(self, mean: Tensor, *rest: Any, **outputs: Any) -> None:
+        super().heteroscedastic_forward_grad(mean, *rest, **self._whole(mean, rest[-1], outputs))
+
+    def heteroscedastic_backward(self, g: Tensor, mean: Tensor, *rest: Any, **outputs: Any) -> None:
+        super().heteroscedastic_backward(g, mean, *rest, **self._whole(mean, rest[-1], outputs))
+
+    def _whole(self, mean: Tensor, call: HeteroscedasticCall, outputs: dict[str, Any]) -> dict[str, Any]:
+        counts: Counts | None = outputs.get("counts")
+        if counts is None or counts.positions is None or counts.positions.dim() == mean.dim():
+            return outputs
+        assert call.channel is not None
+        return {**outputs, "counts": counts._replace(positions=counts.positions.unsqueeze(call.channel))}
+
+
+class ToyBackend(_ToyHeteroscedastic):
     """Sums in fp64 whatever the dtypes, one operation of torch after another."""
 
     name = "toy"

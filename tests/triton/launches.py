@@ -21,7 +21,10 @@ from vidfast.backends.triton import TritonBackend
 from vidfast.backends.triton import kernels as programs
 from vidfast.backends.triton.plan import RULE, Tuning
 
-KERNELS = ("sweep_planes", "sweep_rows", "finish", "alpha_gradient", "scale", "sum_positions", "total")
+KERNELS = (
+    "sweep_planes", "sweep_rows", "finish", "alpha_gradient", "scale", "sum_positions", "total",
+    "heteroscedastic_sweep", "heteroscedastic_finish",
+)  # fmt: skip
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

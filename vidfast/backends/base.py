@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from vidfast.arguments import Call
+from vidfast.heteroscedastic.arguments import HeteroscedasticCall
+from vidfast.heteroscedastic.layout import Rows
 from vidfast.layout import Layout, RowLayout
 from vidfast.positions import Counts
 
@@ -161,6 +163,58 @@ class Backend(Protocol):
         untouched where g is 1 (0 or 2 N), or has no gaps.
         grad_alpha is (C,) in fp64, scaled_alpha in alpha's dtype.
         """
+
+    # One variance an element: csrc/heteroscedastic.h says what is computed. `rows` describes the three tensors and the
+    # gradients, as `layout` does above; `counts` is as above, but its positions' weights are of `rows.channels` and
+    # `rows.inner`, and only its k is read. Of a call it reads `transform`, `eps`, `beta`, `k`, `full` and
+    # `negative_is_nan`. r, the variance and what follows are formed in fp64 if one of the three tensors is, else fp32.
+
+    def heteroscedastic_forward(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        raw: Tensor,
+        rows: Rows,
+        call: HeteroscedasticCall,
+        *,
+        loss: Tensor,
+        counts: Counts | None = None,
+    ) -> None:
+        """Fills the loss: 3 N of traffic."""
+
+    def heteroscedastic_forward_grad(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        raw: Tensor,
+        rows: Rows,
+        call: HeteroscedasticCall,
+        *,
+        loss: Tensor,
+        grad_mean: Tensor | None,
+        grad_raw: Tensor | None,
+        counts: Counts | None = None,
+    ) -> None:
+        """Fills the loss, and for an incoming gradient of 1 the gradients that are there: 5 N.
+
+        grad_mean may be mean itself, and grad_raw raw.
+        """
+
+    def heteroscedastic_backward(
+        self,
+        g: Tensor,
+        mean: Tensor,
+        target: Tensor,
+        raw: Tensor,
+        rows: Rows,
+        call: HeteroscedasticCall,
+        *,
+        grad_mean: Tensor | None,
+        grad_target: Tensor | None,
+        grad_raw: Tensor | None,
+        counts: Counts | None = None,
+    ) -> None:
+        """Fills the gradients that are there, times the scalar g: up to 6 N. g is read where it is stored."""
 
 
 class PartsBackend(Backend, Protocol):

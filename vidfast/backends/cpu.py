@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from vidfast.arguments import Call
+from vidfast.heteroscedastic.arguments import HeteroscedasticCall
+from vidfast.heteroscedastic.layout import Rows
+from vidfast.heteroscedastic.native import native_problem
 from vidfast.layout import Layout, RowLayout
 from vidfast.memory import empty_scratch
 from vidfast.positions import Counts, native_counts
@@ -176,6 +179,64 @@ class CpuBackend:
             0 if grad_alpha is None else grad_alpha.data_ptr(),
             0 if scaled_alpha is None else scaled_alpha.data_ptr(),
             0 if scaled_alpha is None else NATIVE_DTYPE[scaled_alpha.dtype], _num_threads(),
+        )  # fmt: skip
+
+    def heteroscedastic_forward(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        raw: Tensor,
+        rows: Rows,
+        call: HeteroscedasticCall,
+        *,
+        loss: Tensor,
+        counts: Counts | None = None,
+    ) -> None:
+        """As the protocol says."""
+        _C.cpu_heteroscedastic_forward(
+            native_problem(mean, target, raw, rows, call, counts),
+            loss.data_ptr(), NATIVE_DTYPE[loss.dtype], _num_threads(),
+        )  # fmt: skip
+
+    def heteroscedastic_forward_grad(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        raw: Tensor,
+        rows: Rows,
+        call: HeteroscedasticCall,
+        *,
+        loss: Tensor,
+        grad_mean: Tensor | None,
+        grad_raw: Tensor | None,
+        counts: Counts | None = None,
+    ) -> None:
+        """As the protocol says."""
+        _C.cpu_heteroscedastic_forward_grad(
+            native_problem(mean, target, raw, rows, call, counts),
+            loss.data_ptr(), NATIVE_DTYPE[loss.dtype],
+            address(grad_mean), rows.grad_mean_stride, address(grad_raw), rows.grad_raw_stride, _num_threads(),
+        )  # fmt: skip
+
+    def heteroscedastic_backward(
+        self,
+        g: Tensor,
+        mean: Tensor,
+        target: Tensor,
+        raw: Tensor,
+        rows: Rows,
+        call: HeteroscedasticCall,
+        *,
+        grad_mean: Tensor | None,
+        grad_target: Tensor | None,
+        grad_raw: Tensor | None,
+        counts: Counts | None = None,
+    ) -> None:
+        """As the protocol says."""
+        _C.cpu_heteroscedastic_backward(
+            native_problem(mean, target, raw, rows, call, counts), g.data_ptr(), NATIVE_DTYPE[g.dtype],
+            address(grad_mean), rows.grad_mean_stride, address(grad_target), rows.row,
+            address(grad_raw), rows.grad_raw_stride, _num_threads(),
         )  # fmt: skip
 
     def has_head(self, module: torch.dtype, layers: int) -> bool:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from vidfast._torch import current_stream
 from vidfast.arguments import Call
+from vidfast.heteroscedastic.arguments import HeteroscedasticCall
+from vidfast.heteroscedastic.layout import Rows
+from vidfast.heteroscedastic.native import native_problem
 from vidfast.layout import Layout, RowLayout
 from vidfast.memory import workspace
 from vidfast.positions import Counts, native_counts
@@ -48,6 +51,7 @@ class CudaBackend:
         self._is_cuda = device_type == "cuda"
         self._refused: dict[int, str | None] = {}  # by device: why it cannot run there
         self._workspace_length = lru_cache(maxsize=4096)(self._count_workspace)
+        self._heteroscedastic_bytes = lru_cache(maxsize=4096)(self._count_heteroscedastic)
 
     def unavailable(self) -> str | None:
         """Why the extension was built without it, or torch, the driver or the machine has no CUDA."""
@@ -236,6 +240,87 @@ class CudaBackend:
                 0 if scaled_alpha is None else scaled_alpha.data_ptr(),
                 0 if scaled_alpha is None else NATIVE_DTYPE[scaled_alpha.dtype], self._stream(index),
             )  # fmt: skip
+
+    def heteroscedastic_forward(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        raw: Tensor,
+        rows: Rows,
+        call: HeteroscedasticCall,
+        *,
+        loss: Tensor,
+        counts: Counts | None = None,
+    ) -> None:
+        """As the protocol says."""
+        index = mean.get_device()
+        with self._on(index):
+            space = self._heteroscedastic_workspace(mean, target, raw, rows, loss)
+            self._native.cuda_heteroscedastic_forward(
+                *native_problem(mean, target, raw, rows, call, counts),
+                loss.data_ptr(), NATIVE_DTYPE[loss.dtype], space.data_ptr(), self._stream(index),
+            )  # fmt: skip
+
+    def heteroscedastic_forward_grad(
+        self,
+        mean: Tensor,
+        target: Tensor,
+        raw: Tensor,
+        rows: Rows,
+        call: HeteroscedasticCall,
+        *,
+        loss: Tensor,
+        grad_mean: Tensor | None,
+        grad_raw: Tensor | None,
+        counts: Counts | None = None,
+    ) -> None:
+        """As the protocol says."""
+        index = mean.get_device()
+        with self._on(index):
+            space = self._heteroscedastic_workspace(mean, target, raw, rows, loss)
+            self._native.cuda_heteroscedastic_forward_grad(
+                *native_problem(mean, target, raw, rows, call, counts),
+                loss.data_ptr(), NATIVE_DTYPE[loss.dtype],
+                address(grad_mean), rows.grad_mean_stride, address(grad_raw), rows.grad_raw_stride,
+                space.data_ptr(), self._stream(index),
+            )  # fmt: skip
+
+    def heteroscedastic_backward(
+        self,
+        g: Tensor,
+        mean: Tensor,
+        target: Tensor,
+        raw: Tensor,
+        rows: Rows,
+        call: HeteroscedasticCall,
+        *,
+        grad_mean: Tensor | None,
+        grad_target: Tensor | None,
+        grad_raw: Tensor | None,
+        counts: Counts | None = None,
+    ) -> None:
+        """As the protocol says."""
+        index = mean.get_device()
+        with self._on(index):
+            self._native.cuda_heteroscedastic_backward(
+                *native_problem(mean, target, raw, rows, call, counts),
+                g.data_ptr(), NATIVE_DTYPE[g.dtype],
+                address(grad_mean), rows.grad_mean_stride, address(grad_target), rows.row,
+                address(grad_raw), rows.grad_raw_stride, self._stream(index),
+            )  # fmt: skip
+
+    def _heteroscedastic_workspace(
+        self, mean: Tensor, target: Tensor, raw: Tensor, rows: Rows, loss: Tensor
+    ) -> Tensor:
+        """Room for a call's partial sums, in numbers of the loss's type."""
+        dtypes = NATIVE_DTYPE[mean.dtype], NATIVE_DTYPE[target.dtype], NATIVE_DTYPE[raw.dtype]
+        size = self._heteroscedastic_bytes(rows.outer, rows.row, *dtypes)
+        return workspace(size // loss.element_size(), loss)
+
+    def _count_heteroscedastic(self, outer: int, row: int, mean: int, target: int, raw: int) -> int:
+        """How many bytes have room for them: a number of 8 bytes for each block."""
+        size: int = self._native.cuda_heteroscedastic_workspace_bytes(outer, row, mean, target, raw)
+        return size
 
     def _count_workspace(self, extents: tuple[int, ...], mean_dtype: int, target_dtype: int) -> int:
         """How many fp64 numbers have room for partial sums and a counter; the kernels set what they read."""

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from vidfast import reference
 from vidfast.arguments import Call
+from vidfast.backends.plain_heteroscedastic import PlainHeteroscedastic
 from vidfast.layout import Layout, RowLayout
 from vidfast.positions import Counts, Weights
 
 
-class PlainBackend:
+class PlainBackend(PlainHeteroscedastic):
     """The primitives out of torch's operations; see :class:`vidfast.backends.base.Backend`."""
 
     name = "reference"

@@ -20,6 +20,8 @@ import triton.language as tl
 from vidfast.backends.triton.finish import alpha_gradient as alpha_gradient
 from vidfast.backends.triton.finish import begin_sweep
 from vidfast.backends.triton.finish import finish as finish
+from vidfast.backends.triton.heteroscedastic import heteroscedastic_finish as heteroscedastic_finish
+from vidfast.backends.triton.heteroscedastic import heteroscedastic_sweep as heteroscedastic_sweep
 from vidfast.backends.triton.math import (
     device_function,
     grad_scale,

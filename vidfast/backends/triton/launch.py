@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import struct
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from vidfast.arguments import Call
 from vidfast.backends.triton.device import find_device
+from vidfast.backends.triton.heteroscedastic_launch import Heteroscedastic
+from vidfast.backends.triton.options import EARLY, bits
 from vidfast.backends.triton.plan import (
     ALPHA_BLOCK,
     NOTHING,
@@ -43,20 +44,13 @@ if TYPE_CHECKING:
 _F32, _F64 = torch.float32, torch.float64
 # r * r is added with one rounding, whatever the installed Triton's default is.
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-# Of a kernel that may start before the one before it has ended.
-_EARLY = {"launch_pdl": True}
 # What counts, and where a call says nothing of it.
 _Counts = tuple[Tensor | None, Tensor | None]
 _ALL: _Counts = (None, None)
 _TRUE = ("1", "true", "on", "yes", "y")
 
 
-def _bits(x: float) -> int:
-    bits: int = struct.unpack("<q", struct.pack("<d", x))[0]
-    return bits
-
-
-class TritonBackend:
+class TritonBackend(Heteroscedastic):
     """The kernels of `kernels`; see :class:`vidfast.backends.base.Backend`.
 
     Attributes:
@@ -161,7 +155,7 @@ class TritonBackend:
                 sums, added = workspace(adding.programs, totals), adding.programs
                 kernels.sum_positions[(added,)](positions, sums, count, CHUNK=adding.chunk, **options)
                 positions = sums
-            kernels.total[(1,)](positions, factor, totals, added, count, channels, _bits(k), **options)
+            kernels.total[(1,)](positions, factor, totals, added, count, channels, bits(k), **options)
 
     def forward(
         self,
@@ -228,7 +222,7 @@ class TritonBackend:
                 channels = layout.channels
                 self._kernels.alpha_gradient[(ceil_div(channels, ALPHA_BLOCK),)](
                     alpha, sum_sq, g, grad_alpha, known[1], channels, layout.outer * layout.inner,
-                    _bits(call.eps), _bits(call.k), ALPHA_BLOCK=ALPHA_BLOCK, **_OPTIONS,
+                    bits(call.eps), bits(call.k), ALPHA_BLOCK=ALPHA_BLOCK, **_OPTIONS,
                 )  # fmt: skip
 
     def scale(
@@ -323,10 +317,10 @@ class TritonBackend:
         self._kernels.finish[(ending.programs,)](
             space, partials_at, alpha, loss, sum_sq, grad_alpha, counts[1],
             ending.blocks, channels, ending.inner, divisor(ending.inner),
-            layout.outer * layout.inner, _bits(call.eps), _bits(call.k), ending.programs,
+            layout.outer * layout.inner, bits(call.eps), bits(call.k), ending.programs,
             ACROSS=ending.across, CHANNELS=ending.channels, DEPTH=ending.depth, FULL=call.full,
             WIDE=tl.float64 if is_wide else tl.float32, OVERLAP=tuning.overlap != 0,
-            num_warps=ending.warps, enable_fp_fusion=True, **(_EARLY if tuning.overlap else {}),
+            num_warps=ending.warps, enable_fp_fusion=True, **(EARLY if tuning.overlap else {}),
         )  # fmt: skip
 
     def _sweep(
@@ -354,7 +348,7 @@ class TritonBackend:
         tl = kernels.tl
         positions, totals = counts
         channels = layout.channels
-        m, eps, k = layout.outer * layout.inner, _bits(call.eps), _bits(call.k)
+        m, eps, k = layout.outer * layout.inner, bits(call.eps), bits(call.k)
         if grad_alpha is None:
             sum_sq = None
         wide = tl.float64 if _F64 in (mean.dtype, target.dtype) else tl.float32

@@ -4,9 +4,9 @@
     StudentTVID          Student's t: heavy tails
     MixtureVID           a mixture of K Gaussians (Bishop's mixture density network)
 
-They are plain PyTorch, computed in fp32 (fp64 for fp64 features): the fused kernel is for one variance per
-channel and takes no part here, so expect several times VID's memory and time. All leave out the constant
-1/2 log(2 pi) per element, as VID does, and in the limit named at each class their value is VID's.
+The first is computed by `vidfast.heteroscedastic_nll`'s kernel. The others are plain PyTorch, computed in fp32 (fp64
+for fp64 features): expect several times VID's memory and time. All leave out the constant 1/2 log(2 pi) per element,
+as VID does, and in the limit named at each class their value is VID's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from vidfast import reference
-from vidfast.arguments import ScalarReduction, inverse_softplus
+from vidfast.arguments import BackendName, ScalarReduction, inverse_softplus
+from vidfast.backends import check_name
+from vidfast.heteroscedastic.call import heteroscedastic_nll
 from vidfast.layers import last_layer
 
 from ..layouts import ChannelDim
@@ -63,12 +65,42 @@ class HeteroscedasticVID(VariationalPairs):
     The paper: "it gave unstable training with ignorable improvements". Use it to see for yourself, with a small
     learning rate or clipped gradients and a larger `eps`: the gradient of mu grows like 1 / sigma^2.
 
-    The options are VID's; `backend` does not apply.
+    The options are VID's.
     """
 
     default_name: ClassVar[str] = "vid_heteroscedastic"
     takes_mask: ClassVar[bool] = True
     outputs = 2
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        *,
+        regressor: str | Regressor = "conv3",
+        init_var: float = 5.0,
+        eps: float = 1e-5,
+        reduction: ScalarReduction = "mean",
+        channel_dim: ChannelDim = None,
+        tokens: Tokens = None,
+        alpha_lr: float = 1.0,
+        backend: BackendName = "auto",
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            pairs,
+            regressor=regressor,
+            init_var=init_var,
+            eps=eps,
+            reduction=reduction,
+            channel_dim=channel_dim,
+            tokens=tokens,
+            alpha_lr=alpha_lr,
+            weight=weight,
+            name=name,
+        )
+        check_name(backend)
+        self.backend = backend
 
     def make_likelihood(self, channels: int, channel_dim: int = 1) -> ChannelScale:
         return ChannelScale((channels,), self.init_var, self.eps)
@@ -90,14 +122,20 @@ class HeteroscedasticVID(VariationalPairs):
     ) -> Tensor:
         scale = self.likelihoods[index]
         assert isinstance(scale, ChannelScale)
-        student, teacher = selected(student, teacher, mask, self.dim(index))
-        output = wide(self.predict(index, student, teacher))
-        mean, head = output.chunk(2, self.dim(index))
-        logit = _along(scale.alpha, self.dim(index), mean.dim()) + head
-        # softplus without F.softplus's cut-off at 20
-        variance = torch.logaddexp(logit, torch.zeros_like(logit)) + scale.eps
-        residual = wide(teacher) - mean
-        return self.reduce(0.5 * (variance.log() + residual.square() / variance), factor, mask)
+        dim = self.dim(index)
+        student, teacher = selected(student, teacher, mask, dim)
+        mean, head = self.predict(index, student, teacher).chunk(2, dim)
+        return heteroscedastic_nll(
+            mean,
+            teacher,
+            _along(scale.alpha, dim, mean.dim()) + head,
+            eps=scale.eps,
+            channel_dim=dim,
+            reduction=self.reduction,
+            weight=factor.to(teacher.device) if isinstance(factor, Tensor) else factor,
+            mask=mask,
+            backend=self.backend,
+        )
 
 
 def _gamma_ratio(half: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The second kernel family: one variance an element, predicted as the mean is."""
