@@ -62,7 +62,9 @@ def losses() -> Tensor:
     total = total + assert_type(vidfast.functional.heteroscedastic_nll(mean, target, raw, weight=0.5), Tensor)
     variance = assert_type(vidfast.variance_of(raw), Tensor)
     assert_type(vidfast.functional.variance_of(raw, transform="identity"), Tensor)
-    total = total + vidfast.GaussianNLLLoss(full=True, check=False)(mean, target, variance)
+    total = total + assert_type(
+        vidfast.GaussianNLLLoss(full=True, check=False)(mean, target, variance), Tensor
+    )
     total = total + assert_type(vidfast.functional.gaussian_nll_loss(mean, target, 0.5, full=True), Tensor)
     layer = torch.nn.Linear(mean.shape[1], mean.shape[1])
     head = vidfast.vid_head(mean.detach(), target, nll.alpha, [layer.weight], [layer.bias], reduction="sum")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -165,6 +167,12 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
         super().__init__(full=full, eps=as_number("eps", eps), reduction=reduction)
         self.check = check
         self.backend: BackendName = backend
+
+    if TYPE_CHECKING:  # nn.Module's own is Any
+
+        def __call__(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
+            """The loss; see `forward`."""
+            ...
 
     def forward(self, input: Tensor, target: Tensor, var: Tensor | float) -> Tensor:
         """The loss; see :func:`gaussian_nll_loss`."""
