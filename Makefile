@@ -21,7 +21,7 @@ demo: $(VENV)/.train
 	$(BIN)/vidfast distill $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python tests/run_folders.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

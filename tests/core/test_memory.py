@@ -225,7 +225,7 @@ def test_a_fork_does_not_wait_for_a_lock() -> None:
         "    assert os.waitpid(child, 0)[1] == 0\n"
         "stop.append(1)\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
 
 
 def test_outlives_the_interpreter() -> None:
