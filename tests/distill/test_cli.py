@@ -306,7 +306,7 @@ def test_importing_vidfast_imports_nothing_of_distill() -> None:
         "print([m for m in sys.modules if m.startswith('vidfast.distill') or m in "
         "('accelerate', 'sklearn', 'matplotlib', 'safetensors')])"
     )
-    out, errors = python("-c", code).communicate(timeout=60)
+    out, errors = python("-c", code).communicate(timeout=240)
     assert out == "[]\n", errors
 
 
@@ -317,7 +317,7 @@ def test_the_library_and_info_need_no_extras() -> None:
         "import vidfast.distill, vidfast.distill.models; from vidfast.cli import main; sys.exit(main(['info']))"
     )
     process = python("-c", code)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert "backends" in out
 
@@ -336,7 +336,7 @@ def test_interrupting_the_process_leaves_one_line(tmp_path: Path) -> None:
         while not config.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 130
@@ -352,7 +352,7 @@ def test_an_interrupt_while_text_is_executed_ends_with_the_same_code() -> None:
         "sys.exit(vidfast.cli.main(['distill']))"
     )
     process = python("-c", f"exec({code!r})")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     assert errors.strip() == "vidfast: interrupted"
 

@@ -32,7 +32,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     # fibers and stacks that outlive their function do not go together
     environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
     return subprocess.run(
-        [str(program), *arguments], capture_output=True, text=True, timeout=600, env=environment
+        [str(program), *arguments], capture_output=True, text=True, timeout=1800, env=environment
     )
 
 
@@ -47,7 +47,7 @@ def test_shared_suite_on_the_emulated_back_end(emulated_module: Path) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE / "site"), os.environ.get("PYTHONPATH")])),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-m", "backend", "-p", "no:cacheprovider", "tests/core"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

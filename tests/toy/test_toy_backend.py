@@ -36,7 +36,7 @@ def test_a_back_end_of_one_file_passes_the_shared_suite(
     paths = [str(ROOT / "tests" / "core" / file) for file in files]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *paths, "-m", "backend", "-q", "-p", "no:cacheprovider"],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600,
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1800,
     )  # fmt: skip
     summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
