@@ -195,3 +195,24 @@ def test_a_shared_variance_gets_one_gradient() -> None:
     theirs, ours = both(x, t, made((64, 1), FP32, 2, positive=True))
     for got, want in zip(ours, theirs, strict=True):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-6 * want.abs().max().item())
+
+
+def test_transforms_of_torch_func_see_into_it() -> None:
+    """As into torch's: a derivative of a function, forward mode."""
+    x, t, v = torch.randn(7), torch.randn(7), torch.rand(7) + 0.1
+    for differentiate in (torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (torch.ones(7),))[1]):
+        got, want = (
+            differentiate(lambda x, loss=loss: loss(x, t, v))(x)
+            for loss in (functional.gaussian_nll_loss, F.gaussian_nll_loss)
+        )
+        assert torch.allclose(got, want, rtol=1e-5)
+
+
+def test_numbers_alone() -> None:
+    for shape in ((), (1,)):
+        leaves = [torch.tensor(0.7).expand(shape).clone().requires_grad_() for _ in range(3)]
+        loss = vidfast.heteroscedastic_nll(*leaves)
+        want = vidfast.heteroscedastic_nll(*leaves, backend="reference")
+        assert torch.allclose(loss, want)
+        for a, b in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves), strict=True):
+            assert torch.allclose(a, b)

@@ -302,6 +302,8 @@ def test_in_place_only_where_nothing_is_destroyed() -> None:
     one = leaf * 1
     with pytest.raises(RuntimeError, match="would overwrite raw, which shares memory with mean"):
         vidfast.heteroscedastic_nll(one, torch.zeros(3, 4), one[:], inplace=True)
+    with pytest.raises(RuntimeError, match="would overwrite raw, which shares memory with mean"):
+        vidfast.heteroscedastic_nll(one, torch.zeros(3, 4), one, inplace=True)
     spread = (torch.randn(3, 4, 5, requires_grad=True) * 1)[:, :, ::2]
     with pytest.raises(RuntimeError, match="a mean that is walked where it is stored"):
         vidfast.heteroscedastic_nll(

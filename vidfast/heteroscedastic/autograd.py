@@ -72,13 +72,14 @@ def _check_inplace(
     Raises:
         RuntimeError: Writing them would destroy what other code still uses.
     """
-    over = [(name, x) for name, x in (("mean", mean), ("raw", raw)) if x.requires_grad]
-    others = [("target", target)]
-    if not (mean.requires_grad and raw.requires_grad):
-        others += [("mean", mean), ("raw", raw)]
+    both = {"mean": mean, "raw": raw}
+    others = {"target": target, **both}
     if weights is not None:
-        others += [(n, x) for n, x in zip(("mask", "weight"), weights, strict=True) if x is not None]
-    for name, x in over:
+        named = zip(("mask", "weight"), weights, strict=True)
+        others.update((name, x) for name, x in named if x is not None and x.numel())
+    for name, x in both.items():
+        if not x.requires_grad:
+            continue
         base = base_of(x)
         if base is not None and base.is_leaf and base.requires_grad:
             what = name if base is x else f"the tensor that {name} is a view of"
@@ -86,9 +87,9 @@ def _check_inplace(
                 f"inplace=True would overwrite {what}, a leaf that requires grad: pass inplace=False"
             )
         begin, end = memory_of(x)
-        beside = [] if halves is not None else [(n, y) for n, y in over if y is not x]
-        for other, y in (*others, *beside):
-            if y is x or not y.numel():
+        for other, y in others.items():
+            # the rows of halves take turns in memory
+            if other == name or (halves is not None and other in both):
                 continue
             other_begin, other_end = memory_of(y)
             if begin < other_end and other_begin < end:

@@ -33,7 +33,10 @@ def variance(raw: Tensor, transform: int, eps: float, negative_is_nan: bool = Fa
     found = raw.clone()
     with torch.no_grad():  # the gradient passes as if nothing were clamped
         found.clamp_(min=eps)
-    return found * torch.where(raw < 0, math.nan, 1.0) if negative_is_nan else found
+    if not negative_is_nan:
+        return found
+    # numbers alone would be fp64 in a forward-mode derivative
+    return found * torch.where(raw < 0, raw.new_full((), math.nan), raw.new_ones(()))
 
 
 def elementwise(mean: Tensor, target: Tensor, raw: Tensor, call: HeteroscedasticCall) -> Tensor:

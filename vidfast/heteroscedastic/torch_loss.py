@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from vidfast import backends
-from vidfast._torch import in_functorch
+from vidfast._torch import has_tangent, in_forward_mode, in_functorch
 from vidfast.arguments import BackendName, as_number, check_dense, check_options, loss_factor
 from vidfast.heteroscedastic.arguments import CLAMP, HeteroscedasticCall
 from vidfast.heteroscedastic.call import computed
@@ -76,6 +76,8 @@ def gaussian_nll_loss(
         check_dense(input=input, target=target)
     dtype = result_dtype(input, target, var)
     input, target, variances = _matched(input, target, var, dtype)
+    if backend == "auto" and not torch.compiler.is_compiling() and _in_transform(input, target, variances):
+        backend = "reference"
     if check and not variances.is_cpu and bool((variances < 0).any()):
         raise ValueError(MESSAGE)
     k = 0.0
@@ -88,6 +90,11 @@ def gaussian_nll_loss(
     if not torch.compiler.is_compiling() and not in_functorch(input, target, variances):
         check_no_negative(call, variances, loss.detach().sum() if reduction == "none" else loss)
     return loss.to(dtype)
+
+
+def _in_transform(*tensors: Tensor) -> bool:
+    """Whether torch.func or a forward-mode derivative has to see into the loss, as it sees into torch's."""
+    return in_functorch(*tensors) or (in_forward_mode() and has_tangent(*tensors))
 
 
 def result_dtype(input: Tensor, target: Tensor, var: Tensor | float) -> torch.dtype:
