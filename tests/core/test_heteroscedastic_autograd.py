@@ -207,7 +207,7 @@ def test_nothing_keeps_the_whole_alive() -> None:
 @pytest.mark.parametrize("kind", TRANSFORMS)
 def test_gradcheck(backend: Place, kind: str) -> None:
     tensors = tensors_of(BY_NAME["small_3x3"], kind, FP64, device=backend.device)
-    leaves = [x[:2].clone() for x in tensors]
+    leaves = [x[:2, :2].clone() for x in tensors]
     if kind == "identity":  # where the clamp holds the derivative is not the function's
         leaves[2] += 0.1
     leaves = [x.requires_grad_() for x in leaves]

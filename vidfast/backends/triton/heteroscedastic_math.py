@@ -32,7 +32,7 @@ LARGEST_FP64: tl.constexpr = tl.constexpr(1.7976931348623157e308)
 
 @device_function
 def exponential(x, dtype: tl.constexpr):
-    """exp(x). tl.exp in fp32 rounds x / ln 2: at x = -80 that is 60 ulp."""
+    """exp(x). tl.exp in fp32 rounds x / ln 2: at x = -80 that is dozens of ulp."""
     if INTERPRETED or dtype == tl.float64:
         y = tl.exp(x)
     else:

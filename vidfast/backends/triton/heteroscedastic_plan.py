@@ -13,8 +13,8 @@ from typing import NamedTuple
 from vidfast.backends.triton.plan import LONGEST_RUN, RULE, VECTOR_BYTES, Tuning, ceil_div
 from vidfast.heteroscedastic.layout import Rows
 
-# Programs wanted at least, in the first family's: 4 for each place that a multiprocessor has for one, so that the last
-# ones end together.
+# Programs wanted at least, as a multiple of `Tuning.programs`: several for each place that a GPU has for one, so that
+# the last ones end together.
 TIMES_AS_MANY = 4
 # Partial sums that the finish loads at once, 16 a thread.
 FINISH_TILE = 4096
