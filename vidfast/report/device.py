@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vidfast.report import figures, heads, masks, tables
+from vidfast.report import figures, heads, masks, tables, variances
 from vidfast.report.document import Section, Table
 from vidfast.report.noise import times_faster
 from vidfast.report.results import COMPILE, COPY, DEFAULT, EAGER, KERNEL, OVERHEAD, STEP, Row, Run
@@ -299,7 +299,7 @@ def summary(run: Run) -> str:
     whole = whole_steps(run)
     if whole.rows:
         parts.append(whole.markdown())
-    return "\n\n".join([*parts, *masks.blocks(run)])
+    return "\n\n".join([*parts, *masks.blocks(run), *variances.blocks(run)])
 
 
 def whole_steps(run: Run) -> Table:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
-from vidfast.report import device, figures, masks, tables
+from vidfast.report import device, figures, masks, tables, variances
 from vidfast.report.document import Figure, Page, Section, Table
 from vidfast.report.results import FORWARD, KERNEL, MASKS, OVERHEAD, SCALING, STEP, Run, contended_share
 
@@ -123,12 +123,14 @@ def of_run(run: Run, drawn: Iterable[Figure]) -> list[Section]:
         )
         parts = [tables.overhead(run, case) for case in run.cases(OVERHEAD)]
         sections.append(Section("Host overhead", 3, [text, *parts]))
-    sections += masks.sections(run)
+    sections += [*masks.sections(run), *variances.sections(run)]
     for suite in others_of(run):
         sections.append(Section(suite[:1].upper() + suite[1:], 3, [MODULES_TEXT, tables.modules(run, suite)]))
     sections.append(
         Section(
-            "Where vidfast does not lead", 3, [listing([*tables.shortfalls(run), *masks.shortfalls(run)])]
+            "Where vidfast does not lead",
+            3,
+            [listing([*tables.shortfalls(run), *masks.shortfalls(run), *variances.shortfalls(run)])],
         )
     )
     listed = (STEP, FORWARD, KERNEL, OVERHEAD, SCALING, MASKS, device.TUNING)

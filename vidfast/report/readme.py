@@ -9,9 +9,19 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from vidfast.report import device, figures, heads, masks, tables
+from vidfast.report import device, figures, heads, masks, tables, variances
 from vidfast.report.document import Table
-from vidfast.report.results import COMPILE, DEFAULT, EAGER, HEAD, MASKS, STEP, Run, contended_share
+from vidfast.report.results import (
+    COMPILE,
+    DEFAULT,
+    EAGER,
+    HEAD,
+    MASKS,
+    STEP,
+    VARIANCES,
+    Run,
+    contended_share,
+)
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 NOTES_BEGIN, NOTES_END = "<!-- measured on GPUs: begin -->", "<!-- measured on GPUs: end -->"
@@ -90,12 +100,13 @@ def block(runs: Sequence[Run]) -> str:
         parts.append(f"**{run.device}**, torch {torch}, {run.date[:10]}{load}:")
         whole = [] if measured_again(run, spinning, HEAD) else heads.blocks(run)
         masked = [] if measured_again(run, spinning, MASKS) else masks.blocks(run)
+        each = [] if measured_again(run, spinning, VARIANCES) else variances.blocks(run)
         bare = table(run)
         parts += whole
-        if bare.rows or not (whole or masked):
+        if bare.rows or not (whole or masked or each):
             parts += ["The loss alone, without a regressor:"] if whole else []
             parts.append(bare.markdown())
-        parts += masked
+        parts += [*masked, *each]
     if not any(run.gpu for run in runs):
         parts.append("GPU figures are pending: no stored run was made on a GPU.")
     return "\n\n".join(parts)

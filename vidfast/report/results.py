@@ -14,8 +14,8 @@ from vidfast.report.noise import Interval, Ratio, Samples, spread, times_faster
 
 EAGER, COMPILE, COPY, TORCH_LOSS = "eager", "torch.compile", "copy", "torch.nn.GaussianNLLLoss"
 STEP, FORWARD, KERNEL, OVERHEAD, SCALING = "loss step", "forward", "kernel alone", "overhead", "scaling"
-HEAD, TRAINING, MASKS = "VIDLoss", "training step", "masks"
-DEFAULT, COMPILED_DEFAULT = "vidfast default", "vidfast compiled"
+HEAD, TRAINING, MASKS, VARIANCES = "VIDLoss", "training step", "masks", "variances"
+DEFAULT, COMPILED_DEFAULT, IN_PLACE = "vidfast default", "vidfast compiled", "vidfast in place"
 # Among masks: the selected rows copied out, and what ends the name of a row of ours that has no mask.
 INDEXING, WITHOUT_MASK = "indexing", " without a mask"
 # Ends the name of a row that was captured in a CUDA graph.
