@@ -25,7 +25,8 @@ namespace {
 
 enum class Pass { kSum, kSumGrad, kGrad };
 
-// Of an element: log v, 1/v, (dv / d raw) / v, and v itself where 1/v may be no number.
+// Of an element: log v, 1/v (of log_variance its root, twice a factor of r: 1/v itself overflows before r / v), its
+// derivative (dv / d raw) / v, and v itself where 1/v may be no number.
 template <class V>
 struct Variance {
   typename V::reg log, inverse, slope, value;
@@ -47,7 +48,7 @@ inline Variance<V> variance_of(typename V::reg raw, const ElementConstants& c) {
   const auto log = [&](reg v) { return normal ? logarithm_of_normal<V>(v) : logarithm<V>(v); };
   const reg zero = V::set1(0), one = V::set1(1);
   if constexpr (transform == Transform::log_variance) {
-    return {raw, exponential<V>(V::neg(raw)), one, one};
+    return {raw, exponential<V>(V::mul(V::set1(S(-0.5)), raw)), one, one};
   } else if constexpr (transform == Transform::clamp) {
     reg v = V::largest(eps, raw);  // NaN stays NaN
     if (c.negative_is_nan) v = V::where_less(raw, zero, V::set1(std::numeric_limits<S>::quiet_NaN()), v);
@@ -93,7 +94,10 @@ struct Kernel {
     const reg r = X::sub(X::load(at.mean + i), X::load(at.target + i));
     constexpr bool kHasValue = transform == Transform::softplus || transform == Transform::clamp;
     const bool divides = kHasValue && !has_normal_floor<X>(c);
-    const reg quotient = divides ? X::div(r, v.value) : X::mul(r, v.inverse);
+    const reg by_inverse = X::mul(r, v.inverse);
+    const reg quotient = transform == Transform::log_variance ? X::mul(by_inverse, v.inverse)
+                         : divides                            ? X::div(r, v.value)
+                                                              : by_inverse;
     const reg ratio = X::mul(r, quotient);
     reg factor = one;
     if (c.beta != 0) factor = exponential<X>(X::mul(v.log, X::set1(static_cast<S>(c.beta))));

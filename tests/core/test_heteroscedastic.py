@@ -243,6 +243,16 @@ def test_what_is_not_finite_shows(backend: Place, kind: str) -> None:
                 assert all(bool(x.isnan().any()) for x in grads[backend.name])
 
 
+def test_a_residual_of_zero_stays_zero_where_the_precision_overflows(backend: Place) -> None:
+    """exp(-raw) is no number of fp32 below raw = -88; of no residual it makes none."""
+    raw = torch.full((5,), -150.0, device=backend.device)
+    mean = torch.zeros(5, device=backend.device)
+    for strategy in STRATEGIES:
+        check_call(
+            backend, mean, mean.clone(), raw, strategy=strategy, reduction="sum", **TRANSFORMS["log_variance"]
+        )
+
+
 def test_no_floor_that_is_a_normal_number(backend: Place) -> None:
     """eps may be smaller than any normal number of fp32."""
     raw = torch.tensor([0.0, 1e-42, 1.0, 2e-38], device=backend.device)

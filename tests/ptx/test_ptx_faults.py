@@ -88,7 +88,7 @@ def test_gaps_of_a_strided_tensor_do_not_exist() -> None:
     ("body", "says"),
     [
         ("frobnicate.u32 %r1, %r2;", r"does not have frobnicate\.u32 \(program, line \d+: `frobnicate"),
-        ("add.rz.f32 %f1, %f2, %f3;", r"does not have add\.rz\.f32"),
+        ("mul.rz.f32 %f1, %f2, %f3;", r"does not have mul\.rz\.f32"),
         ("ld.global.v8.u32 {%r1}, [%d3];", r"does not have ld\.global\.v8\.u32"),
         ("add.u64 %d1, %r1, %d2;", "%r1 of 32 bits as uint64"),
         ("cvt.s32.f32 %r1, %f1;", "without a rounding"),
