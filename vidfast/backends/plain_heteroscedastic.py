@@ -79,9 +79,8 @@ def _gradients(
     """(d/d mean, d/d raw) in the type that is computed in."""
     dtype = torch.float64 if torch.float64 in (mean.dtype, target.dtype, raw.dtype) else torch.float32
     mean, target, raw = (x.detach().to(dtype) for x in (mean, target, raw))
-    log_v, inverse, slope = _variance(raw, call)
     residual = mean - target
-    quotient = residual * inverse
+    log_v, quotient, slope = _variance(residual, raw, call)
     factor = (g.double() * (call.k if counts is None else counts.totals[1])).to(dtype)
     if call.beta:
         factor = factor * (call.beta * log_v).exp()
@@ -94,10 +93,11 @@ def _gradients(
     )
 
 
-def _variance(raw: Tensor, call: HeteroscedasticCall) -> tuple[Tensor, Tensor, Tensor]:
-    """log v, 1/v and (dv / d raw) / v."""
+def _variance(residual: Tensor, raw: Tensor, call: HeteroscedasticCall) -> tuple[Tensor, Tensor, Tensor]:
+    """log v, the residual over v, and (dv / d raw) / v."""
     if call.transform == LOG_VARIANCE:
-        return raw, (-raw).exp(), torch.ones_like(raw)
+        root = (-0.5 * raw).exp()  # which overflows later than 1/v
+        return raw, residual * root * root, torch.ones_like(raw)
     if call.transform == EXP:
         e = (-raw.abs()).exp()
         rest = torch.where(raw > 0, 1 + call.eps * e, e + call.eps)
@@ -105,7 +105,7 @@ def _variance(raw: Tensor, call: HeteroscedasticCall) -> tuple[Tensor, Tensor, T
             torch.where(raw > 0, e, torch.ones_like(e)),
             torch.where(raw > 0, torch.ones_like(e), e),
         )
-        return rest.log() + raw.clamp(min=0), inverse / rest, slope / rest
+        return rest.log() + raw.clamp(min=0), residual * (inverse / rest), slope / rest
     v = reference.variance(raw, call.transform, call.eps, call.negative_is_nan)
     assert call.transform in (SOFTPLUS, CLAMP)
-    return v.log(), 1 / v, (1 / v if call.transform == CLAMP else torch.sigmoid(raw) / v)
+    return v.log(), residual / v, (1 / v if call.transform == CLAMP else torch.sigmoid(raw) / v)

@@ -43,7 +43,8 @@ def elementwise(mean: Tensor, target: Tensor, raw: Tensor, call: Heteroscedastic
     """v^beta / 2 (log v + (t - mu)^2 / v), and v^beta / 2 log(2 pi) if `full`; see :func:`nll`."""
     squared = (target - mean).square()
     if call.transform == LOG_VARIANCE:
-        log_v, ratio = raw, squared * (-raw).exp()
+        # by the root of 1/v, which overflows later than 1/v
+        log_v, ratio = raw, ((target - mean) * (-0.5 * raw).exp()).square()
     elif call.transform == EXP:
         # log(exp(raw) + eps), and 1 over it, also where exp(raw) is infinite
         large = raw > 0
