@@ -174,7 +174,7 @@ class VarianceContender:
         self.finish()
 
     def traffic(self) -> traffic.Traffic | None:
-        """The bytes that no pass can avoid; of other code nobody counts them."""
+        """The bytes that no pass can avoid; those of other code are not counted."""
         if self.provider.family != "vidfast":
             return None
         return traffic.Traffic(PASSES * self.case.nbytes, "algorithm")

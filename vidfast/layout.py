@@ -104,7 +104,7 @@ def position_strides(shape: tuple[int, ...], channel: int, dense: tuple[int, ...
     """
     dims = [d for d in range(len(shape)) if d != channel]
     order = dims if dense is None else sorted(dims, key=lambda d: -dense[d])
-    strides = _dense(shape, tuple(order))
+    strides = dense_strides(shape, tuple(order))
     return tuple(strides[d] for d in dims)
 
 
@@ -140,7 +140,7 @@ def _layout_of(
         inner=as_mean.inner,
         mean_stride=as_mean.stride,
         target_stride=row if as_target is None or copies_target else as_target.stride,
-        dense=None if mean_is_contiguous or copies_mean else _dense(shape, as_mean.order),
+        dense=None if mean_is_contiguous or copies_mean else dense_strides(shape, as_mean.order),
         copies_mean=copies_mean,
         copies_target=copies_target,
     )
@@ -153,7 +153,9 @@ def _rows_of(shape: tuple[int, ...], strides: tuple[int, ...], channel: int) -> 
         collapsed = _contiguous(shape, channel)
         row = shape[channel] * collapsed.inner
         return RowLayout(collapsed.outer, row, collapsed.stride, copies=True)
-    return RowLayout(found.outer, shape[channel] * found.inner, found.stride, _dense(shape, found.order))
+    return RowLayout(
+        found.outer, shape[channel] * found.inner, found.stride, dense_strides(shape, found.order)
+    )
 
 
 def _collapse(shape: tuple[int, ...], strides: tuple[int, ...], channel: int) -> _Collapsed | None:
@@ -188,12 +190,12 @@ def _collapse(shape: tuple[int, ...], strides: tuple[int, ...], channel: int) ->
 
 def _contiguous(shape: tuple[int, ...], channel: int) -> _Collapsed:
     """The view of contiguous memory."""
-    collapsed = _collapse(shape, _dense(shape, tuple(range(len(shape)))), channel)
+    collapsed = _collapse(shape, dense_strides(shape, tuple(range(len(shape)))), channel)
     assert collapsed is not None, "a contiguous tensor always collapses"
     return collapsed
 
 
-def _dense(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+def dense_strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of memory without gaps, the dimensions in this order; 1 for those of size 1 that it leaves out."""
     dense = [1] * len(shape)
     step = 1

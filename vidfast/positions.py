@@ -68,14 +68,14 @@ class Weights(NamedTuple):
         return [x for x in self if x is not None]
 
 
-def weights_of(mask: Tensor | None, weight: object, mean: Tensor, channel: int) -> Weights | None:
+def weights_of(mask: Tensor | None, weight: object, mean: Tensor, channel: int | None) -> Weights | None:
     """The mask and the weight of a call, checked; None where neither is a tensor.
 
     Args:
-        mask: As :func:`check_mask` takes it, or None.
+        mask: As :func:`check_mask` takes it, or without channels :func:`check_mask_of_elements`; or None.
         weight: The factor of the loss; a number is for others to check.
         mean: (B, C, ...), with the channels in `channel`.
-        channel: The dimension of the channels, not negative.
+        channel: The dimension of the channels, not negative; None: there is none.
 
     Raises:
         TypeError, ValueError: As :func:`check_mask` and :func:`check_factor`.
@@ -83,7 +83,9 @@ def weights_of(mask: Tensor | None, weight: object, mean: Tensor, channel: int) 
     factor = check_factor(weight, mean.device) if isinstance(weight, Tensor) else None
     if mask is None and factor is None:
         return None
-    return Weights(None if mask is None else check_mask(mask, mean, channel), factor)
+    if mask is not None:
+        mask = check_mask_of_elements(mask, mean) if channel is None else check_mask(mask, mean, channel)
+    return Weights(mask, factor)
 
 
 def check_mask(mask: object, mean: Tensor, channel: int) -> Tensor:

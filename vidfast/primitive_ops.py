@@ -82,7 +82,7 @@ def _checked(
 
 
 def with_weights(
-    mask: Tensor | None, factor: Tensor | None, weight: float, like: Tensor, channel: int
+    mask: Tensor | None, factor: Tensor | None, weight: float, like: Tensor, channel: int | None
 ) -> tuple[float, Weights | None]:
     """(the weight, what else there is of weights). A factor on the CPU is read, and is a part of the weight."""
     read = factor is not None and factor.is_cpu and like.is_cpu

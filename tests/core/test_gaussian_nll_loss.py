@@ -160,6 +160,8 @@ def test_bad_input() -> None:
             vidfast.GaussianNLLLoss(**bad)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="full must be True or False"):
         vidfast.GaussianNLLLoss(full=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="check must be True or False"):
+        vidfast.GaussianNLLLoss(check=1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="eps must be a number"):
         vidfast.GaussianNLLLoss(eps="small")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"target must be a torch\.Tensor, got float"):

@@ -16,7 +16,7 @@ from vidfast.arguments import (
     loss_factor,
     number_of,
 )
-from vidfast.positions import Weights, check_factor, check_mask, check_mask_of_elements
+from vidfast.positions import Weights, weights_of
 
 Transform: TypeAlias = Literal["softplus", "exp", "identity"]
 TRANSFORMS: tuple[str, ...] = get_args(Transform)
@@ -163,23 +163,3 @@ def check_variance(transform: str, eps: float, beta: float = 0.0) -> tuple[int, 
         raise ValueError(f"beta must be 0 or more and finite, got {beta}")
     kind = {"softplus": SOFTPLUS, "exp": LOG_VARIANCE if floorless else EXP, "identity": CLAMP}[transform]
     return kind, eps, beta
-
-
-def weights_of(mask: Tensor | None, weight: object, mean: Tensor, channel: int | None) -> Weights | None:
-    """The mask and the weight of a call, checked; None where neither is a tensor.
-
-    Args:
-        mask: A weight for each position, or where there are no channels for each element; or None.
-        weight: The factor of the loss; a number is for others to check.
-        mean: Of the call.
-        channel: The dimension of the channels, not negative; None: there is none.
-
-    Raises:
-        TypeError, ValueError: One of them is not as it must be.
-    """
-    factor = check_factor(weight, mean.device) if isinstance(weight, Tensor) else None
-    if mask is None:
-        return None if factor is None else Weights(None, factor)
-    if channel is None:
-        return Weights(check_mask_of_elements(mask, mean), factor)
-    return Weights(check_mask(mask, mean, channel), factor)

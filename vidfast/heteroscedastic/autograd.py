@@ -203,10 +203,9 @@ class TwoPass(torch.autograd.Function):
         if counts is not None and weights is not None:
             kept += [counts.totals, counts.positions, weights.factor]
         save(ctx, *(None if x is None else savable(x) for x in kept))
-        ctx.call, ctx.backend, ctx.halves = call, backend, halves
+        ctx.call, ctx.backend, ctx.halves = call, backend, None
         if halves is not None:
-            ctx.routes = Routes(mean, raw)
-            ctx.halves = halves._replace(whole=halves.whole.detach())
+            ctx.routes, ctx.halves = Routes(mean, raw), halves._replace(whole=halves.whole.detach())
         return loss
 
     @staticmethod

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from vidfast.layout import dense_strides
+
 
 class Rows(NamedTuple):
     """Extents and strides, in elements, of mean, target and raw as kernels walk them; element e is (e // row, e % row).
@@ -76,8 +78,7 @@ def is_dense(x: Tensor) -> bool:
     if x.is_contiguous():
         return True
     shape, strides = x.shape, x.stride()
-    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -strides[d])
-    return _collapsed(shape, strides, order) == (x.numel(), 0)
+    return _collapsed(shape, strides, _in_memory(shape, strides)) == (x.numel(), 0)
 
 
 @lru_cache(maxsize=4096)
@@ -93,7 +94,7 @@ def _rows_of(
     raw_strides: tuple[int, ...],
     channel: int | None,
 ) -> Rows:
-    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -mean_strides[d])
+    order = _in_memory(shape, mean_strides)
     count = math.prod(shape)
     whole = count, count
     of_mean = _collapsed(shape, mean_strides, order)
@@ -114,8 +115,13 @@ def _rows_of(
     channels, inner = _around(shape, channel, order)
     return Rows(
         count // row, row, strides[0], strides[1], strides[2], row, row, channels, inner,
-        None if in_order else _dense(shape, order), copies_mean, copies[0], copies[1],
+        None if in_order else dense_strides(shape, tuple(order)), copies_mean, copies[0], copies[1],
     )  # fmt: skip
+
+
+def _in_memory(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """The dimensions that have more than one element, in the order in which they are stored."""
+    return sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -strides[d])
 
 
 def _collapsed(
@@ -145,13 +151,3 @@ def _around(shape: Sequence[int], channel: int | None, order: Sequence[int]) -> 
         return 1, 1
     inner = math.prod(shape[d] for d in list(order)[list(order).index(channel) + 1 :])
     return shape[channel], inner
-
-
-def _dense(shape: tuple[int, ...], order: Sequence[int]) -> tuple[int, ...]:
-    """The strides of memory without gaps, the dimensions in this order; 1 for those of size 1 that it leaves out."""
-    dense = [1] * len(shape)
-    step = 1
-    for d in reversed(order):
-        dense[d] = step
-        step *= shape[d]
-    return tuple(dense)

@@ -17,11 +17,11 @@ from vidfast.arguments import check_options, in_one_pass, loss_factor
 from vidfast.backends import PLAIN
 from vidfast.backends.base import Backend
 from vidfast.heteroscedastic import primitives
-from vidfast.heteroscedastic.arguments import HeteroscedasticCall, check_tensors, weights_of
+from vidfast.heteroscedastic.arguments import HeteroscedasticCall, check_tensors
 from vidfast.heteroscedastic.negative import check_no_negative
 from vidfast.ops import check_constants, differentiable
 from vidfast.positions import Weights
-from vidfast.primitive_ops import define, empty_like, laid_out, with_factor
+from vidfast.primitive_ops import define, empty_like, laid_out, with_weights
 from vidfast.raw import NO_FORWARD_MODE, not_raw, vector
 from vidfast.scaling import OF_OPERATORS, not_twice, scaled
 from vidfast.tracing import savable_in_graph, weight_in_graph
@@ -32,7 +32,6 @@ _OPTIONS = (
     "int transform, float eps, float beta, int? channel, str reduction, bool full, float weight, str backend, "
     "bool negative_is_nan"
 )
-_NUMBER_OF_OPTIONS = 9
 
 
 def _checked(
@@ -60,11 +59,7 @@ def _checked(
     if channel is not None and not 0 <= channel < mean.dim():
         raise ValueError(f"channel must be a dimension of mean, {tuple(mean.shape)}, got {channel}")
     check_options(1.0, reduction, weight)
-    # a factor on the CPU is read, and is a part of the weight
-    read = factor is not None and factor.is_cpu and mean.is_cpu
-    if read:
-        weight = with_factor(weight, factor)
-    weights = weights_of(mask, None if read else factor, mean, channel)
+    weight, weights = with_weights(mask, factor, weight, mean, channel)
     tensors = [mean, target, raw, *(weights.tensors if weights else ())]
     if has_tangent(*tensors):  # a compiled graph would drop it
         raise RuntimeError(NO_FORWARD_MODE)
@@ -238,7 +233,7 @@ class _TwoPass(torch.autograd.Function):
             grads = [next(found) if wanted else None for wanted in want]
             if torch.is_grad_enabled():
                 grads = not_twice(origin, *grads, advice=OF_OPERATORS)
-        return (*grads, *(None for _ in range(2 + _NUMBER_OF_OPTIONS)))
+        return (*grads, *(None for _ in ctx.needs_input_grad[3:]))
 
 
 one_pass = differentiable(

@@ -156,7 +156,6 @@ def forward_grad(
     dtype = loss_dtype(mean, target, raw)
     counts = counted(backend, mean, dtype is _F64, call, weights, rows)
     loss = torch.empty((), dtype=dtype, device=mean.device)
-    whole = of_mean = of_raw = None
     if call.inplace:
         for name, x, copied, wanted in zip(
             ("mean", "raw"), given, (rows.copies_mean, rows.copies_raw), wants, strict=True
@@ -169,17 +168,25 @@ def forward_grad(
         whole = None if halves is None else halves.whole.detach()
         of_mean, of_raw = (x.detach() if w else None for x, w in zip((mean, raw), wants, strict=True))
         rows = rows._replace(grad_mean_stride=rows.mean_stride, grad_raw_stride=rows.raw_stride)
-    elif halves is not None:
-        whole = halves.empty_whole()
-        of_mean, of_raw = halves.parts(whole)
-        rows = rows._replace(grad_mean_stride=rows.mean_stride, grad_raw_stride=rows.raw_stride)
     else:
-        of_mean = empty_dense(mean, rows.dense, mean.dtype) if wants[0] else None
-        of_raw = empty_dense(mean, rows.dense, raw.dtype) if wants[1] else None
+        whole, of_mean, of_raw, rows = _empty_gradients(mean, raw, rows, halves, *wants)
     backend.heteroscedastic_forward_grad(
         mean, target, raw, rows, call, loss=loss, grad_mean=of_mean, grad_raw=of_raw, counts=counts
     )
     return loss, whole, of_mean, of_raw
+
+
+def _empty_gradients(
+    mean: Tensor, raw: Tensor, rows: Rows, halves: Halves | None, mean_wanted: bool, raw_wanted: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Rows]:
+    """Memory for the gradients of the whole, mean and raw, those that are wanted; the rows with its strides."""
+    if halves is not None:
+        whole = halves.empty_whole()
+        rows = rows._replace(grad_mean_stride=rows.mean_stride, grad_raw_stride=rows.raw_stride)
+        return whole, *halves.parts(whole), rows
+    of_mean = empty_dense(mean, rows.dense, mean.dtype) if mean_wanted else None
+    of_raw = empty_dense(mean, rows.dense, raw.dtype) if raw_wanted else None
+    return None, of_mean, of_raw, rows
 
 
 def backward(
@@ -213,14 +220,7 @@ def backward(
             around = positions if call.channel is None else positions.unsqueeze(call.channel)
             positions = stored(around, mean.shape, call.channel, rows.dense, positions.dtype is _F64)
         counts = Counts(positions, counts.totals.contiguous())
-    whole = of_mean = of_raw = None
-    if halves is not None:
-        whole = halves.empty_whole()
-        of_mean, of_raw = halves.parts(whole)
-        rows = rows._replace(grad_mean_stride=rows.mean_stride, grad_raw_stride=rows.raw_stride)
-    else:
-        of_mean = empty_dense(mean, rows.dense, mean.dtype) if wants[0] else None
-        of_raw = empty_dense(mean, rows.dense, raw.dtype) if wants[2] else None
+    whole, of_mean, of_raw, rows = _empty_gradients(mean, raw, rows, halves, wants[0], wants[2])
     of_target = empty_dense(mean, rows.dense, target.dtype) if wants[1] else None
     backend.heteroscedastic_backward(
         g,

@@ -41,11 +41,12 @@ def variance(raw: Tensor, transform: int, eps: float, negative_is_nan: bool = Fa
 
 def elementwise(mean: Tensor, target: Tensor, raw: Tensor, call: HeteroscedasticCall) -> Tensor:
     """v^beta / 2 (log v + (t - mu)^2 / v), and v^beta / 2 log(2 pi) if `full`; see :func:`nll`."""
-    squared = (target - mean).square()
+    residual = target - mean
     if call.transform == LOG_VARIANCE:
         # by the root of 1/v, which overflows later than 1/v
-        log_v, ratio = raw, ((target - mean) * (-0.5 * raw).exp()).square()
+        log_v, ratio = raw, (residual * (-0.5 * raw).exp()).square()
     elif call.transform == EXP:
+        squared = residual.square()
         # log(exp(raw) + eps), and 1 over it, also where exp(raw) is infinite
         large = raw > 0
         below, above = torch.where(large, 0, raw), torch.where(large, raw, 0)
@@ -58,7 +59,7 @@ def elementwise(mean: Tensor, target: Tensor, raw: Tensor, call: Heteroscedastic
         )
     else:
         v = variance(raw, call.transform, call.eps, call.negative_is_nan)
-        log_v, ratio = v.log(), squared / v
+        log_v, ratio = v.log(), residual.square() / v
     nll = 0.5 * (log_v + ratio)
     if call.full:
         nll = nll + 0.5 * math.log(2 * math.pi)

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from vidfast import backends
 from vidfast._torch import has_tangent, in_forward_mode, in_functorch
-from vidfast.arguments import BackendName, as_number, check_dense, check_options, loss_factor
+from vidfast.arguments import BackendName, as_number, check_dense, loss_factor
 from vidfast.heteroscedastic.arguments import CLAMP, HeteroscedasticCall
 from vidfast.heteroscedastic.call import computed
 from vidfast.heteroscedastic.negative import MESSAGE, check_no_negative
@@ -67,11 +67,7 @@ def gaussian_nll_loss(
             reduction=reduction,
         )
         return found
-    check_options(1.0, full=full, inplace=check)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
-    backends.check_name(backend)
-    eps = as_number("eps", eps)
+    eps = _check_options(full, eps, reduction, check, backend)
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         check_dense(input=input, target=target)
     dtype = result_dtype(input, target, var)
@@ -90,6 +86,22 @@ def gaussian_nll_loss(
     if not torch.compiler.is_compiling() and not in_functorch(input, target, variances):
         check_no_negative(call, variances, loss.detach().sum() if reduction == "none" else loss)
     return loss.to(dtype)
+
+
+def _check_options(full: bool, eps: float, reduction: str, check: bool, backend: str) -> float:
+    """eps as Python's float, where the other options are what they must be.
+
+    Raises:
+        TypeError: A number or flag is something else.
+        ValueError: A name is unknown.
+    """
+    for name, flag in (("full", full), ("check", check)):
+        if type(flag) is not bool:
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
+    backends.check_name(backend)
+    return as_number("eps", eps)
 
 
 def _in_transform(*tensors: Tensor) -> bool:
@@ -167,11 +179,8 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
         check: bool = False,
         backend: BackendName = "auto",
     ) -> None:
-        check_options(1.0, full=full, inplace=check)
-        if reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
-        backends.check_name(backend)
-        super().__init__(full=full, eps=as_number("eps", eps), reduction=reduction)
+        eps = _check_options(full, eps, reduction, check, backend)
+        super().__init__(full=full, eps=eps, reduction=reduction)
         self.check = check
         self.backend: BackendName = backend
 
